@@ -1,0 +1,53 @@
+"""Errors a user can repair. Each says what was expected, what was found, where, and how to repair it.
+
+Everything a person or a file got wrong is a `UserError` (exit status 2, no traceback); what we got wrong is an
+`assert` with a text, or any other exception (exit status 1).
+"""
+
+
+class UserError(ValueError):
+    """The input was wrong. `str(error)` is a complete message; nothing was written.
+
+    Attributes:
+        problem: one sentence, what is wrong, with the offending value.
+        expected: what would have been right.
+        found: what was there instead.
+        where: file, key, layer or argument.
+        repair: what to type or change.
+    """
+
+    def __init__(self, problem: str, *, expected: str = "", found: str = "", where: str = "", repair: str = ""):
+        self.problem, self.expected, self.found, self.where, self.repair = problem, expected, found, where, repair
+        parts = [problem]
+        for label, text in (("expected", expected), ("found", found), ("where", where), ("repair", repair)):
+            if text:
+                parts.append(f"  {label}: {text}")
+        super().__init__("\n".join(parts))
+
+
+class AddressError(UserError):
+    """A feature address that is malformed, or names a layer, feature or position that does not exist."""
+
+
+class CheckpointError(UserError):
+    """A transcoder folder or file that cannot be read, is damaged, or does not fit the model."""
+
+
+class ModelError(UserError):
+    """A language model that cannot be found or is not of a supported kind."""
+
+
+class PromptError(UserError):
+    """A prompt that is empty or too long."""
+
+
+class TargetError(UserError):
+    """A target that is not one token of the vocabulary."""
+
+
+class InterventionError(UserError):
+    """Interventions that contradict each other or carry an unusable strength."""
+
+
+class OutputError(UserError):
+    """A place that cannot be written to, or an export format that is not known."""

@@ -1,0 +1,144 @@
+"""The published Qwen2.5 sets: one `transcoder_L{i}.pt` per layer (KokosDev/qwen25-32b-clt and its siblings).
+
+Each file is a dict with `state_dict` (or the bare state dict itself), keys with or without the `_orig_mod.` that
+torch.compile leaves. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5. Neither the sites nor k nor the use of TopK are
+stored: `final_l0_pct` near 12 says TopK with k = max(1, int(0.12 F)) (the training script's default); any other
+value says that the set was trained with plain ReLU (the script's other mode). Without it, TopK is assumed.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hooks.errors import CheckpointError
+from hooks.files import open_pt
+from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
+
+_FILE = re.compile(r"transcoder_L(\d+)\.pt")
+_TOPK_FRACTION = 0.12
+_L0_TOLERANCE_PCT = 0.5
+_KEYS = {  # our name -> (key in the state dict, stored [d_model feature])
+    "norm_weight": ("enc.0.weight", False),
+    "norm_bias": ("enc.0.bias", False),
+    "W_enc": ("enc.1.weight", False),
+    "b_enc": ("enc.1.bias", False),
+    "W_dec": ("dec.weight", True),
+    "b_dec": ("dec.bias", False),
+}
+
+
+def matches(root: Path) -> bool:
+    """Whether the folder holds at least one `transcoder_L{i}.pt`."""
+    return any(_FILE.fullmatch(path.name) for path in root.iterdir())
+
+
+def locate(root: Path) -> Checkpoint:
+    """Describe every layer file.
+
+    Raises:
+        CheckpointError: a file is damaged, holds code, misses a tensor, or has shapes that contradict each other.
+    """
+    files = sorted((int(m[1]), path) for path in root.iterdir() if (m := _FILE.fullmatch(path.name)))
+    layers = tuple(_layer(number, path) for number, path in files)
+    notes = []
+    if any(source.k_source == "assumed" for source in layers):
+        notes.append("the files do not say how features are selected: TopK at 12 % (the card) is assumed")
+    if any(source.k is None for source in layers):
+        notes.append("final_l0_pct is not near 12, so plain ReLU without TopK is assumed; --k N says otherwise")
+    return Checkpoint(root, "published", layers, read=None, write=None, notes=tuple(notes))
+
+
+def _layer(number: int, path: Path) -> LayerSource:
+    content = open_pt(path)
+    state, prefix = _state_dict(content, path)
+    sources = {name: _source(state, prefix, key, flip, path) for name, (key, flip) in _KEYS.items()}
+    shapes = {name: tuple(_tensor(state, source).shape) for name, source in sources.items()}
+    d_features, d_model = _check_shapes(shapes, path)
+    wrapper = content if isinstance(content, Mapping) and "state_dict" in content else {}
+    _check_wrapper(wrapper, number, path)
+    metadata = wrapper.get("training_metadata") or {}
+    k, k_source = _selection(metadata, d_features)
+    nested = ("state_dict",) if wrapper else ()
+    tensors = {
+        name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()
+    }
+    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata))
+
+
+def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if isinstance(state, Mapping):
+        for prefix in ("_orig_mod.", ""):
+            if f"{prefix}enc.1.weight" in state:
+                return state, prefix
+    keys = ", ".join(map(str, list(state)[:6])) if isinstance(state, Mapping) else type(content).__name__
+    raise CheckpointError(
+        f"{path.name} is not a transcoder",
+        expected="a state dict with enc.0, enc.1 and dec, bare or under 'state_dict'",
+        found=keys or "an empty dict",
+        where=str(path),
+    )
+
+
+def _source(state: Mapping[str, Tensor], prefix: str, key: str, flip: bool, path: Path) -> TensorSource:
+    found = state.get(prefix + key)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise CheckpointError(
+            f"{path.name} lacks the tensor {prefix + key}",
+            expected=", ".join(prefix + name for name, _ in _KEYS.values()),
+            found=", ".join(map(str, state)),
+            where=str(path),
+        )
+    return TensorSource(path, (prefix + key,), flip)
+
+
+def _tensor(state: Mapping[str, Tensor], source: TensorSource) -> Tensor:
+    return state[source.key[-1]]
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int]:
+    if len(shapes["W_enc"]) != 2:
+        raise CheckpointError(
+            f"{path.name}: enc.1.weight must be a matrix", found=str(shapes["W_enc"]), where=str(path)
+        )
+    d_features, d_model = shapes["W_enc"]
+    expected = {
+        "norm_weight": (d_model,),
+        "norm_bias": (d_model,),
+        "b_enc": (d_features,),
+        "W_dec": (d_model, d_features),
+        "b_dec": (d_model,),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            targets = shapes["W_dec"][0] // d_model if shapes["W_dec"][0] % d_model == 0 else 1
+            raise CheckpointError(
+                f"{path.name}: {_KEYS[name][0]} has the wrong shape",
+                expected=f"{shape}, from enc.1.weight {shapes['W_enc']}",
+                found=f"{shapes[name]}" + (f": a decoder for {targets} target layers" if targets > 1 else ""),
+                where=str(path),
+            )
+    return d_features, d_model
+
+
+def _check_wrapper(wrapper: Mapping[str, Any], number: int, path: Path) -> None:
+    stated = wrapper.get("layer", number)
+    if stated != number:
+        raise CheckpointError(
+            f"{path.name} says it is layer {stated}",
+            expected=f"layer {number}, from the file's name",
+            where=str(path),
+            repair="rename the file to the layer it was trained on",
+        )
+
+
+def _selection(metadata: Mapping[str, Any], d_features: int) -> tuple[int | None, Source]:
+    k = max(1, int(d_features * _TOPK_FRACTION))
+    l0_pct = metadata.get("final_l0_pct")
+    if l0_pct is None:
+        return k, "assumed"
+    near = abs(float(l0_pct) - 100 * _TOPK_FRACTION) <= _L0_TOLERANCE_PCT
+    return (k if near else None), "metadata"

@@ -1,0 +1,313 @@
+"""The language model, its tokens, and the only place where hooks attach: inside one `with`.
+
+The second object of this project that changes over time (the store is the other). The model is a plain transformers
+model: it keeps SDPA and its own cache, and with no edits no hook is registered at all.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+
+from hooks.errors import ModelError, PromptError, TargetError
+from hooks.readout import RankedToken
+from hooks.sites import Site, decoder_layers, module_at
+from hooks.types import Edit, Pass
+
+log = logging.getLogger("hooks")
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of one or more prompts, padded on the right.
+
+    The padding of a causal model's right end changes nothing for the real tokens before it, so positions are plain
+    indices and no position ids are needed.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    lengths: tuple[int, ...]
+    strings: tuple[tuple[str, ...], ...]
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at real tokens."""
+        return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
+
+    @property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Index of each row's last real token."""
+        return torch.tensor(self.lengths) - 1
+
+    def rows(self, index: Sequence[int]) -> "Batch":
+        """Some rows, in the given order; rows may repeat."""
+        return Batch(
+            self.ids[list(index)], tuple(self.lengths[i] for i in index), tuple(self.strings[i] for i in index)
+        )
+
+
+class Host:
+    """A causal language model of transformers with its tokenizer."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.layers = decoder_layers(model)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        config: Any = model.config
+        self.n_layers, self.d_model, self.d_vocab = len(self.layers), config.hidden_size, config.vocab_size
+        self.max_positions = int(getattr(config, "max_position_embeddings", 1 << 30))
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or config.eos_token_id
+        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
+        if next(model.parameters()).dtype == torch.float16:
+            log.warning("fp16 overflows in this model family; bfloat16 or float32 is safer")
+
+    @classmethod
+    def load(cls, name: str | Path, *, dtype: torch.dtype | None = None, device_map: str | None = None) -> "Host":
+        """A local folder, or a hub id.
+
+        Raises:
+            ModelError: it cannot be found, or is not a causal language model.
+        """
+        _check_name(str(name))
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if device_map:
+            options["device_map"] = device_map
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            tokenizer = _load_tokenizer(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(
+                f"cannot load the model {str(name)!r}",
+                expected="`demo`, a folder with config.json, weights and tokenizer, or a hub id such as Qwen/Qwen2.5-32B",
+                found=" ".join(str(error).split())[:240],
+                repair="check the spelling; without a network only folders and models already in the cache load",
+            ) from None
+        return cls(model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where one block lives."""
+        return next(self.layers[layer].parameters()).device
+
+    # -- tokens ------------------------------------------------------------------------------------------------
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt, special tokens as the tokenizer adds them.
+
+        Raises:
+            PromptError: the prompt is empty, has ids outside the vocabulary, or is longer than the context.
+        """
+        ids = list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+            raise PromptError("the prompt is empty", expected="at least one token", found=repr(prompt))
+        outside = [i for i in ids if not 0 <= i < self.d_vocab]
+        if outside:
+            raise PromptError(f"token id {outside[0]} is outside the vocabulary", expected=f"0 to {self.d_vocab - 1}")
+        if len(ids) > self.max_positions:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens", expected=f"at most {self.max_positions}, the model's context"
+            )
+        self._note_unknown(prompt, ids)
+        return ids
+
+    def _note_unknown(self, prompt: Prompt, ids: list[int]) -> None:
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is not None and unknown in ids and isinstance(prompt, str):
+            log.warning("some words of %r are not in the vocabulary and become %s", prompt, self.string(unknown))
+
+    def string(self, token: int) -> str:
+        """One token as text."""
+        return self.tokenizer.decode([token])
+
+    def strings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Every token as text."""
+        return tuple(self.string(int(i)) for i in ids)
+
+    def top(self, logits: Float[Tensor, " vocab"], n: int) -> list[RankedToken]:
+        """The n most likely tokens of one distribution."""
+        wide = logits.double()
+        probs = wide.softmax(-1)
+        order = wide.sort(descending=True, stable=True).indices[:n].tolist()
+        return [RankedToken(self.string(i), i, float(wide[i]), float(probs[i])) for i in order]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens joined to text."""
+        return self.tokenizer.decode(list(ids))
+
+    def batch(self, prompts: Sequence[Prompt]) -> Batch:
+        """Several prompts as one right-padded batch.
+
+        Raises:
+            PromptError: no prompts, or one of them is not usable.
+        """
+        if not prompts:
+            raise PromptError("no prompts given", expected="at least one")
+        rows = [self.tokenize(prompt) for prompt in prompts]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows])
+        known: dict[int, str] = {i: self.string(i) for row in rows for i in set(row)}
+        strings = tuple(tuple(known[i] for i in row) for row in rows)
+        return Batch(ids, tuple(map(len, rows)), strings)
+
+    def token_id(self, target: str | int) -> int:
+        """The single token meant by `target`. A word without a leading space means the one with it, if that exists:
+        inside a sentence that is what the model predicts.
+
+        Raises:
+            TargetError: no such single token; the message shows how the text splits.
+        """
+        if isinstance(target, int):
+            if not 0 <= target < self.d_vocab:
+                raise TargetError(f"token id {target} is outside the vocabulary", expected=f"0 to {self.d_vocab - 1}")
+            return target
+        texts = [target] if target[:1].isspace() else [" " + target, target]
+        splits = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts if text.strip()]
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        for ids in splits:
+            if len(ids) == 1 and ids[0] != unknown:
+                return ids[0]
+        shown = [" | ".join(map(repr, self.strings(ids))) for ids in splits]
+        raise TargetError(
+            f"the target {target!r} is not one token",
+            expected="text that the tokenizer keeps whole, or a token id",
+            found=" or ".join(shown) or "an empty text",
+            repair="use its first token as the target",
+        )
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attached(self, edits: Sequence[Edit]) -> Iterator["Attached"]:
+        """Attach edits, in order, and detach them whatever happens. With no edits, no hook is registered."""
+        session = Attached(self)
+        sites: dict[Site, list[Edit]] = {}
+        for edit in edits:
+            sites.setdefault(edit.site, []).append(edit)
+        handles = []
+        try:
+            for site, here in sites.items():
+                handles.append(_attach(self.model, site, here, session))
+            yield session
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward(self, batch: Batch, edits: Sequence[Edit] = ()) -> Float[Tensor, "batch pos vocab"]:
+        """Logits of one pass over a batch, no gradients kept."""
+        with self.attached(edits) as session, torch.no_grad():
+            return session.run(batch)
+
+    def forward_with_gradients(self, batch: Batch, edits: Sequence[Edit]) -> Float[Tensor, "batch pos vocab"]:
+        """The same with an autograd graph from whatever leaves the edits put in; parameters take no gradient."""
+        with self.attached(edits) as session, torch.enable_grad():
+            return session.run(batch)
+
+    def capture(
+        self, batch: Batch, sites: Sequence[Site]
+    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[Site, Float[Tensor, "batch pos d_model"]]]:
+        """One plain pass: its logits, and what stood at each site."""
+        seen: dict[Site, Tensor] = {}
+        edits = [tap(site, seen) for site in dict.fromkeys(sites)]
+        return self.forward(batch, edits), seen
+
+
+def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
+    """An edit that changes nothing and keeps what it saw."""
+
+    def look(x: Tensor, at: Pass) -> Tensor:
+        seen[site] = x
+        return x
+
+    return Edit(site, look)
+
+
+class Attached:
+    """A model while edits are attached to it."""
+
+    def __init__(self, host: Host):
+        self._host = host
+        self.current = Pass(0, [])
+
+    def run(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos vocab"]:
+        """One pass over whole rows, without a cache. `prompt_lengths`: where each prompt ends, if tokens follow it."""
+        self.current = Pass(0, list(prompt_lengths or batch.lengths))
+        device = self._host.device
+        padded = len(set(batch.lengths)) > 1
+        mask = {"attention_mask": batch.mask.long().to(device)} if padded else {}
+        return self._host.model(input_ids=batch.ids.to(device), use_cache=False, **mask).logits
+
+    def step(
+        self, ids: Int[Tensor, "batch pos"], cache: DynamicCache, prompt_length: int
+    ) -> Float[Tensor, "batch vocab"]:
+        """The next tokens' logits, after feeding `ids` behind what `cache` holds."""
+        self.current = Pass(cache.get_seq_length(), [prompt_length] * len(ids))
+        ids = ids.to(self._host.device)
+        out = self._host.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+
+def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> Any:
+    """One hook per site; all edits of the site run inside it, in order."""
+    module, end = module_at(model, site)
+
+    def through(x: Tensor) -> Tensor:
+        for edit in edits:
+            x = edit.apply(x, session.current)
+        return x
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # transformers passes hidden_states by position to layers and norms, by keyword to attention
+        if args:
+            return (through(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": through(kwargs["hidden_states"])}
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # a transformers 5 decoder layer returns a plain tensor, attention a tuple
+        if isinstance(output, tuple):
+            return (through(output[0]), *output[1:])
+        return through(output)
+
+    if end == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def _check_name(name: str) -> None:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"the folder {name} holds no model",
+            expected="config.json beside the weights",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
+        )
+    if looks_local and not path.exists():
+        raise ModelError(f"there is no folder {name}", expected="a folder with config.json, weights and tokenizer")
+
+
+def _load_tokenizer(name: str | Path) -> Any:
+    """AutoTokenizer, except where a folder brings a complete tokenizer of its own.
+
+    transformers 5 maps model_type "qwen2" to its own class and silently drops a folder's normalizer and
+    pre-tokenizer, even when tokenizer_config.json names PreTrainedTokenizerFast.
+    """
+    config = Path(name) / "tokenizer_config.json"
+    if config.is_file():
+        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,56 @@
+"""What can be done to a feature's activation. One file each; the file name is the public name.
+
+An intervention is affine in the activation a:  a -> factor · a + shift.  That covers ablation (0, 0), clamping
+(0, v), scaling (c, 0) and adding (1, v), lets thousands of them run as one table, and says everything a saved result
+needs. A file defines
+
+    Intervention            a frozen dataclass with `address`, `when_inactive`, and the property `affine`
+    from_text(address, value) -> Intervention        how the command line makes one; value is None if none was typed
+
+What happens to an inactive feature (one that TopK did not keep, a = 0): `when_inactive="apply"` edits it all the
+same, `"skip"` leaves the token alone. TopK is never run again on edited activations, except that `mask="live"` lets
+the next feature in line move up when one is ablated.
+"""
+
+import math
+from typing import Literal, Protocol, runtime_checkable
+
+from hooks.errors import InterventionError
+from hooks.plugins import discover
+from hooks.types import FeatureAddress
+
+WhenInactive = Literal["apply", "skip"]
+
+
+@runtime_checkable
+class FeatureIntervention(Protocol):
+    """What every intervention offers."""
+
+    @property
+    def address(self) -> FeatureAddress:
+        """The feature and the tokens it applies to."""
+        ...
+
+    @property
+    def when_inactive(self) -> WhenInactive:
+        """What happens where the feature is inactive."""
+        ...
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """(factor, shift) of a -> factor · a + shift."""
+        ...
+
+
+def check_strength(value: float, where: str) -> float:
+    """A finite number, or an error before the model runs.
+
+    Raises:
+        InterventionError: the strength is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise InterventionError(f"the strength {value} is not a finite number", where=where)
+    return float(value)
+
+
+INTERVENTIONS = discover(__name__, ("Intervention", "from_text"))

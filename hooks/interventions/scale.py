@@ -1,0 +1,43 @@
+"""Scale: multiply a feature's activation."""
+
+from dataclasses import dataclass
+
+from hooks.errors import InterventionError
+from hooks.interventions import WhenInactive, check_strength
+from hooks.types import FeatureAddress
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`Scale("L3/118@4:", 2.0)` doubles feature 118 of layer 3 from position 4 on.
+
+    `when_inactive="skip"` is the default: a multiple of zero is zero, so the choice changes nothing.
+    """
+
+    address: FeatureAddress
+    factor: float
+    when_inactive: WhenInactive = "skip"
+
+    def __init__(self, address: str | FeatureAddress | tuple, factor: float, *, when_inactive: WhenInactive = "skip"):
+        object.__setattr__(self, "address", FeatureAddress.of(address))
+        object.__setattr__(self, "factor", check_strength(factor, f"Scale {self.address}"))
+        object.__setattr__(self, "when_inactive", when_inactive)
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """a -> factor · a."""
+        return self.factor, 0.0
+
+
+Intervention = Scale
+
+
+def from_text(address: str, value: float | None) -> Scale:
+    """`scale` needs a value.
+
+    Raises:
+        InterventionError: no value was given.
+    """
+    if value is None:
+        raise InterventionError("scale needs a value", where=address, repair="write ADDRESS=VALUE")
+    return Scale(address, value)

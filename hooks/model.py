@@ -1,0 +1,451 @@
+"""`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.errors import CheckpointError, ModelError, UserError
+from hooks.generation import Generated, Sampling, generate
+from hooks.host import Batch, Host, Prompt, tap
+from hooks.intervene import make_edits, make_plan
+from hooks.readout import Effect, RankedToken, effect
+from hooks.recording import Recording, record
+from hooks.sites import Site, SiteSpec, module_at
+from hooks.store import TranscoderStore
+from hooks.swap import ERROR_MODES, SiteQuality, Swap, SwapEffect, site_quality, swap_effect
+from hooks.transcoder import Transcoder
+from hooks.types import Edit, ErrorMode, MaskMode, Pass
+
+log = logging.getLogger("hooks")
+
+Transcoders = str | Path | TranscoderStore | Sequence[Transcoder]
+ROWS_PER_PASS = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt, run plain and run with interventions."""
+
+    batch: Batch
+    baseline: Float[Tensor, "pos vocab"]
+    logits: Float[Tensor, "pos vocab"]
+    host: Host
+
+    def effect(self, target: str | int | None = None, against: str | int | None = None, position: int = -1) -> Effect:
+        """What happened to a target token at one position; by default the clean run's answer at the last token.
+
+        Raises:
+            TargetError: target or against is not one token.
+        """
+        before, after = self.baseline[position], self.logits[position]
+        token = int(before.argmax()) if target is None else self.host.token_id(target)
+        other = None if against is None else self.host.token_id(against)
+        return effect(before, after, token, other)
+
+    def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+        """The clean run's most likely next tokens."""
+        return self.host.top(self.baseline[position], n)
+
+    def top_after(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+        """The edited run's most likely next tokens."""
+        return self.host.top(self.logits[position], n)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """Reconstruction quality per layer, and what replacing the chosen layers did."""
+
+    layers: tuple[SiteQuality, ...]
+    effect: SwapEffect
+    run: Run
+
+
+class HookedModel:
+    """A language model and its transcoders.
+
+    Example:
+        >>> from hooks import Ablate, HookedModel
+        >>> model = HookedModel.load("demo")
+        >>> model.run("fact: the capital of the state containing Dallas is").top_before(1)[0].token
+        ' Austin'
+    """
+
+    def __init__(self, host: Host, store: TranscoderStore, name: str = "in memory"):
+        self.host, self.store, self.name = host, store, name
+        _check_fit(host, store)
+        for layer in store.layers:
+            store.place(layer, host.device_of(min(layer, host.n_layers - 1)))
+        self_test(host, store)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "demo",
+        transcoders: Transcoders | None = None,
+        *,
+        read: str | SiteSpec | None = None,
+        write: str | SiteSpec | None = None,
+        k: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | None = None,
+        device_map: str | None = None,
+        layers: Sequence[int] | None = None,
+        budget_bytes: int | None = None,
+    ) -> "HookedModel":
+        """Load a model and its transcoders.
+
+        Args:
+            name: `demo` (embedded, offline), a local folder, or a hub id.
+            transcoders: `demo` or `demo-dense` (embedded), a local folder, a hub id, or transcoders in memory.
+            read, write, k, layers, budget_bytes: see `TranscoderStore.open`.
+            dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
+            device: move the model there; `device_map` lets accelerate spread it instead.
+
+        Raises:
+            ModelError, CheckpointError: something is not there, damaged, or does not fit together.
+        """
+        demo = str(name) == "demo"
+        if transcoders is None:
+            if not demo:
+                raise CheckpointError(
+                    f"no transcoders given for {name}",
+                    expected="a folder or hub id, for example KokosDev/qwen25-32b-clt",
+                    repair="--transcoders PATH_OR_ID",
+                )
+            transcoders = "demo"
+        store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
+        host = Host.load(WEIGHTS if demo else name, dtype=_dtype(dtype), device_map=device_map)
+        if device:
+            host.model.to(_device(device))
+        return cls(host, store, str(name))
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        transcoders: Transcoders,
+        *,
+        read: str | SiteSpec | None = None,
+        write: str | SiteSpec | None = None,
+        name: str = "in memory",
+    ) -> "HookedModel":
+        """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
+        return cls(Host(model, tokenizer), _open_store(transcoders, read=read, write=write), name)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def record(self, prompts: Prompt | Sequence[Prompt], layers: Sequence[int] | None = None) -> Recording:
+        """Features, errors, residuals and logits of one pass over one or more prompts."""
+        return record(self.host, self.store, self.host.batch(_listed(prompts)), layers)
+
+    def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
+        """The strongest features of each token, a table.
+
+        `strength` is |a_i d_i| / |x|, the share of the stream the feature writes: it is comparable across layers,
+        activations are not. The `top` strongest per position over all layers, positions in order.
+        """
+        recording = self.record([prompt], layers)
+        frames = [self._feature_frame(recording, layer) for layer in recording.layers]
+        table = pd.concat(frames, ignore_index=True).sort_values(
+            ["pos", "strength", "layer", "feature"], ascending=[True, False, True, True]
+        )
+        return table.groupby("pos").head(top).reset_index(drop=True)
+
+    def _feature_frame(self, recording: Recording, layer: int) -> pd.DataFrame:
+        record = recording.layers[layer]
+        values, indices = record.acts.values[0], record.acts.indices[0]
+        norms = self.store[layer].W_dec.to(values.dtype).norm(dim=-1)[indices]
+        strength = values * norms / record.target[0].to(values.dtype).norm(dim=-1, keepdim=True)
+        pos, slot = (values > 0).nonzero(as_tuple=True)
+        tokens = recording.batch.strings[0]
+        return pd.DataFrame(
+            {
+                "pos": pos.tolist(),
+                "token": [tokens[p] for p in pos.tolist()],
+                "layer": layer,
+                "feature": indices[pos, slot].tolist(),
+                "activation": values[pos, slot].tolist(),
+                "strength": strength[pos, slot].tolist(),
+            }
+        )
+
+    # -- changing ----------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[object] = (),
+        *,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+    ) -> Run:
+        """One prompt, plain and with interventions.
+
+        Args:
+            interventions: `Ablate`, `Clamp`, `Scale`, `Add`, or `(layer, position, feature, value)`.
+            swap: layers whose sites are replaced by their reconstruction: `"all"`, a list, or None for delta form.
+            error: what becomes of the reconstruction error at replaced sites.
+            mask: whether TopK selects again when a feature is ablated.
+
+        Raises:
+            UserError: anything does not exist or contradicts; nothing has run then.
+        """
+        batch = self.host.batch([prompt])
+        edits = self._edits(batch, [interventions], swap, error, mask)
+        baseline = self.host.forward(batch)[0]
+        logits = self.host.forward(batch, edits)[0] if edits else baseline
+        return Run(batch, baseline, logits, self.host)
+
+    def run_many(
+        self,
+        prompts: Sequence[Prompt],
+        interventions: Sequence[Sequence[object]] | None = None,
+        *,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+    ) -> Float[Tensor, "batch vocab"]:
+        """Logits at the last token of many prompts, each with its own interventions, in packed passes."""
+        plans = [()] * len(prompts) if interventions is None else interventions
+        out = []
+        for start in range(0, len(prompts), ROWS_PER_PASS):
+            batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
+            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask)
+            logits = self.host.forward(batch, edits)
+            out.append(logits[torch.arange(len(logits)), batch.last])
+        return torch.cat(out)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[object] = (),
+        *,
+        max_new_tokens: int = 32,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        use_cache: bool = True,
+    ) -> Generated:
+        """Continue a prompt under interventions, token by token.
+
+        Raises:
+            UserError: as `run`; and `error="frozen"`, which is not defined for new tokens.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"cannot generate {max_new_tokens} tokens", expected="at least 1")
+        if swap is not None and error == "frozen":
+            raise UserError(
+                "a frozen error exists for the prompt only, not for generated tokens", repair="use live or zero"
+            )
+        batch = self.host.batch([prompt])
+        edits = self._edits(batch, [interventions], swap, error, mask, max_new_tokens)
+        return generate(
+            self.host, batch, edits, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache
+        )
+
+    def swap(
+        self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero"
+    ) -> SwapReport:
+        """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
+        chosen = self._layers(layers)
+        run = self.run(prompt, swap=chosen, error=error)
+        recording = record(self.host, self.store, run.batch, chosen)
+        quality = tuple(site_quality(recording, layer) for layer in chosen)
+        return SwapReport(quality, swap_effect(run.baseline[None], run.logits[None], run.batch.mask), run)
+
+    def edits(
+        self,
+        batch: Batch,
+        interventions: Sequence[Sequence[object]],
+        *,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+    ) -> list[Edit]:
+        """The edits of a batch, one list of interventions per row, for `host.forward`."""
+        return self._edits(batch, interventions, swap, error, mask)
+
+    def _edits(
+        self,
+        batch: Batch,
+        per_row: Sequence[Sequence[object]],
+        swap: str | Sequence[int] | None,
+        error: ErrorMode,
+        mask: MaskMode,
+        new_tokens: int = 0,
+    ) -> list[Edit]:
+        if error not in ERROR_MODES:
+            raise UserError(f"unknown error mode {error!r}", expected=", ".join(ERROR_MODES))
+        if mask not in ("frozen", "live"):
+            raise UserError(f"unknown mask mode {mask!r}", expected="frozen, live")
+        if swap is None and error != "live":
+            raise UserError(
+                f"error={error!r} says what happens at replaced sites, and no site is replaced",
+                repair='pass swap="all" or a list of layers, or leave error away',
+            )
+        plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask)
+        return make_edits(self.store, plan, self._swap(batch, swap, error))
+
+    def _swap(self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode) -> Swap | None:
+        if swap is None:
+            return None
+        layers = self._layers(swap)
+        clean = {}
+        if error == "frozen":
+            recording = record(self.host, self.store, batch, layers)
+            clean = {layer: seen.error for layer, seen in recording.layers.items()}
+        return Swap(layers, error, clean)
+
+    def _layers(self, layers: str | Sequence[int]) -> tuple[int, ...]:
+        if layers == "all":
+            return self.store.layers
+        if isinstance(layers, str):
+            raise UserError(f"unknown layers {layers!r}", expected='"all" or a list of layer numbers')
+        for layer in layers:
+            self.store[layer]  # raises, naming the layers there are
+        return tuple(sorted(set(layers)))
+
+    # -- TransformerLens ---------------------------------------------------------------------------------------
+
+    def fwd_hooks(self, interventions: Sequence[object]) -> list[tuple[str, Any]]:
+        """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)`.
+
+        Every row of the input gets all the interventions; the whole input is the prompt, without padding.
+        """
+        plan = make_plan(self.store, [interventions], [self.host.max_positions])
+        memo: dict[Any, Any] = {}
+        pairs = []
+        for number, edit in enumerate(make_edits(self.store, plan)):
+
+            def function(act: Tensor, hook: Any, number: int = number) -> Tensor:
+                rows, count = act.shape[:2]
+                plan = make_plan(self.store, [interventions] * rows, [count] * rows)
+                return make_edits(self.store, plan)[number].apply(act, Pass(0, [count] * rows, memo))
+
+            pairs.append((edit.site.lens_name, function))
+        return pairs
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A TransformerBridge on a twin of the model that shares every tensor; the plain model stays as it is.
+
+        Raises:
+            ModelError: transformer-lens is not installed.
+        """
+        try:
+            from transformer_lens.model_bridge import TransformerBridge
+        except ImportError:
+            raise ModelError("transformer-lens is not installed", repair="pip install 'qwen-circuits[lens]'") from None
+        model = self.host.model
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, memo=shared)
+        dtype = next(model.parameters()).dtype
+        name = str(getattr(model.config, "_name_or_path", "") or self.name)
+        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=self.host.tokenizer, dtype=dtype)
+
+
+def self_test(host: Host, store: TranscoderStore) -> None:
+    """Two tiny passes: sites are where we think they are, and edits that do nothing change nothing, bit for bit.
+
+    Raises:
+        ModelError: this model's blocks are not wired as expected; nothing measured on it could be trusted.
+    """
+    batch = host.batch([[0, min(1, host.d_vocab - 1), 0]])
+    last = host.n_layers - 1
+    names = ("resid_pre", "resid_mid", "mlp_out", "resid_post")
+    wanted = [Site(name, layer) for layer in {0, last} for name in names]
+    logits, seen = host.capture(batch, wanted)
+    for layer in {0, last}:
+        mid, out, post = (seen[Site(name, layer)] for name in names[1:])
+        if mid.shape != (1, 3, host.d_model) or not torch.equal(mid + out, post):
+            raise ModelError(
+                f"block {layer} of {type(host.model).__name__} is not resid_mid + mlp_out = resid_post",
+                expected="a pre-norm decoder as in Qwen2, Qwen3 or Llama",
+            )
+    seen_again: dict[Site, Tensor] = {}
+    edits = [tap(site, seen_again) for layer in store.layers for site in _sites(store, layer)]
+    if not torch.equal(host.forward(batch, edits), logits) or len(seen_again) != len({e.site for e in edits}):
+        raise ModelError("an empty edit changes this model's logits, or a site is never reached")
+
+
+def _sites(store: TranscoderStore, layer: int) -> tuple[Site, Site]:
+    return store.convention.read.at(layer), store.convention.write.at(layer)
+
+
+def _check_fit(host: Host, store: TranscoderStore) -> None:
+    if store.d_model != host.d_model:
+        raise CheckpointError(
+            "the transcoders do not fit the model",
+            expected=f"width {host.d_model}, the model's hidden size",
+            found=f"width {store.d_model}",
+            where=store.name,
+            repair="use the transcoders that were trained on this model",
+        )
+    for layer in store.layers:
+        for site in _sites(store, layer):
+            module_at(host.model, site)
+
+
+def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
+    if isinstance(transcoders, TranscoderStore):
+        return transcoders
+    if isinstance(transcoders, (str, Path)):
+        return TranscoderStore.open(_transcoder_folder(str(transcoders)), **options)
+    return TranscoderStore.of(list(transcoders))
+
+
+def _transcoder_folder(name: str) -> Path:
+    if name in TRANSCODERS:
+        return TRANSCODERS[name]
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        return path
+    try:
+        patterns = ["*.json", "*.yaml", "*.safetensors", "transcoder_L*.pt"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot find the transcoders {name!r}",
+            expected=f"{', '.join(TRANSCODERS)}, a folder, or a hub id such as KokosDev/qwen25-32b-clt",
+            found=" ".join(str(error).split())[:200],
+        ) from None
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in known:
+        raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
+    return known[dtype]
+
+
+def _device(device: str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"the device {device!r} cannot be used", found=str(error).splitlines()[0], where="--device"
+        ) from None
+    return chosen
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""One pass over prompts → a frozen record of features, errors, residuals and logits.
+
+    prompts → host (one hooked pass) → per layer: what the transcoder reads, its features, what it should reconstruct
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.host import Batch, Host
+from hooks.store import TranscoderStore
+from hooks.types import SparseActs
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One transcoder's view of the pass. Padded positions hold values of padding tokens; mask them."""
+
+    layer: int
+    read: Float[Tensor, "batch pos d_model"]
+    acts: SparseActs
+    target: Float[Tensor, "batch pos d_model"]
+    reconstruction: Float[Tensor, "batch pos d_model"]
+
+    @property
+    def error(self) -> Float[Tensor, "batch pos d_model"]:
+        """What the reconstruction leaves: target − reconstruction."""
+        return self.target.to(self.reconstruction.dtype) - self.reconstruction
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the plain model did on a batch of prompts."""
+
+    batch: Batch
+    layers: Mapping[int, LayerRecord]
+    logits: Float[Tensor, "batch pos vocab"]
+
+
+def record(
+    host: Host, store: TranscoderStore, batch: Batch, layers: Sequence[int] | None = None
+) -> Recording:
+    """Run once and encode every recorded layer.
+
+    Memory: batch × pos × (3 d_model + 2 k) numbers per layer.
+    """
+    layers = store.layers if layers is None else layers
+    sites = [site for layer in layers for site in _sites(store, layer)]
+    logits, seen = host.capture(batch, sites)
+    records = {}
+    for layer in layers:
+        transcoder = store[layer]
+        read, write = _sites(store, layer)
+        acts = transcoder.encode(seen[read])
+        records[layer] = LayerRecord(layer, seen[read], acts, seen[write], transcoder.decode(acts))
+    return Recording(batch, records, logits)
+
+
+def _sites(store: TranscoderStore, layer: int) -> tuple:
+    return store.convention.read.at(layer), store.convention.write.at(layer)

@@ -1,0 +1,141 @@
+"""The places of a decoder block that can be read or written, under TransformerLens names.
+
+This is the only file that knows hook names and HF module paths (docs/architecture.md, "Sites"):
+
+| site | TransformerLens name | HF module |
+|---|---|---|
+| resid_pre L | `blocks.L.hook_resid_pre` | input of `model.layers[L]` |
+| resid_mid L | `blocks.L.hook_resid_mid` | input of `layers[L].post_attention_layernorm` |
+| mlp_in L | `blocks.L.mlp.hook_in` | input of `layers[L].mlp` |
+| mlp_out L | `blocks.L.hook_mlp_out` | output of `layers[L].mlp` |
+| attn_out L | `blocks.L.hook_attn_out` | output of `layers[L].self_attn` |
+| resid_post L | `blocks.L.hook_resid_post` | output of `layers[L]` |
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hooks.errors import CheckpointError, UserError
+
+End = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    lens: str  # TransformerLens name, with {layer}
+    path: str  # module inside the HF decoder layer; "" is the layer itself
+    end: End
+    depth: int  # order inside one block
+    whole_stream: bool  # the site is the residual stream itself, so replacing it cuts every path
+
+
+_PLACES = {
+    "resid_pre": _Place("blocks.{layer}.hook_resid_pre", "", "input", 0, True),
+    "attn_out": _Place("blocks.{layer}.hook_attn_out", "self_attn", "output", 1, False),
+    "resid_mid": _Place("blocks.{layer}.hook_resid_mid", "post_attention_layernorm", "input", 2, True),
+    "mlp_in": _Place("blocks.{layer}.mlp.hook_in", "mlp", "input", 3, False),
+    "mlp_out": _Place("blocks.{layer}.hook_mlp_out", "mlp", "output", 4, False),
+    "resid_post": _Place("blocks.{layer}.hook_resid_post", "", "output", 5, True),
+}
+SITE_NAMES = tuple(_PLACES)
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """A kind of site relative to a transcoder's own layer: `resid_pre`, `mlp_out`, `mlp_out+1`, ..."""
+
+    name: str
+    offset: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "SiteSpec":
+        """Read `NAME` or `NAME+N`.
+
+        Raises:
+            UserError: the name is not a site; the message lists the known ones.
+        """
+        match = re.fullmatch(r"(\w+?)(?:\+(\d+))?", text.strip())
+        if not match or match[1] not in _PLACES:
+            raise UserError(
+                f"unknown site {text!r}",
+                expected=f"one of {', '.join(SITE_NAMES)}, optionally followed by +N for N layers later",
+                where="--read / --write or the manifest",
+            )
+        return cls(match[1], int(match[2] or 0))
+
+    def at(self, layer: int) -> "Site":
+        """The concrete site for a transcoder of `layer`."""
+        return Site(self.name, layer + self.offset)
+
+    def __str__(self) -> str:
+        return self.name + (f"+{self.offset}" if self.offset else "")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one block of a model.
+
+    Example:
+        >>> Site("resid_pre", 3).lens_name
+        'blocks.3.hook_resid_pre'
+    """
+
+    name: str
+    layer: int
+
+    @property
+    def lens_name(self) -> str:
+        """The TransformerLens hook name."""
+        return _PLACES[self.name].lens.format(layer=self.layer)
+
+    @property
+    def whole_stream(self) -> bool:
+        """Whether this is the residual stream itself (replacing it cuts every path through this depth)."""
+        return _PLACES[self.name].whole_stream
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Sorts sites by the order of computation; `resid_post L` equals `resid_pre L+1`."""
+        if self.name == "resid_post":
+            return (self.layer + 1, 0)
+        return (self.layer, _PLACES[self.name].depth)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layer}"
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a HF causal language model (`model.model.layers`).
+
+    Raises:
+        UserError: the model is built differently.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(
+            f"{type(model).__name__} has no model.layers",
+            expected="a Qwen2, Qwen3 or Llama style causal language model of transformers",
+        )
+    return layers
+
+
+def module_at(model: nn.Module, site: Site) -> tuple[nn.Module, End]:
+    """The module whose input or output is `site`, and which of the two.
+
+    Raises:
+        CheckpointError: the model has no such layer.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= site.layer < len(layers):
+        raise CheckpointError(
+            f"site {site} does not exist in this model",
+            expected=f"a layer from 0 to {len(layers) - 1}",
+            found=f"layer {site.layer}",
+            repair="check --read/--write and that the transcoders belong to this model",
+        )
+    place = _PLACES[site.name]
+    module = layers[site.layer]
+    return (module.get_submodule(place.path) if place.path else module), place.end

@@ -1,0 +1,286 @@
+"""Opens a described checkpoint: one `Transcoder` per layer, read when first asked for.
+
+One of the two objects of this project that change over time: it remembers which layers are resident, and with
+`budget_bytes` it drops the one used longest ago when the budget is full.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.errors import CheckpointError
+from hooks.files import open_pt, safetensors_load
+from hooks.formats import Checkpoint, LayerSource, Source, TensorSource, recognise
+from hooks.sites import SiteSpec
+from hooks.transcoder import Transcoder
+
+log = logging.getLogger("hooks")
+
+DEFAULT_SITE = SiteSpec("resid_pre")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a set reads and writes, relative to a transcoder's layer, and how that is known."""
+
+    read: SiteSpec
+    write: SiteSpec
+    source: Source
+
+    @property
+    def same_site(self) -> bool:
+        """Whether the set reconstructs what it reads."""
+        return self.read == self.write
+
+
+class TranscoderStore:
+    """The transcoders of one model, by layer.
+
+    Example:
+        >>> from hooks.demo import TRANSCODERS
+        >>> store = TranscoderStore.open(TRANSCODERS["demo"])
+        >>> store[1].read.lens_name
+        'blocks.1.hook_resid_pre'
+    """
+
+    def __init__(
+        self,
+        sources: dict[int, LayerSource | Transcoder],
+        convention: Convention,
+        *,
+        norm_eps: float = 1e-5,
+        dtype: torch.dtype | None = None,
+        budget_bytes: int | None = None,
+        name: str = "in memory",
+        devices: dict[int, torch.device] | None = None,
+    ):
+        self.convention, self.name, self.budget_bytes = convention, name, budget_bytes
+        self._sources, self._norm_eps, self._dtype = dict(sorted(sources.items())), norm_eps, dtype
+        self._devices = devices or {}
+        self._resident: OrderedDict[int, Transcoder] = OrderedDict()
+
+    @classmethod
+    def open(
+        cls,
+        root: str | Path,
+        *,
+        read: str | SiteSpec | None = None,
+        write: str | SiteSpec | None = None,
+        k: int | None = None,
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        budget_bytes: int | None = None,
+    ) -> "TranscoderStore":
+        """Open a folder in any known format; nothing but headers is read yet.
+
+        Args:
+            read: the site the set reads, if the files do not say (`resid_pre`, `mlp_in`, ...).
+            write: the site it writes, likewise (`resid_pre`, `resid_post`, `mlp_out+1`, ...).
+            k: overrides the number of features TopK keeps.
+            layers: open only these.
+            dtype: hold the weights in another precision.
+            budget_bytes: keep at most this many bytes of weights resident.
+
+        Raises:
+            CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
+        """
+        checkpoint = recognise(Path(root))
+        convention = resolve_convention(checkpoint, read, write)
+        sources: dict[int, LayerSource | Transcoder] = {s.layer: s for s in checkpoint.layers}
+        if layers is not None:
+            missing = sorted(set(layers) - set(sources))
+            if missing:
+                raise CheckpointError(
+                    f"no transcoder for layer {missing[0]}",
+                    expected=f"layers among {_spans(sorted(sources))}",
+                    where=str(root),
+                )
+            sources = {layer: sources[layer] for layer in layers}
+        if k is not None:
+            sources = {layer: _with_k(source, k) for layer, source in sources.items()}
+        else:
+            for note in checkpoint.notes:
+                log.warning("%s: %s", root, note)
+        return cls(
+            sources,
+            convention,
+            norm_eps=checkpoint.norm_eps,
+            dtype=dtype,
+            budget_bytes=budget_bytes,
+            name=str(root),
+        )
+
+    @classmethod
+    def of(cls, transcoders: Sequence[Transcoder]) -> "TranscoderStore":
+        """Transcoders that are already in memory, all of one convention."""
+        if not transcoders:
+            raise CheckpointError("no transcoders given", expected="at least one Transcoder")
+        conventions = {_relative(transcoder) for transcoder in transcoders}
+        if len(conventions) != 1:
+            raise CheckpointError(
+                "the transcoders follow several conventions",
+                expected="one pair of read and write sites for the whole set",
+                found="; ".join(f"{read} -> {write}" for read, write in sorted(conventions, key=str)),
+            )
+        read, write = conventions.pop()
+        return cls({t.layer: t for t in transcoders}, Convention(read, write, "given"))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have a transcoder, ascending."""
+        return tuple(self._sources)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the streams the set reads."""
+        return next(iter(self._sources.values())).d_model
+
+    def d_features(self, layer: int) -> int:
+        """Dictionary size of one layer, without loading it."""
+        return self._sources[layer].d_features
+
+    def k(self, layer: int) -> int | None:
+        """How many features TopK keeps at one layer, without loading it."""
+        return self._sources[layer].k
+
+    def k_source(self, layer: int) -> Source:
+        """Where `k` comes from."""
+        source = self._sources[layer]
+        return "given" if isinstance(source, Transcoder) else source.k_source
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __iter__(self) -> Iterator[Transcoder]:
+        return (self[layer] for layer in self.layers)
+
+    def place(self, layer: int, device: torch.device) -> None:
+        """Say where a layer's transcoder belongs: the device of the block it sits at."""
+        if self._devices.get(layer) != device:
+            self._devices[layer] = device
+            self._resident.pop(layer, None)
+
+    def __getitem__(self, layer: int) -> Transcoder:
+        """One layer's transcoder, read now if it is not resident.
+
+        Raises:
+            CheckpointError: there is none for this layer, or its file is damaged.
+        """
+        if layer not in self._sources:
+            raise CheckpointError(
+                f"layer {layer} has no transcoder",
+                expected=f"a layer among {_spans(self.layers)}",
+                where=self.name,
+            )
+        if layer in self._resident:
+            self._resident.move_to_end(layer)
+        else:
+            self._resident[layer] = self._load(layer)
+            self._evict()
+        return self._resident[layer]
+
+    def _load(self, layer: int) -> Transcoder:
+        source = self._sources[layer]
+        device = self._devices.get(layer, torch.device("cpu"))
+        if isinstance(source, Transcoder):
+            return source.to(device, self._dtype)
+        weights = {name: _read(where).to(device, self._dtype) for name, where in source.tensors.items()}
+        return Transcoder(
+            layer=layer,
+            read=self.convention.read.at(layer),
+            write=self.convention.write.at(layer),
+            W_enc=weights["W_enc"],
+            b_enc=weights["b_enc"],
+            W_dec=weights["W_dec"],
+            b_dec=weights["b_dec"],
+            norm_weight=weights.get("norm_weight"),
+            norm_bias=weights.get("norm_bias"),
+            norm_eps=self._norm_eps,
+            k=source.k,
+        )
+
+    def _evict(self) -> None:
+        if self.budget_bytes is None:
+            return
+        while len(self._resident) > 1 and sum(t.nbytes for t in self._resident.values()) > self.budget_bytes:
+            self._resident.popitem(last=False)
+
+
+def resolve_convention(
+    checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None
+) -> Convention:
+    """Stored sites, else given ones, else the assumption that is said aloud.
+
+    Raises:
+        CheckpointError: what is given contradicts what is stored.
+    """
+    given = [SiteSpec.parse(site) if isinstance(site, str) else site for site in (read, write)]
+    for name, want, have in (("read", given[0], checkpoint.read), ("write", given[1], checkpoint.write)):
+        if want and have and want != have:
+            raise CheckpointError(
+                f"--{name} {want} contradicts the files",
+                expected=f"{have}, as stored",
+                where=str(checkpoint.root),
+                repair=f"leave --{name} away",
+            )
+    if checkpoint.read and checkpoint.write:
+        return Convention(checkpoint.read, checkpoint.write, "stored")
+    if given[0] and given[1]:
+        return Convention(given[0], given[1], "given")
+    known_read = given[0] or checkpoint.read or DEFAULT_SITE
+    known_write = given[1] or checkpoint.write or (known_read if known_read.name.startswith("resid") else DEFAULT_SITE)
+    log.warning(
+        "%s: the files do not say what the transcoders read and write; assuming --read %s --write %s",
+        checkpoint.root,
+        known_read,
+        known_write,
+    )
+    return Convention(known_read, known_write, "assumed")
+
+
+def _with_k(source: LayerSource | Transcoder, k: int) -> LayerSource:
+    assert isinstance(source, LayerSource)
+    if not 1 <= k <= source.d_features:
+        raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
+    return LayerSource(
+        source.layer, source.d_model, source.d_features, source.tensors, k, "given", source.metadata
+    )
+
+
+def _read(source: TensorSource) -> Tensor:
+    if source.file.suffix == ".safetensors":
+        tensor = safetensors_load(source.file, source.key[-1])
+    else:
+        content: Any = open_pt(source.file)
+        for key in source.key:
+            content = content[key]
+        tensor = content
+    return tensor.T.contiguous() if source.transposed else tensor.clone()
+
+
+def _relative(transcoder: Transcoder) -> tuple[SiteSpec, SiteSpec]:
+    read, write = transcoder.read, transcoder.write
+    return (
+        SiteSpec(read.name, read.layer - transcoder.layer),
+        SiteSpec(write.name, write.layer - transcoder.layer),
+    )
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """`0-4, 6` for [0, 1, 2, 3, 4, 6]."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1] = [spans[-1][0], layer]
+        else:
+            spans.append([layer])
+    return ", ".join("-".join(map(str, span)) for span in spans)

@@ -1,0 +1,217 @@
+"""The small frozen values everything else speaks in: sparse activations, feature addresses, edits."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooks.errors import AddressError
+from hooks.sites import Site
+
+ErrorMode = Literal["live", "frozen", "zero"]
+"""What happens to the reconstruction error at a replaced site.
+
+`live`: recomputed from the stream that arrives, so an empty edit is exact; `frozen`: the error of the clean run is
+added back; `zero`: dropped.
+"""
+
+MaskMode = Literal["frozen", "live"]
+"""Whether TopK selects again when a feature is ablated. `frozen`: no; `live`: the next feature in line moves up."""
+
+
+@dataclass(frozen=True)
+class SparseActs:
+    """The features that TopK kept, in one form everywhere.
+
+    `indices` ascend along the last axis. A value of 0 means "selected, then cut by ReLU": the feature is inactive.
+    Without TopK (plain ReLU), `k` is the largest number of active features of any token in the batch.
+    """
+
+    values: Float[Tensor, "*token k"]
+    indices: Int[Tensor, "*token k"]
+
+    def dense(self, d_features: int) -> Float[Tensor, "*token feature"]:
+        """Scatter into a dense tensor. For tests and tables; never on a hot path at 32B."""
+        out = self.values.new_zeros(*self.values.shape[:-1], d_features)
+        return out.scatter_add(-1, self.indices, self.values)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per token."""
+        return float((self.values > 0).sum(-1).float().mean())
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which tokens an intervention touches. Positions count the real tokens of a row, padding excluded.
+
+    An index or a slice bound that is negative counts from the end of the *prompt*, also while generating. A slice
+    with an open end goes on into the generated tokens; `new` is exactly those; `all` is every token.
+    """
+
+    kind: Literal["index", "slice", "all", "new"]
+    start: int | None = None
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Positions":
+        """Read `all`, `new`, an index, or `a:b` with either bound left out.
+
+        Raises:
+            AddressError: none of these.
+        """
+        text = text.strip()
+        if text in ("all", "new"):
+            return cls(text)  # type: ignore[arg-type]
+        if re.fullmatch(r"-?\d+", text):
+            return cls("index", int(text))
+        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
+        if match:
+            return cls("slice", *(int(bound) if bound else None for bound in match.groups()))
+        raise AddressError(
+            f"cannot read the position {text!r}",
+            expected="an index such as 3 or -1, a slice such as 2:5, `all` or `new`",
+        )
+
+    @classmethod
+    def of(cls, value: "int | slice | str | Positions") -> "Positions":
+        """Accept what Python users have at hand: an int, a slice, text, or a `Positions`."""
+        if isinstance(value, Positions):
+            return value
+        if isinstance(value, slice):
+            if value.step not in (None, 1):
+                raise AddressError(f"a position slice cannot have a step, found {value}")
+            return cls("slice", value.start, value.stop)
+        if isinstance(value, int):
+            return cls("index", value)
+        return cls.parse(value)
+
+    def bounds(self, prompt_length: int) -> tuple[int, int | None]:
+        """First position, and the one after the last (None: no end), for a prompt of this length."""
+
+        def absolute(bound: int) -> int:
+            return bound + prompt_length if bound < 0 else bound
+
+        if self.kind == "all":
+            return 0, None
+        if self.kind == "new":
+            return prompt_length, None
+        if self.kind == "index":
+            assert self.start is not None
+            return absolute(self.start), absolute(self.start) + 1
+        start = 0 if self.start is None else absolute(self.start)
+        return start, None if self.stop is None else absolute(self.stop)
+
+    def mask(self, first: int, count: int, prompt_length: int) -> Bool[Tensor, " pos"]:
+        """Which of the positions `first .. first+count-1` are meant."""
+        start, stop = self.bounds(prompt_length)
+        here = torch.arange(first, first + count)
+        hit = here >= start
+        return hit if stop is None else hit & (here < stop)
+
+    def check(self, prompt_length: int, new_tokens: int, where: str) -> None:
+        """Refuse positions that can never occur in a run of this length.
+
+        Raises:
+            AddressError: the position lies before the prompt or beyond its last token, or the slice is empty.
+        """
+        start, stop = self.bounds(prompt_length)
+        end = prompt_length + new_tokens
+        if self.kind == "new" and new_tokens == 0:
+            raise AddressError(
+                "`@new` means generated tokens, and this run generates none",
+                where=where,
+                repair="use generate (or `circuits steer`), or address prompt positions",
+            )
+        if start < 0 or (self.kind != "all" and start >= end) or (stop is not None and stop <= start):
+            span = f"0 to {end - 1} (or -{prompt_length} to -1)"
+            raise AddressError(
+                f"position {self} does not occur",
+                expected=f"positions {span}: the prompt has {prompt_length} tokens"
+                + (f", and {new_tokens} new ones follow" if new_tokens else ""),
+                where=where,
+            )
+
+    def __str__(self) -> str:
+        if self.kind == "index":
+            return str(self.start)
+        if self.kind == "slice":
+            return f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
+        return self.kind
+
+
+@dataclass(frozen=True)
+class FeatureAddress:
+    """`L{layer}/{feature}` with optional `@{position}`; no position means every token.
+
+    Example:
+        >>> str(FeatureAddress.parse("L3/118@-1"))
+        'L3/118@-1'
+    """
+
+    layer: int
+    feature: int
+    positions: Positions = field(default_factory=lambda: Positions("all"))
+
+    @classmethod
+    def parse(cls, text: str) -> "FeatureAddress":
+        """Read an address.
+
+        Raises:
+            AddressError: the text has another shape.
+        """
+        match = re.fullmatch(r"L(\d+)/(\d+)(?:@(.+))?", text.strip())
+        if not match:
+            raise AddressError(
+                f"cannot read the feature address {text!r}",
+                expected="L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/118 or L3/118@-1",
+            )
+        positions = Positions.parse(match[3]) if match[3] else Positions("all")
+        return cls(int(match[1]), int(match[2]), positions)
+
+    @classmethod
+    def of(cls, value: "str | FeatureAddress | tuple[int, Any, int]") -> "FeatureAddress":
+        """Accept text, an address, or circuit-tracer's `(layer, position, feature)`."""
+        if isinstance(value, FeatureAddress):
+            return value
+        if isinstance(value, tuple):
+            if len(value) != 3:
+                raise AddressError(f"cannot read the feature {value!r}", expected="(layer, position, feature)")
+            layer, positions, feature = value
+            return cls(int(layer), int(feature), Positions.of(positions))
+        return cls.parse(value)
+
+    def __str__(self) -> str:
+        tail = "" if self.positions.kind == "all" else f"@{self.positions}"
+        return f"L{self.layer}/{self.feature}{tail}"
+
+
+@dataclass
+class Pass:
+    """Where a running forward pass stands; made anew for every pass, and gone after it.
+
+    Attributes:
+        first: absolute position of the first token of this pass (0, or the cache length while decoding).
+        prompt_lengths: real tokens of the prompt, per row; generated tokens come behind them.
+        memo: what an edit at a read site leaves for its partner at the write site.
+    """
+
+    first: int
+    prompt_lengths: list[int]
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Everything that touches a forward pass: a function of the tensor at one site.
+
+    `apply` returns a new tensor (never the old one modified), or the very same object when it changes nothing, so
+    that an edit that does not hit leaves the pass bit for bit as it was.
+    """
+
+    site: Site
+    apply: Callable[[Float[Tensor, "batch pos d_model"], Pass], Float[Tensor, "batch pos d_model"]]
