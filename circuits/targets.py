@@ -1,0 +1,67 @@
+"""What is explained: a target is a linear functional of the logits at one position.
+
+The default is the metric used everywhere: logit(answer) − logit(best other token), both of the clean run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.host import Host
+from hooks.readout import best_other
+
+
+@dataclass(frozen=True)
+class Target:
+    """sum_v coefficient_v · logit_v at one position.
+
+    Attributes:
+        name: how it is shown, for example `' Austin' − ' Sacramento'`.
+        tokens, coefficients: the functional.
+        pos: absolute position whose next-token logits are meant.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    pos: int
+
+    def value(self, logits: Float[Tensor, "*batch pos vocab"]) -> Float[Tensor, "*batch"]:
+        """The target's value, differentiable, in fp32 or better."""
+        row = logits[..., self.pos, :]
+        wide = row if row.dtype.itemsize >= 4 else row.float()
+        picked = wide[..., list(self.tokens)]
+        return (picked * picked.new_tensor(self.coefficients)).sum(-1)
+
+
+TargetLike = str | int | Target | tuple[str | int, str | int]
+
+
+def resolve_targets(
+    host: Host, logits: Float[Tensor, "pos vocab"], targets: TargetLike | Sequence[TargetLike] | None
+) -> tuple[Target, ...]:
+    """Turn what the user named into targets; the first is the metric that scores are measured in.
+
+    Args:
+        logits: of the clean run, to find the answer and the best other token.
+        targets: None (the model's own answer), a token, `(answer, against)`, a `Target`, or a list of these.
+
+    Raises:
+        TargetError: a name is not one token.
+    """
+    listed = targets if isinstance(targets, list) else [targets]
+    return tuple(_resolve(host, logits, target) for target in listed)
+
+
+def _resolve(host: Host, logits: Float[Tensor, "pos vocab"], target: TargetLike | None) -> Target:
+    if isinstance(target, Target):
+        return target
+    against: int | None = None
+    if isinstance(target, tuple):
+        target, against = target[0], host.token_id(target[1])
+    answer = int(logits[-1].argmax()) if target is None else host.token_id(target)
+    other = best_other(logits[-1], answer) if against is None else against
+    name = f"{host.string(answer)!r} − {host.string(other)!r}"
+    return Target(name, (answer, other), (1.0, -1.0), len(logits) - 1)

@@ -1,0 +1,184 @@
+"""The driver: record, score, select, edges, verify, prune. One prompt in, one graph out."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from circuits.attribution import RULES, LocalRun, make_cuts
+from circuits.graph import Graph
+from circuits.influence import node_influence
+from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN, NodeIndex
+from circuits.prune import prune
+from circuits.scores import EMBEDDING, FeatureScores, score_features
+from circuits.targets import TargetLike, resolve_targets
+from circuits.verify import target_facts, verify
+from hooks.errors import UserError
+from hooks.host import Prompt
+from hooks.model import HookedModel
+from hooks.recording import record
+
+log = logging.getLogger("circuits")
+
+
+def trace(
+    model: HookedModel,
+    prompt: Prompt,
+    targets: TargetLike | Sequence[TargetLike] | None = None,
+    *,
+    max_nodes: int = 10_000,
+    rule: str = "exact",
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    sample: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> Graph:
+    """Explain a target by a graph of features, and measure how far the graph is right.
+
+    Args:
+        targets: what is explained: None (the model's own answer against the best other token), a token,
+            `(answer, against)`, a `Target`, or a list; scores are in units of the first.
+        max_nodes: how many features become nodes, by |score|; the others act through the rest nodes.
+        rule: an attribution rule, a file in `circuits/attribution/`.
+        node_threshold, edge_threshold: see `circuits.prune`; 1.0 keeps everything.
+        sample: how many nodes and edges are verified by real ablations; 0 skips the verification.
+        seed: of that sample.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: the rule is unknown, or the transcoders are not of the same-site convention.
+
+    Example:
+        >>> from hooks import HookedModel
+        >>> graph = trace(HookedModel.load("demo"), "fact: the capital of the state containing Dallas is")
+        >>> graph.meta["targets"][0]["name"].startswith("' Austin'")
+        True
+    """
+    _check(model, rule, max_nodes)
+    batch = model.host.batch([prompt])
+    recording = record(model.host, model.store, batch)
+    chosen = resolve_targets(model.host, recording.logits[0], targets)
+    scores = score_features(model, recording, chosen[0])
+    selected = _select(scores, max_nodes)
+    cuts = make_cuts(model, recording, selected)
+    index = NodeIndex.build(batch.lengths[0], selected, [target.pos for target in chosen])
+    _, seen = model.host.capture(batch, [EMBEDDING])
+    run = LocalRun(model, recording, cuts, chosen, index, seen[EMBEDDING][0])
+    graph = _with_edges(run, scores, rule, progress)
+    graph = graph.with_meta(selection=_coverage(scores, max_nodes))
+    if sample:
+        graph = graph.with_meta(verification=verify(model, graph, n=sample, seed=seed).summary())
+    return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
+
+
+def _check(model: HookedModel, rule: str, max_nodes: int) -> None:
+    if rule not in RULES:
+        raise UserError(f"unknown attribution rule {rule!r}", expected=", ".join(RULES), where="--rule")
+    if max_nodes < 1:
+        raise UserError(f"max_nodes = {max_nodes} leaves nothing to draw", expected="at least 1")
+    convention = model.store.convention
+    if not (convention.same_site and convention.write.at(0).whole_stream):
+        raise UserError(
+            f"graphs need transcoders that reconstruct the residual stream where they read it; "
+            f"these read {convention.read} and write {convention.write}",
+            expected="one residual site for both, such as --read resid_pre --write resid_pre",
+            repair="features, swap, ablate and steer work for this set as it is",
+        )
+
+
+def _select(scores: FeatureScores, max_nodes: int) -> dict[int, list[tuple[int, int]]]:
+    """The strongest features by |score|; ties fall to the lower (layer, position, feature)."""
+    table = scores.frame().head(max_nodes)
+    selected: dict[int, list[tuple[int, int]]] = {layer: [] for layer in scores.values}
+    for row in table.itertuples():
+        selected[int(row.layer)].append((int(row.pos), int(row.feature)))
+    return selected
+
+
+def _coverage(scores: FeatureScores, max_nodes: int) -> dict[str, float]:
+    size = scores.frame()["score"].abs()
+    covered = float(size.head(max_nodes).sum() / size.sum()) if size.sum() else 1.0
+    return {"active_features": len(size), "selected": min(max_nodes, len(size)), "covered_score": covered}
+
+
+def _with_edges(run: LocalRun, scores: FeatureScores, rule: str, progress: bool) -> Graph:
+    """All edges by the rule, joined with what is known of the nodes."""
+    activation, score, per_unit = _node_values(run, scores)
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    left, size, worst = 0.0, 0.0, 0.0
+    total = sum(len(run.target_rows(number)) for number in range(len(run.cuts) + 1))
+    with tqdm(total=total, desc="edges", unit="node", disable=not progress, leave=False) as bar:
+        for rows in RULES[rule].edge_rows(run):
+            weights = rows.weights.double().cpu()
+            gap, mass = (rows.values.double().cpu() - weights.sum(1)).abs(), weights.abs().sum(1)
+            left, size = left + float(gap.sum()), size + float(mass.sum())
+            scale = torch.maximum(rows.values.double().cpu().abs(), mass).clamp_min(1e-30)
+            worst = max(worst, float((gap / scale).max())) if len(gap) else worst
+            at, from_ = weights.nonzero(as_tuple=True)
+            parts.append((rows.sources[from_], rows.targets[at], weights[at, from_]))
+            bar.update(len(gap))
+    source, target, weight = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    order = np.lexsort((source, target))
+    source, target, weight = source[order], target[order], weight[order]
+    influence, _ = node_influence(run.index, source, target, weight)
+    meta = _facts(run, rule)
+    if RULES[rule].CONSERVES:
+        meta["conservation"] = {"rule": rule, "max_rel_error": worst}
+    else:
+        meta["remainder_share"] = left / (left + size) if left + size else 0.0
+    effect = weight * per_unit[target]
+    return Graph(run.index, activation, score, influence, source, target, weight, effect, meta)
+
+
+def _node_values(
+    run: LocalRun, scores: FeatureScores
+) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
+    """Per node: activation (or norm), score, and the metric's derivative by one unit of the node."""
+    index = run.index
+    activation, score, per_unit = (np.zeros(len(index)) for _ in range(3))
+
+    def put(kind: int, layer: int | None, size: torch.Tensor, effect: torch.Tensor) -> Int[np.ndarray, " row"]:
+        rows = index.rows(kind, layer)
+        activation[rows], score[rows] = size.double().cpu().numpy(), effect.double().cpu().numpy()
+        return rows
+
+    put(TOKEN, None, run.embedding.norm(dim=-1), scores.tokens)
+    for cut in run.cuts:
+        gradient = scores.gradients[cut.layer].to(cut.error.dtype)
+        slope = (gradient[cut.pos] * cut.transcoder.W_dec[cut.feature].to(gradient.dtype)).sum(-1)
+        rows = put(FEATURE, cut.layer, cut.activation, cut.activation * slope)
+        per_unit[rows] = slope.double().cpu().numpy()
+        for kind, vector in ((REST, cut.rest), (ERROR, cut.error)):
+            put(kind, cut.layer, vector.norm(dim=-1), (vector * gradient).sum(-1))
+        bias = cut.transcoder.b_dec.to(gradient.dtype)
+        put(BIAS, cut.layer, bias.norm()[None], (gradient @ bias).sum()[None])
+    values = torch.stack([target.value(run.recording.logits)[0] for target in run.targets])
+    rows = put(TARGET, None, values, values)
+    per_unit[rows] = 1.0
+    return activation, score, per_unit
+
+
+def _facts(run: LocalRun, rule: str) -> dict[str, object]:
+    host, batch, store = run.model.host, run.recording.batch, run.model.store
+    return {
+        "prompt": host.text(batch.ids[0].tolist()),
+        "ids": batch.ids[0].tolist(),
+        "tokens": list(batch.strings[0]),
+        "targets": [target_facts(target) for target in run.targets],
+        "rule": rule,
+        "model": run.model.name,
+        "transcoders": store.name,
+        "convention": {
+            "read": str(store.convention.read),
+            "write": str(store.convention.write),
+            "source": store.convention.source,
+        },
+        "layers": list(store.layers),
+        "n_layers": host.n_layers,
+    }
+
+
