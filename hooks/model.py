@@ -404,7 +404,7 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     if isinstance(transcoders, TranscoderStore):
         return transcoders
     if isinstance(transcoders, (str, Path)):
-        return TranscoderStore.open(_transcoder_folder(str(transcoders)), **options)
+        return TranscoderStore.open(_transcoder_folder(str(transcoders)), name=str(transcoders), **options)
     return TranscoderStore.of(list(transcoders))
 
 

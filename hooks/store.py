@@ -76,6 +76,7 @@ class TranscoderStore:
         layers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
+        name: str | None = None,
     ) -> "TranscoderStore":
         """Open a folder in any known format; nothing but headers is read yet.
 
@@ -86,6 +87,7 @@ class TranscoderStore:
             layers: open only these.
             dtype: hold the weights in another precision.
             budget_bytes: keep at most this many bytes of weights resident.
+            name: what messages and saved results call the set; the folder by default.
 
         Raises:
             CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
@@ -113,7 +115,7 @@ class TranscoderStore:
             norm_eps=checkpoint.norm_eps,
             dtype=dtype,
             budget_bytes=budget_bytes,
-            name=str(root),
+            name=name or str(root),
         )
 
     @classmethod

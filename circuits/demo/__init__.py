@@ -1,0 +1,1 @@
+"""What the embedded default shows, measured through the public engine: the protocols, the story, the report."""

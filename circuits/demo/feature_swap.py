@@ -1,0 +1,211 @@
+"""The features that carry a state: chosen on one set of questions, tested by intervention on another.
+
+Chosen on trained cities in every wording but the test one: per state the features of one site with the highest average
+precision, and their mean activation there. Tested on held-out cities in the test wording, which the model itself was
+never trained to answer capitals in: zero the source state's features, set the target state's features to their means
+(factor 1, error kept), over all ordered pairs. The site is the one whose chosen features are most selective on the
+first set; nothing is tuned on the second.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.demo.quality import ordered_pairs
+from circuits.demo.questions import POSITIONS, STATE_NAMES, Exam, Questions
+from hooks.interventions.ablate import Ablate
+from hooks.interventions.clamp import Clamp
+from hooks.types import FeatureAddress, Positions
+
+FEATURES_PER_STATE = 4
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How features of one site relate to states on the selection questions.
+
+    Attributes:
+        precision: average precision of each feature as a detector of each state.
+        mean: mean activation of each feature over a state's questions, inactive ones included.
+    """
+
+    layer: int
+    place: str
+    precision: Float[Tensor, "state feature"]
+    mean: Float[Tensor, "state feature"]
+
+    def best(self, state: int, n: int = FEATURES_PER_STATE) -> list[int]:
+        """The n most selective features of a state."""
+        return self.precision[state].sort(descending=True, stable=True).indices[:n].tolist()
+
+    @property
+    def quality(self) -> float:
+        """Mean precision of the chosen features over all states."""
+        return float(self.precision.topk(FEATURES_PER_STATE, dim=-1).values.mean())
+
+
+@dataclass(frozen=True)
+class SwapResult:
+    """Share of all ordered pairs whose most likely token became the other state's capital.
+
+    Attributes:
+        success: with the target state's features.
+        third_state: with a third state's features instead (matched in number; decoder norms are equal per site).
+        random: random active features zeroed, random features set with the same total decoder norm.
+    """
+
+    success: float
+    third_state: float
+    random: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """Mean change of logits when a state's features are zeroed: its own capital, and the other capitals."""
+
+    answer: float
+    others: float
+
+
+def select(exam: Exam) -> dict[tuple[int, str], Selection]:
+    """Average precision and mean activation of every feature at every site, city token and last token."""
+    questions = exam.selection_questions()
+    acts = _activations(exam, questions)
+    states = torch.nn.functional.one_hot(questions.states, len(STATE_NAMES)).bool()
+    out = {}
+    for (layer, place), values in acts.items():
+        counts = states.to(values.dtype)
+        mean = (counts.T @ values) / reduce(counts, "prompt state -> state 1", "sum")
+        out[layer, place] = Selection(layer, place, average_precision(values, states), mean)
+    return out
+
+
+def best_site(selections: Mapping[tuple[int, str], Selection]) -> Selection:
+    """The site whose chosen features are most selective."""
+    return max(selections.values(), key=lambda selection: selection.quality)
+
+
+def _activations(exam: Exam, questions: Questions) -> dict[tuple[int, str], Float[Tensor, "prompt feature"]]:
+    rows: dict[tuple[int, str], list[Tensor]] = {}
+    for start in range(0, len(questions), ROWS):
+        recording = exam.model.record(list(questions.prompts[start : start + ROWS]))
+        for layer, record in recording.layers.items():
+            dense = record.acts.dense(exam.model.store.d_features(layer))
+            for place in POSITIONS:
+                pos = questions.positions[place][start : start + ROWS]
+                rows.setdefault((layer, place), []).append(dense[torch.arange(len(pos)), pos])
+    return {key: torch.cat(parts) for key, parts in rows.items()}
+
+
+def average_precision(
+    values: Float[Tensor, "prompt feature"], labels: Bool[Tensor, "prompt label"]
+) -> Float[Tensor, "label feature"]:
+    """Average precision of each feature's activation as a detector of each label.
+
+    A prompt where the feature is inactive is never retrieved, so a label's inactive prompts count as missed.
+    """
+    order = values.sort(dim=0, descending=True, stable=True).indices
+    retrieved = values.gather(0, order) > 0
+    rank = rearrange(torch.arange(1, len(values) + 1), "prompt -> prompt 1")
+    out = []
+    for label in labels.T:
+        hit = label[order] & retrieved
+        precision = hit.cumsum(0) / rank
+        out.append((precision * hit).sum(0) / label.sum())
+    return torch.stack(out)
+
+
+def swap_states(exam: Exam, selection: Selection, *, seed: int = 0) -> SwapResult:
+    """Swap every held-out city's state for every other one, with both controls."""
+    source, target = ordered_pairs()
+    generator = torch.Generator().manual_seed(seed)
+    third = _third_states(source, target, generator)
+    test = exam.test_questions()
+    active = _activations(exam, test)[selection.layer, selection.place] > 0
+    norms = exam.model.store[selection.layer].W_dec.norm(dim=-1)
+    plans: dict[str, list[list[object]]] = {"success": [], "third_state": [], "random": []}
+    for own, wanted, other in zip(source.tolist(), target.tolist(), third.tolist(), strict=True):
+        pos = int(test.positions[selection.place][own])
+        plans["success"].append(swap_plan(selection, own, wanted, pos))
+        plans["third_state"].append(swap_plan(selection, own, other, pos))
+        plans["random"].append(_random_plan(selection, active[own], wanted, pos, norms, generator))
+    prompts = [test.prompts[own] for own in source.tolist()]
+    rates = {
+        name: float(exam.correct(exam.model.run_many(prompts, plan), target).mean()) for name, plan in plans.items()
+    }
+    return SwapResult(**rates, pairs=len(source))
+
+
+def swap_plan(selection: Selection, own: int, wanted: int, pos: int) -> list[object]:
+    """Zero one state's features, set another's to their means; a feature of both is set."""
+    setting = selection.best(wanted)
+    zero = [feature for feature in selection.best(own) if feature not in setting]
+    values = selection.mean[wanted]
+    return [
+        *(Ablate(_address(selection, feature, pos)) for feature in zero),
+        *(Clamp(_address(selection, feature, pos), float(values[feature])) for feature in setting),
+    ]
+
+
+def state_addresses(selection: Selection, state: int, pos: int) -> list[FeatureAddress]:
+    """The features that carry a state, at one position."""
+    return [_address(selection, feature, pos) for feature in selection.best(state)]
+
+
+def ablate_states(exam: Exam, selection: Selection) -> AblationResult:
+    """Zero each held-out city's state features; its answer against the 49 other capitals."""
+    test = exam.test_questions()
+    plans = [
+        [Ablate(address) for address in state_addresses(selection, state, int(pos))]
+        for state, pos in enumerate(test.positions[selection.place])
+    ]
+    change = exam.model.run_many(test.prompts, plans) - exam.model.run_many(test.prompts)
+    capitals = change[:, exam.answers]
+    own = capitals.diagonal()
+    others = (capitals.sum(1) - own) / (len(STATE_NAMES) - 1)
+    return AblationResult(float(own.mean()), float(others.mean()))
+
+
+def _random_plan(
+    selection: Selection,
+    active: Bool[Tensor, " feature"],
+    wanted: int,
+    pos: int,
+    norms: Float[Tensor, " feature"],
+    generator: torch.Generator,
+) -> list[object]:
+    """As many random features, as much decoder norm: active ones zeroed, ones that are alive at the site set."""
+    candidates = active.nonzero()[:, 0]
+    zero = candidates[torch.randperm(len(candidates), generator=generator)[:FEATURES_PER_STATE]]
+    alive = (selection.mean.sum(0) > 0).nonzero()[:, 0]
+    alive = alive[~torch.isin(alive, zero)]
+    setting = alive[torch.randperm(len(alive), generator=generator)[:FEATURES_PER_STATE]]
+    model_features = selection.best(wanted)
+    sizes = selection.mean[wanted][model_features] * norms[model_features]
+    return [
+        *(Ablate(_address(selection, feature, pos)) for feature in zero.tolist()),
+        *(
+            Clamp(_address(selection, feature, pos), float(size / norms[feature]))
+            for feature, size in zip(setting.tolist(), sizes, strict=False)
+        ),
+    ]
+
+
+def _third_states(
+    source: Int[Tensor, " pair"], target: Int[Tensor, " pair"], generator: torch.Generator
+) -> Int[Tensor, " pair"]:
+    out = []
+    for own, wanted in zip(source.tolist(), target.tolist(), strict=True):
+        rest = [state for state in range(len(STATE_NAMES)) if state not in (own, wanted)]
+        out.append(rest[int(torch.randint(len(rest), (1,), generator=generator))])
+    return torch.tensor(out)
+
+
+def _address(selection: Selection, feature: int, pos: int) -> FeatureAddress:
+    return FeatureAddress(selection.layer, int(feature), Positions("index", pos))

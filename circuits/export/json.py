@@ -1,0 +1,14 @@
+"""json: networkx node-link data, `{"directed", "graph", "nodes", "edges"}`; read back with `nx.node_link_graph`."""
+
+from pathlib import Path
+
+import networkx as nx
+
+from circuits.graph import Graph
+from hooks.files import write_json
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Nodes, edges, and under `graph` everything the trace knows, its verification included."""
+    data = nx.node_link_data(graph.to_networkx(), edges="edges")
+    write_json(path, data | {"graph": dict(graph.meta)})

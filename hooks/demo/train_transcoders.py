@@ -1,0 +1,167 @@
+"""Train same-site TopK transcoders on the demo model's residual stream, all sites at once.
+
+One transcoder per block reads the block's input and reconstructs it:
+`z = relu(topk_k(LayerNorm(x) @ W_enc.T + b_enc))`, `x_hat = z @ W_dec + b_dec`, decoder rows of norm one.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Qwen2ForCausalLM
+
+log = logging.getLogger(__name__)
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class TranscoderRecipe:
+    """Everything that decides a set of transcoders besides the seed and the model."""
+
+    d_features: int
+    k: int
+    steps: int = 3000
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    auxiliary_weight: float = 1 / 32
+    dead_after_steps: int = 60
+    n_sentences: int = 20_000
+
+
+def dense_recipe(d_model: int, steps: int = 3000) -> TranscoderRecipe:
+    """The proportions of the published set: 2.4 features per dimension, 12 % of them active."""
+    d_features = round(2.4 * d_model)
+    return TranscoderRecipe(d_features=d_features, k=max(1, int(0.12 * d_features)), steps=steps)
+
+
+class TranscoderStack(nn.Module):
+    """The transcoders of all sites, stacked so that one batched product serves them all."""
+
+    def __init__(self, n_sites: int, d_model: int, recipe: TranscoderRecipe) -> None:
+        super().__init__()
+        directions = F.normalize(torch.randn(n_sites, recipe.d_features, d_model), dim=-1)
+        self.k = recipe.k
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(n_sites, 1, recipe.d_features))
+        self.W_dec = nn.Parameter(directions.clone())
+        self.b_dec = nn.Parameter(torch.zeros(n_sites, 1, d_model))
+
+    def pre_activations(self, x: Float[Tensor, "site n d"]) -> Float[Tensor, "site n feature"]:
+        """Encoder output before TopK."""
+        normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        return torch.baddbmm(self.b_enc, normed, self.W_enc.transpose(1, 2))
+
+
+def keep_top(pre: Float[Tensor, "site n feature"], k: int) -> Float[Tensor, "site n feature"]:
+    """TopK, then ReLU; every other entry zero."""
+    values, indices = pre.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+
+@torch.no_grad()
+def residuals_before_blocks(
+    model: Qwen2ForCausalLM, ids: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"], batch: int = 500
+) -> Float[Tensor, "site token d"]:
+    """The input of every block at every token under the mask, in reading order."""
+    parts: list[list[Tensor]] = [[] for _ in model.model.layers]
+    kept: list[Tensor] = []
+
+    def record(site: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            parts[site].append((args[0] if args else kwargs["hidden_states"])[kept[-1]])
+
+        return hook
+
+    blocks = model.model.layers
+    hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        for rows in torch.arange(len(ids)).split(batch):
+            kept.append(mask[rows])
+            model.model(input_ids=ids[rows], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([torch.cat(p) for p in parts])
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up over fifty steps, linear decay over the last half."""
+    return min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (0.5 * steps))
+
+
+def _loss(
+    stack: TranscoderStack,
+    x: Float[Tensor, "site n d"],
+    variance: Float[Tensor, " site"],
+    dead: Bool[Tensor, "site feature"],
+    auxiliary_weight: float,
+) -> tuple[Float[Tensor, ""], Bool[Tensor, "site feature"]]:
+    """FVU summed over sites, plus the dead features' share in rebuilding the error; and which features fired."""
+    pre = stack.pre_activations(x)
+    active = keep_top(pre, stack.k)
+    error = x - torch.baddbmm(stack.b_dec, active, stack.W_dec)
+    loss = (error.pow(2).sum(-1).mean(1) / variance).sum()
+    if auxiliary_weight and bool(dead.any()):
+        revived = keep_top(pre.relu() * dead[:, None, :], min(stack.k, pre.shape[-1] // 4))
+        missed = error.detach() - torch.bmm(revived, stack.W_dec)
+        loss = loss + auxiliary_weight * (missed.pow(2).sum(-1).mean(1) / variance).sum()
+    return loss, (active > 0).any(1)
+
+
+def train_transcoders(
+    residuals: Float[Tensor, "site token d"], recipe: TranscoderRecipe, seed: int
+) -> TranscoderStack:
+    """Train one transcoder per site on the residuals; single-threaded runs repeat byte for byte."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    n_sites, n_tokens, d_model = residuals.shape
+    mean = residuals.mean(1, keepdim=True)
+    variance = (residuals - mean).pow(2).sum(-1).mean(1)
+    stack = TranscoderStack(n_sites, d_model, recipe)
+    scale = (variance / d_model).sqrt()[:, None, None]
+    stack.b_dec.data.copy_(mean)
+    stack.W_dec.data.mul_(scale)
+    optimizer = torch.optim.Adam(stack.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    idle = torch.zeros(n_sites, recipe.d_features)
+    for step in tqdm(range(recipe.steps), desc=f"transcoders {recipe.d_features}/{recipe.k}", mininterval=20):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
+        rows = torch.randint(0, n_tokens, (recipe.batch_size,), generator=generator)
+        dead = idle > recipe.dead_after_steps
+        loss, fired = _loss(stack, residuals[:, rows], variance, dead, recipe.auxiliary_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        idle = torch.where(fired, torch.zeros_like(idle), idle + 1)
+        with torch.no_grad():
+            stack.W_dec.copy_(F.normalize(stack.W_dec, dim=-1) * scale)
+        if (step + 1) % 500 == 0:
+            log.info("step %d: mean FVU %.4f", step + 1, loss.item() / n_sites)
+    return _with_unit_decoder(stack, scale)
+
+
+@torch.no_grad()
+def _with_unit_decoder(stack: TranscoderStack, scale: Float[Tensor, "site 1 1"]) -> TranscoderStack:
+    """Move the decoder's norm into the encoder, so an activation is a length in the residual stream."""
+    stack.W_dec.copy_(F.normalize(stack.W_dec, dim=-1))
+    stack.W_enc.mul_(scale)
+    stack.b_enc.mul_(scale)
+    return stack.requires_grad_(False)
+
+
+def site_tensors(stack: TranscoderStack, site: int) -> dict[str, Tensor]:
+    """The tensors of one site under the names of the native format."""
+    d_model = stack.W_dec.shape[-1]
+    return {
+        "ln.weight": torch.ones(d_model),
+        "ln.bias": torch.zeros(d_model),
+        "W_enc": stack.W_enc[site].contiguous(),
+        "b_enc": stack.b_enc[site, 0].contiguous(),
+        "W_dec": stack.W_dec[site].contiguous(),
+        "b_dec": stack.b_dec[site, 0].contiguous(),
+    }
