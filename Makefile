@@ -1,0 +1,52 @@
+# `make demo` and `make test` set everything up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and pinned: a bare `torch` in a resolver's hands can pull gigabytes of CUDA onto a machine without a GPU
+TORCH ?= torch==2.13.0
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lint types notebooks bench demo-weights clean
+
+demo: .stamp-demo
+	$(BIN)/circuits demo --out demo-out
+
+test: .stamp-install
+	$(BIN)/python -m pytest
+
+check: lint types test notebooks
+
+lint: .stamp-install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .stamp-install
+	$(BIN)/mypy
+
+notebooks: .stamp-install
+	$(BIN)/python notebooks/execute.py
+
+bench: .stamp-install
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json || exit 1; done
+
+# Rebuilds the shipped weights from their seed on one thread, and fails if a single byte differs.
+demo-weights: .stamp-install
+	$(BIN)/python -m hooks.demo.build --check
+
+.stamp-venv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+.stamp-demo: .stamp-venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[plot]"
+	touch $@
+
+.stamp-install: .stamp-venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) .stamp-* demo-out build *.egg-info

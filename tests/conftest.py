@@ -1,0 +1,41 @@
+"""Shared models, read-only. One thread: these models are tiny. The hub is never reached."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from worlds import random_hooked
+
+from hooks import HookedModel
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo() -> HookedModel:
+    return HookedModel.load("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_dense() -> HookedModel:
+    return HookedModel.load("demo", "demo-dense")
+
+
+@pytest.fixture(scope="session")
+def odd() -> HookedModel:
+    """Random Qwen2: 5:1 grouping, head_dim ≠ d/heads, eps 1e-5, tied embeddings, layer 2 without a transcoder."""
+    return random_hooked()
+
+
+@pytest.fixture(scope="session", params=["demo", "demo_dense", "odd"])
+def model(request: pytest.FixtureRequest) -> HookedModel:
+    """Every engine test runs on the demo, on the dense set, and on a model of another shape."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def prompt(model: HookedModel, odd: HookedModel) -> str:
+    return "w1 w2 w3 w4 w5 w6" if model is odd else "fact: the capital of the state containing Dallas is"
