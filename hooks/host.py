@@ -7,7 +7,7 @@ model: it keeps SDPA and its own cache, and with no edits no hook is registered 
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hooks.errors import ModelError, PromptError, TargetError
 from hooks.readout import RankedToken
-from hooks.sites import Site, decoder_layers, module_at
+from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.types import Edit, Pass
 
 log = logging.getLogger("hooks")
@@ -197,10 +197,11 @@ class Host:
         sites: dict[Site, list[Edit]] = {}
         for edit in edits:
             sites.setdefault(edit.site, []).append(edit)
-        handles = []
+        handles: list[Any] = []
         try:
-            for site, here in sites.items():
-                handles.append(_attach(self.model, site, here, session))
+            # branch sites last, so that what they see of mlp_out is already edited
+            for site, here in sorted(sites.items(), key=lambda item: branches_off(item[0])):
+                handles += _attach(self.model, site, here, session)
             yield session
         finally:
             for handle in handles:
@@ -260,8 +261,8 @@ class Attached:
         return out.logits[:, -1]
 
 
-def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> Any:
-    """One hook per site; all edits of the site run inside it, in order."""
+def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> list[Any]:
+    """One hook per site; all edits of the site run inside it, in order. Returns the handles."""
     module, end = module_at(model, site)
 
     def through(x: Tensor) -> Tensor:
@@ -281,9 +282,43 @@ def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) 
             return (through(output[0]), *output[1:])
         return through(output)
 
+    if branches_off(site):
+        return _attach_branch(model, site, module, through)
     if end == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+    return [module.register_forward_hook(after)]
+
+
+def _attach_branch(
+    model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor]
+) -> list[Any]:
+    """Edit the stream at a place where the block holds it in a local variable.
+
+    The norm's input is only the branch into the MLP; the block adds the MLP's output to the stream it kept. So the
+    edited stream goes into the norm, and the block's output becomes edited stream + mlp_out: exact in any precision.
+    """
+    edited: dict[str, Tensor] = {}
+
+    def into_norm(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        out = through(args[0])
+        edited.clear()
+        if out is not args[0]:
+            edited["stream"] = out
+        return (out, *args[1:])
+
+    def keep_mlp(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        edited["mlp_out"] = output
+
+    def rebuild(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return edited["stream"] + edited["mlp_out"] if "stream" in edited else output
+
+    mlp, _ = module_at(model, Site("mlp_out", site.layer))
+    block, _ = module_at(model, Site("resid_post", site.layer))
+    return [
+        module.register_forward_pre_hook(into_norm),
+        mlp.register_forward_hook(keep_mlp),
+        block.register_forward_hook(rebuild, prepend=True),  # before edits at resid_post
+    ]
 
 
 def _check_name(name: str) -> None:

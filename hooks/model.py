@@ -21,9 +21,9 @@ from hooks.host import Batch, Host, Prompt, tap
 from hooks.intervene import make_edits, make_plan
 from hooks.readout import Effect, RankedToken, effect
 from hooks.recording import Recording, record
-from hooks.sites import Site, SiteSpec, module_at
+from hooks.sites import Site, SiteSpec, branches_off, module_at
 from hooks.store import TranscoderStore
-from hooks.swap import ERROR_MODES, SiteQuality, Swap, SwapEffect, site_quality, swap_effect
+from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, ErrorMode, MaskMode, Pass
 
@@ -288,15 +288,7 @@ class HookedModel:
         mask: MaskMode,
         new_tokens: int = 0,
     ) -> list[Edit]:
-        if error not in ERROR_MODES:
-            raise UserError(f"unknown error mode {error!r}", expected=", ".join(ERROR_MODES))
-        if mask not in ("frozen", "live"):
-            raise UserError(f"unknown mask mode {mask!r}", expected="frozen, live")
-        if swap is None and error != "live":
-            raise UserError(
-                f"error={error!r} says what happens at replaced sites, and no site is replaced",
-                repair='pass swap="all" or a list of layers, or leave error away',
-            )
+        check_modes(error, mask, swapping=swap is not None)
         plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask)
         return make_edits(self.store, plan, self._swap(batch, swap, error))
 
@@ -325,7 +317,15 @@ class HookedModel:
         """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)`.
 
         Every row of the input gets all the interventions; the whole input is the prompt, without padding.
+
+        Raises:
+            UserError: the set writes resid_mid, which a bridge hook cannot replace: its `hook_resid_mid` is the branch
+                into the MLP, and the stream passes by.
         """
+        if branches_off(self.store.convention.write.at(0)):
+            raise UserError(
+                "an edit of resid_mid cannot be expressed as a TransformerBridge hook", repair="use model.run"
+            )
         plan = make_plan(self.store, [interventions], [self.host.max_positions])
         memo: dict[Any, Any] = {}
         pairs = []

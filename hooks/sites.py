@@ -107,6 +107,14 @@ class Site:
         return f"{self.name} {self.layer}"
 
 
+def branches_off(site: Site) -> bool:
+    """Whether the site's module sees only a branch of the stream: what it is given does not replace the stream.
+
+    So it is at resid_mid: a block keeps the stream in a local variable and hands a copy to the norm before the MLP.
+    """
+    return site.name == "resid_mid"
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers of a HF causal language model (`model.model.layers`).
 

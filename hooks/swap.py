@@ -13,9 +13,27 @@ from torch import Tensor
 from hooks.errors import UserError
 from hooks.recording import LayerRecord, Recording
 from hooks.transcoder import Transcoder
-from hooks.types import ErrorMode, Pass, SparseActs
+from hooks.types import ErrorMode, MaskMode, Pass, SparseActs
 
 ERROR_MODES: tuple[ErrorMode, ...] = ("live", "frozen", "zero")
+MASK_MODES: tuple[MaskMode, ...] = ("frozen", "live")
+
+
+def check_modes(error: str, mask: str, *, swapping: bool) -> None:
+    """Refuse unknown modes, and an error mode where no site is replaced.
+
+    Raises:
+        UserError: naming the known modes.
+    """
+    if error not in ERROR_MODES:
+        raise UserError(f"unknown error mode {error!r}", expected=", ".join(ERROR_MODES))
+    if mask not in MASK_MODES:
+        raise UserError(f"unknown mask mode {mask!r}", expected=", ".join(MASK_MODES))
+    if not swapping and error != "live":
+        raise UserError(
+            f"error={error!r} says what happens at replaced sites, and no site is replaced",
+            repair='pass swap="all" or a list of layers, or leave error away',
+        )
 
 
 @dataclass(frozen=True)

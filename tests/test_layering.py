@@ -1,0 +1,89 @@
+"""The architecture's memory: one arrow of imports, one owner per outside thing."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = {  # lowest first: a module imports only what stands before it
+    "hooks": [
+        "errors", "plugins", "sites", "types", "kernels", "transcoder", "files", "formats", "store", "readout",
+        "host", "recording", "swap", "interventions", "intervene", "generation", "demo", "model",
+    ],
+    "circuits": [
+        "nodes", "graph", "targets", "scores", "attribution", "influence", "prune", "verify", "trace", "export",
+        "demo", "cli",
+    ],
+}  # fmt: skip
+RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}
+HEAVY = {"transformer_lens", "matplotlib"}  # the only imports allowed inside functions
+SOURCES = sorted(path for package in ORDER for path in (ROOT / package).rglob("*.py"))
+
+
+def names(node: ast.AST, path: Path) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{path}: use absolute imports"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+
+
+def stage(dotted: str) -> str | None:
+    parts = dotted.split(".")
+    return ".".join(parts[:2]) if parts[0] in ORDER and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    me = stage(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if path.name == "__init__.py" and path.parent.parent == ROOT:
+        return
+    assert me in RANK, f"{path.relative_to(ROOT)} has no place in the order of tests/test_layering.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in names(node, path):
+            other = stage(name)
+            if other and other != me:
+                assert RANK[other] < RANK[me], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_inside_functions_are_heavy_optional_packages(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    inside = [
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    ]
+    for node in inside:
+        for name in names(node, path):
+            assert name.split(".")[0] in HEAVY, f"{path.relative_to(ROOT)}:{node.lineno} imports {name} in a function"
+
+
+OWNERS = {  # pattern in the code → files that may contain it
+    r"hook_resid_|\.hook_in\b|hook_mlp_out|hook_attn_out": {"hooks/sites.py"},
+    r"register_forward_|register_full_backward": {"hooks/host.py"},
+    r"torch\.load\(": {"hooks/files.py"},
+    r"\bpickle\.(load|dump)|torch\.save\(": set(),
+    r"(?<!\.)\bprint\(": {"circuits/cli.py", "hooks/demo/build.py"},
+    r"safetensors\.torch|safe_open": {"hooks/files.py"},
+    r"from __future__ import annotations": set(),
+}
+
+
+def code_of(path: Path) -> str:
+    """The source without docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("pattern", OWNERS)
+def test_one_owner_per_outside_thing(pattern: str) -> None:
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if re.search(pattern, code_of(path))}
+    assert found <= OWNERS[pattern]
