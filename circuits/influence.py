@@ -43,8 +43,10 @@ def _depth(index: NodeIndex) -> Int[np.ndarray, " node"]:
 def mass_threshold(values: Float[np.ndarray, " item"], fraction: float) -> float:
     """The largest value whose items and all larger ones carry `fraction` of the sum (ties stay in)."""
     ordered = np.sort(values)[::-1]
-    total = ordered.sum()
-    if total <= 0:
+    last = np.count_nonzero(ordered) - 1
+    if last < 0:
         return 0.0
-    place = int(np.searchsorted(np.cumsum(ordered) / total, fraction))
-    return float(ordered[min(place, np.count_nonzero(ordered) - 1)])
+    if fraction >= 1:  # rounding of the running sum must not cost the smallest
+        return float(ordered[last])
+    place = int(np.searchsorted(np.cumsum(ordered) / ordered.sum(), fraction))
+    return float(ordered[min(place, last)])

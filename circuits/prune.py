@@ -41,7 +41,7 @@ def prune(graph: Graph, *, node_threshold: float = 0.8, edge_threshold: float = 
 
 def _drop_loose_ends(
     index: NodeIndex, keep: Bool[np.ndarray, " node"], edges: Int[np.ndarray, " edge"], graph: Graph
-) -> tuple[Bool[np.ndarray, " node"], Int[np.ndarray, " edge"]]:
+) -> tuple[Bool[np.ndarray, " node"], Int[np.ndarray, " kept"]]:
     fixed = (index.kind == TOKEN) | (index.kind == TARGET)
     while True:
         leads_on = np.bincount(graph.source[edges], minlength=len(index)) > 0

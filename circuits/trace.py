@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
@@ -42,7 +43,8 @@ def trace(
     Args:
         targets: what is explained: None (the model's own answer against the best other token), a token,
             `(answer, against)`, a `Target`, or a list; scores are in units of the first.
-        max_nodes: how many features become nodes, by |score|; the others act through the rest nodes.
+        max_nodes: how many features become nodes (half of them shared out over the layers, then by |score|); the
+            others act through the rest nodes.
         rule: an attribution rule, a file in `circuits/attribution/`.
         node_threshold, edge_threshold: see `circuits.prune`; 1.0 keeps everything.
         sample: how many nodes and edges are verified by real ablations; 0 skips the verification.
@@ -63,13 +65,14 @@ def trace(
     recording = record(model.host, model.store, batch)
     chosen = resolve_targets(model.host, recording.logits[0], targets)
     scores = score_features(model, recording, chosen[0])
-    selected = _select(scores, max_nodes)
+    features = _select(scores, max_nodes)
+    selected = _by_layer(scores, features)
     cuts = make_cuts(model, recording, selected)
     index = NodeIndex.build(batch.lengths[0], selected, [target.pos for target in chosen])
     _, seen = model.host.capture(batch, [EMBEDDING])
     run = LocalRun(model, recording, cuts, chosen, index, seen[EMBEDDING][0])
     graph = _with_edges(run, scores, rule, progress)
-    graph = graph.with_meta(selection=_coverage(scores, max_nodes))
+    graph = graph.with_meta(selection=_coverage(scores, features))
     if sample:
         graph = graph.with_meta(verification=verify(model, graph, n=sample, seed=seed).summary())
     return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
@@ -90,19 +93,31 @@ def _check(model: HookedModel, rule: str, max_nodes: int) -> None:
         )
 
 
-def _select(scores: FeatureScores, max_nodes: int) -> dict[int, list[tuple[int, int]]]:
-    """The strongest features by |score|; ties fall to the lower (layer, position, feature)."""
-    table = scores.frame().head(max_nodes)
+def _select(scores: FeatureScores, max_nodes: int) -> pd.DataFrame:
+    """The features that become nodes: half the places go to each layer's strongest, the rest to the strongest overall.
+
+    Without the share per layer a graph can have no way through: paths cross every cut, and only selected features
+    carry them on. Ties fall to the lower (layer, position, feature).
+    """
+    table = scores.frame()
+    share = max_nodes // (2 * len(scores.values))
+    first = table.groupby("layer").head(share).index
+    others = table.index.difference(first, sort=True)[: max_nodes - len(first)]
+    return table.loc[first.union(others)]
+
+
+def _by_layer(scores: FeatureScores, chosen: pd.DataFrame) -> dict[int, list[tuple[int, int]]]:
     selected: dict[int, list[tuple[int, int]]] = {layer: [] for layer in scores.values}
-    for row in table.itertuples():
-        selected[int(row.layer)].append((int(row.pos), int(row.feature)))
+    for layer, pos, feature in chosen[["layer", "pos", "feature"]].itertuples(index=False):
+        selected[int(layer)].append((int(pos), int(feature)))
     return selected
 
 
-def _coverage(scores: FeatureScores, max_nodes: int) -> dict[str, float]:
+def _coverage(scores: FeatureScores, chosen: pd.DataFrame) -> dict[str, int | float]:
+    """How much of sum |score| over all active features the chosen ones hold."""
     size = scores.frame()["score"].abs()
-    covered = float(size.head(max_nodes).sum() / size.sum()) if size.sum() else 1.0
-    return {"active_features": len(size), "selected": min(max_nodes, len(size)), "covered_score": covered}
+    covered = float(chosen["score"].abs().sum() / size.sum()) if size.sum() else 1.0
+    return {"active_features": len(size), "selected": len(chosen), "covered_score": covered}
 
 
 def _with_edges(run: LocalRun, scores: FeatureScores, rule: str, progress: bool) -> Graph:

@@ -7,7 +7,7 @@ only (that would flatter). Un-ablated rows in every batch give the noise floor.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import pandas as pd
@@ -205,7 +205,7 @@ def rank_correlation(predicted: pd.Series, measured: pd.Series) -> float:
     return correlation(predicted.rank(), measured.rank())
 
 
-def _address(layer: int, pos: int, feature: int) -> FeatureAddress:
+def _address(layer: SupportsInt, pos: SupportsInt, feature: SupportsInt) -> FeatureAddress:
     return FeatureAddress(int(layer), int(feature), Positions("index", int(pos)))
 
 

@@ -1,10 +1,11 @@
 """The features that carry a state: chosen on one set of questions, tested by intervention on another.
 
-Chosen on trained cities in every wording but the test one: per state the features of one site with the highest average
-precision, and their mean activation there. Tested on held-out cities in the test wording, which the model itself was
-never trained to answer capitals in: zero the source state's features, set the target state's features to their means
-(factor 1, error kept), over all ordered pairs. The site is the one whose chosen features are most selective on the
-first set; nothing is tuned on the second.
+Chosen on trained cities in every wording but the test one: per state the features of one site whose contribution grows
+most in that state's questions, (mean activation in the state − mean over all states) · |d|, and their mean activation
+there. Tested on held-out cities in the test wording, which the model itself was never trained to answer capitals in:
+zero the source state's features, set the target state's features to their means (factor 1, error kept), over all
+ordered pairs. The site is the one where the chosen features detect their state best on the first set (average
+precision); nothing is tuned on the second.
 """
 
 from collections.abc import Mapping
@@ -32,21 +33,29 @@ class Selection:
     Attributes:
         precision: average precision of each feature as a detector of each state.
         mean: mean activation of each feature over a state's questions, inactive ones included.
+        norms: decoder norms.
     """
 
     layer: int
     place: str
     precision: Float[Tensor, "state feature"]
     mean: Float[Tensor, "state feature"]
+    norms: Float[Tensor, " feature"]
 
     def best(self, state: int, n: int = FEATURES_PER_STATE) -> list[int]:
-        """The n most selective features of a state."""
+        """The n features that carry a state: whose contribution to the stream grows most in its questions."""
+        growth = (self.mean[state] - self.mean.mean(0)) * self.norms
+        return growth.sort(descending=True, stable=True).indices[:n].tolist()
+
+    def most_selective(self, state: int, n: int = FEATURES_PER_STATE) -> list[int]:
+        """The n features that detect a state best, by average precision."""
         return self.precision[state].sort(descending=True, stable=True).indices[:n].tolist()
 
     @property
     def quality(self) -> float:
-        """Mean precision of the chosen features over all states."""
-        return float(self.precision.topk(FEATURES_PER_STATE, dim=-1).values.mean())
+        """Mean, over all states, of the best precision among the chosen features."""
+        chosen = [self.precision[state][self.best(state)].max() for state in range(len(self.precision))]
+        return float(torch.stack(chosen).mean())
 
 
 @dataclass(frozen=True)
@@ -82,12 +91,13 @@ def select(exam: Exam) -> dict[tuple[int, str], Selection]:
     for (layer, place), values in acts.items():
         counts = states.to(values.dtype)
         mean = (counts.T @ values) / reduce(counts, "prompt state -> state 1", "sum")
-        out[layer, place] = Selection(layer, place, average_precision(values, states), mean)
+        norms = exam.model.store[layer].W_dec.norm(dim=-1)
+        out[layer, place] = Selection(layer, place, average_precision(values, states), mean, norms)
     return out
 
 
 def best_site(selections: Mapping[tuple[int, str], Selection]) -> Selection:
-    """The site whose chosen features are most selective."""
+    """The site where the chosen features detect their state best."""
     return max(selections.values(), key=lambda selection: selection.quality)
 
 
@@ -128,13 +138,12 @@ def swap_states(exam: Exam, selection: Selection, *, seed: int = 0) -> SwapResul
     third = _third_states(source, target, generator)
     test = exam.test_questions()
     active = _activations(exam, test)[selection.layer, selection.place] > 0
-    norms = exam.model.store[selection.layer].W_dec.norm(dim=-1)
     plans: dict[str, list[list[object]]] = {"success": [], "third_state": [], "random": []}
     for own, wanted, other in zip(source.tolist(), target.tolist(), third.tolist(), strict=True):
         pos = int(test.positions[selection.place][own])
         plans["success"].append(swap_plan(selection, own, wanted, pos))
         plans["third_state"].append(swap_plan(selection, own, other, pos))
-        plans["random"].append(_random_plan(selection, active[own], wanted, pos, norms, generator))
+        plans["random"].append(_random_plan(selection, active[own], wanted, pos, generator))
     prompts = [test.prompts[own] for own in source.tolist()]
     rates = {
         name: float(exam.correct(exam.model.run_many(prompts, plan), target).mean()) for name, plan in plans.items()
@@ -177,7 +186,6 @@ def _random_plan(
     active: Bool[Tensor, " feature"],
     wanted: int,
     pos: int,
-    norms: Float[Tensor, " feature"],
     generator: torch.Generator,
 ) -> list[object]:
     """As many random features, as much decoder norm: active ones zeroed, ones that are alive at the site set."""
@@ -187,11 +195,11 @@ def _random_plan(
     alive = alive[~torch.isin(alive, zero)]
     setting = alive[torch.randperm(len(alive), generator=generator)[:FEATURES_PER_STATE]]
     model_features = selection.best(wanted)
-    sizes = selection.mean[wanted][model_features] * norms[model_features]
+    sizes = selection.mean[wanted][model_features] * selection.norms[model_features]
     return [
         *(Ablate(_address(selection, feature, pos)) for feature in zero.tolist()),
         *(
-            Clamp(_address(selection, feature, pos), float(size / norms[feature]))
+            Clamp(_address(selection, feature, pos), float(size / selection.norms[feature]))
             for feature, size in zip(setting.tolist(), sizes, strict=False)
         ),
     ]

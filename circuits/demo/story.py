@@ -157,6 +157,6 @@ def state_layer_note(story: Story) -> str:
     """Where the chosen features sit, in words."""
     layer, place = story.site
     where = "the last token" if place == "final" else "the city's last token"
-    return f"layer {layer}, {where}: the {FEATURES_PER_STATE} most selective features of each state"
+    return f"layer {layer}, {where}: the {FEATURES_PER_STATE} features that grow most in each state's questions"
 
 

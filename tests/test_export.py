@@ -1,0 +1,76 @@
+"""Every format holds the whole graph; the picture can be read."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import networkx as nx
+import pytest
+
+from circuits import trace
+from circuits.export import EXPORTERS, export
+from circuits.export._picture import choose
+from circuits.nodes import FEATURE, TARGET, TOKEN
+from hooks.errors import OutputError
+
+
+@pytest.fixture(scope="module")
+def graph(model, prompt):
+    return trace(model, prompt, sample=20)
+
+
+@pytest.mark.parametrize("kind", EXPORTERS)
+def test_every_format_writes_the_same_bytes_twice(graph, tmp_path, kind):
+    paths = [tmp_path / f"{number}.{kind}" for number in range(2)]
+    for path in paths:
+        export(graph, path, kind)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].stat().st_size > 1000
+
+
+def test_json_is_node_link_data_with_everything_known(graph, tmp_path):
+    export(graph, tmp_path / "g.json", "json")
+    data = json.loads((tmp_path / "g.json").read_text())
+    assert data["graph"]["verification"] == graph.meta["verification"]
+    back, network = nx.node_link_graph(data, edges="edges"), graph.to_networkx()
+    assert dict(back.nodes(data=True)) == dict(network.nodes(data=True))
+    assert list(back.edges(data=True)) == list(network.edges(data=True))
+
+
+def test_graphml_reads_back_typed(graph, tmp_path):
+    export(graph, tmp_path / "g.graphml", "graphml")
+    back, network = nx.read_graphml(tmp_path / "g.graphml"), graph.to_networkx()
+    assert set(back) == set(network)
+    for name, attributes in network.nodes(data=True):
+        assert back.nodes[name] == attributes
+    assert {(s, t): d["weight"] for s, t, d in back.edges(data=True)} == {
+        (s, t): d["weight"] for s, t, d in network.edges(data=True)
+    }
+
+
+def test_the_picture_shows_tokens_target_and_the_strongest_features(graph, tmp_path):
+    export(graph, tmp_path / "g.svg", "svg")
+    text = "".join(ET.parse(tmp_path / "g.svg").getroot().itertext())
+    shown, edges = choose(graph)
+    kinds = graph.index.kind[shown]
+    assert (kinds == TOKEN).sum() == len(graph.meta["tokens"])
+    assert (kinds == TARGET).sum() == 1
+    for row in shown[kinds == FEATURE]:
+        assert f"L{graph.index.layer[row]}/{graph.index.feature[row]}" in text
+    assert graph.meta["targets"][0]["name"] in text
+    assert "Spearman" in text
+    assert f"{len(shown)} of {graph.n_nodes} nodes and {len(edges)} of {graph.n_edges} edges" in text
+
+
+def test_the_png_is_an_image_of_readable_size(graph, tmp_path):
+    export(graph, tmp_path / "g.png", "png")
+    head = (tmp_path / "g.png").read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(head[i : i + 4]) for i in (16, 20))
+    assert 800 < width < 6000
+    assert 500 < height < 4000
+
+
+def test_unknown_formats_are_refused_with_the_known_ones(graph, tmp_path):
+    with pytest.raises(OutputError, match="graphml, json, png, svg"):
+        export(graph, tmp_path / "g.pdf", "pdf")
+    assert not list(tmp_path.iterdir())
