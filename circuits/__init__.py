@@ -1,9 +1,9 @@
 """Why does the model do it? Attribution graphs that carry their own verification.
 
-    from hooks import HookedModel
-    from circuits import trace
-    graph = trace(HookedModel.load("demo"), "fact: the capital of the state containing Dallas is")
-    graph.to_networkx()
+from hooks import HookedModel
+from circuits import trace
+graph = trace(HookedModel.load("demo"), "fact: the capital of the state containing Dallas is")
+graph.to_networkx()
 """
 
 from circuits.graph import Graph

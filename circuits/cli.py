@@ -198,7 +198,12 @@ def run_steer(args: argparse.Namespace) -> Result:
         raise UserError("nothing to steer with", expected="--set ADDR=VALUE or --do NAME:ADDR=VALUE")
     model = _load(args)
     steered = model.generate(
-        args.prompt, plan, max_new_tokens=args.max_new_tokens, swap=args.swap, error=args.error, mask=args.mask
+        args.prompt,
+        plan,
+        max_new_tokens=args.max_new_tokens,
+        swap=args.swap,
+        error=args.error,
+        mask=args.mask,
     )
     baseline = model.generate(args.prompt, max_new_tokens=args.max_new_tokens)
     _show(args, f"baseline: {args.prompt}{baseline.text}\nsteered:  {args.prompt}{steered.text}")
@@ -288,13 +293,22 @@ def _changing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--swap", type=_layers, metavar="0,1|all", help="replace these layers' sites (default: none)")
     parser.add_argument("--error", choices=ERROR_MODES, default="live", help="the error at replaced sites")
     parser.add_argument(
-        "--mask", choices=("frozen", "live"), default="frozen", help="live: TopK selects again after an ablation"
+        "--mask",
+        choices=("frozen", "live"),
+        default="frozen",
+        help="live: TopK selects again after an ablation",
     )
 
 
 def _many(parser: argparse.ArgumentParser, flag: str, metavar: str, help: str, *, required: bool = False) -> None:
     parser.add_argument(
-        flag, nargs="+", action="extend", default=None if required else [], metavar=metavar, help=help, required=required
+        flag,
+        nargs="+",
+        action="extend",
+        default=None if required else [],
+        metavar=metavar,
+        help=help,
+        required=required,
     )
 
 
@@ -371,7 +385,9 @@ def _trace_text(graph: Graph, result: Result) -> str:
             f"noise floor {check['noise_floor']:.1e}"
         )
     if "remainder_share" in result:
-        lines.append(f"share of the edge sums that rule {graph.meta['rule']} leaves over: {result['remainder_share']:.1%}")
+        lines.append(
+            f"share of the edge sums that rule {graph.meta['rule']} leaves over: {result['remainder_share']:.1%}"
+        )
     lines.append(f"{result['seconds']:.1f} s, peak {result['peak_bytes'] / 2**20:,.0f} MiB")
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ def node_influence(
     influence[index.rows(TARGET)[:1]] = 1.0
     flow = np.zeros(len(source))
     depth = _depth(index)
-    for level in np.unique(depth[target])[::-1]:
+    for level in sorted(set(depth[target].tolist()), reverse=True):
         here = np.flatnonzero(depth[target] == level)
         flow[here] = share[here] * influence[target[here]]
         influence += np.bincount(source[here], weights=flow[here], minlength=len(index))
@@ -43,10 +43,10 @@ def _depth(index: NodeIndex) -> Int[np.ndarray, " node"]:
 def mass_threshold(values: Float[np.ndarray, " item"], fraction: float) -> float:
     """The largest value whose items and all larger ones carry `fraction` of the sum (ties stay in)."""
     ordered = np.sort(values)[::-1]
-    last = np.count_nonzero(ordered) - 1
+    last = int(np.count_nonzero(ordered)) - 1
     if last < 0:
         return 0.0
     if fraction >= 1:  # rounding of the running sum must not cost the smallest
         return float(ordered[last])
     place = int(np.searchsorted(np.cumsum(ordered) / ordered.sum(), fraction))
-    return float(ordered[min(place, last)])
+    return float(ordered[place if place < last else last])

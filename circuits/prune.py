@@ -52,5 +52,3 @@ def _drop_loose_ends(
             return keep, edges
         keep = alive
         edges = edges[keep[graph.source[edges]] & keep[graph.target[edges]]]
-
-

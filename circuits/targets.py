@@ -3,8 +3,9 @@
 The default is the metric used everywhere: logit(answer) − logit(best other token), both of the clean run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +28,11 @@ class Target:
     tokens: tuple[int, ...]
     coefficients: tuple[float, ...]
     pos: int
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Target":
+        """Read back what a saved graph knows of a target."""
+        return cls(facts["name"], tuple(facts["tokens"]), tuple(facts["coefficients"]), facts["pos"])
 
     def value(self, logits: Float[Tensor, "*batch pos vocab"]) -> Float[Tensor, "*batch"]:
         """The target's value, differentiable, in fp32 or better."""
@@ -51,17 +57,15 @@ def resolve_targets(
     Raises:
         TargetError: a name is not one token.
     """
-    listed = targets if isinstance(targets, list) else [targets]
+    listed: Sequence[Any] = targets if isinstance(targets, list) else [targets]
     return tuple(_resolve(host, logits, target) for target in listed)
 
 
 def _resolve(host: Host, logits: Float[Tensor, "pos vocab"], target: TargetLike | None) -> Target:
     if isinstance(target, Target):
         return target
-    against: int | None = None
-    if isinstance(target, tuple):
-        target, against = target[0], host.token_id(target[1])
-    answer = int(logits[-1].argmax()) if target is None else host.token_id(target)
-    other = best_other(logits[-1], answer) if against is None else against
+    named, against = target if isinstance(target, tuple) else (target, None)
+    answer = int(logits[-1].argmax()) if named is None else host.token_id(named)
+    other = best_other(logits[-1], answer) if against is None else host.token_id(against)
     name = f"{host.string(answer)!r} − {host.string(other)!r}"
     return Target(name, (answer, other), (1.0, -1.0), len(logits) - 1)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN, NodeIndex
 from circuits.prune import prune
 from circuits.scores import EMBEDDING, FeatureScores, score_features
 from circuits.targets import TargetLike, resolve_targets
-from circuits.verify import target_facts, verify
+from circuits.verify import verify
 from hooks.errors import UserError
 from hooks.host import Prompt
 from hooks.model import HookedModel
@@ -183,7 +184,7 @@ def _facts(run: LocalRun, rule: str) -> dict[str, object]:
         "prompt": host.text(batch.ids[0].tolist()),
         "ids": batch.ids[0].tolist(),
         "tokens": list(batch.strings[0]),
-        "targets": [target_facts(target) for target in run.targets],
+        "targets": [asdict(target) for target in run.targets],
         "rule": rule,
         "model": run.model.name,
         "transcoders": store.name,
@@ -195,5 +196,3 @@ def _facts(run: LocalRun, rule: str) -> dict[str, object]:
         "layers": list(store.layers),
         "n_layers": host.n_layers,
     }
-
-

@@ -6,7 +6,7 @@ between the two cuts runs for real. Both samples are spread over strength, layer
 only (that would flatter). Un-ablated rows in every batch give the noise floor.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, SupportsInt
 
 import numpy as np
@@ -75,7 +75,7 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
     """
     _check_same(model, graph)
     batch = model.host.batch([graph.meta["ids"]])
-    target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in graph.meta["targets"][0].items()})
+    target = Target.of(graph.meta["targets"][0])
     nodes, noise = measure_nodes(model, batch, target, n=n, seed=seed)
     edges = measure_edges(model, batch, target, graph, n=n, seed=seed)
     return Verification(
@@ -93,9 +93,7 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
     )
 
 
-def measure_nodes(
-    model: HookedModel, batch: Batch, target: Target, *, n: int, seed: int
-) -> tuple[pd.DataFrame, float]:
+def measure_nodes(model: HookedModel, batch: Batch, target: Target, *, n: int, seed: int) -> tuple[pd.DataFrame, float]:
     """A table of features with their scores and measured effects, and the noise floor."""
     recording = model.record([batch.ids[0].tolist()])
     scored = score_features(model, recording, target).frame()
@@ -111,9 +109,7 @@ def measure_nodes(
     return sample.reset_index(drop=True), float((idle[0] - clean[0]).abs().max())
 
 
-def measure_edges(
-    model: HookedModel, batch: Batch, target: Target, graph: Graph, *, n: int, seed: int
-) -> pd.DataFrame:
+def measure_edges(model: HookedModel, batch: Batch, target: Target, graph: Graph, *, n: int, seed: int) -> pd.DataFrame:
     """A table of edges between features (and to the target) with their weights and measured effects."""
     index = graph.index
     into = (index.kind[graph.target] == FEATURE) | (graph.target == index.rows(TARGET)[0])
@@ -154,7 +150,11 @@ def _preactivation(model: HookedModel, layer: int, feature: int, x: Float[Tensor
 
 
 def _ablated(
-    model: HookedModel, batch: Batch, addresses: list[FeatureAddress], targets: list[Target], sites: list[Site]
+    model: HookedModel,
+    batch: Batch,
+    addresses: list[FeatureAddress],
+    targets: list[Target],
+    sites: list[Site],
 ) -> tuple[list[Float[Tensor, " row"]], list[Float[Tensor, " idle"]], dict[Site, Float[Tensor, "row pos d_model"]]]:
     """One row per ablation: each target's value, the same for untouched rows, and the streams at some sites.
 
@@ -216,8 +216,3 @@ def _check_same(model: HookedModel, graph: Graph) -> None:
             expected=f"{graph.meta.get('model')} with {graph.meta.get('transcoders')}",
             found=f"{model.name} with {model.store.name}",
         )
-
-
-def target_facts(target: Target) -> dict[str, Any]:
-    """A target as JSON."""
-    return asdict(target)

@@ -1,8 +1,8 @@
 """What does the model do, and what if I change this? Record, ablate and steer transcoder features.
 
-    from hooks import HookedModel, Ablate
-    model = HookedModel.load("demo")
-    run = model.run("fact: the capital of the state containing Dallas is", [Ablate("L3/118@-1")])
+from hooks import HookedModel, Ablate
+model = HookedModel.load("demo")
+run = model.run("fact: the capital of the state containing Dallas is", [Ablate("L3/118@-1")])
 """
 
 from hooks.errors import UserError

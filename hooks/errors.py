@@ -17,7 +17,13 @@ class UserError(ValueError):
     """
 
     def __init__(self, problem: str, *, expected: str = "", found: str = "", where: str = "", repair: str = ""):
-        self.problem, self.expected, self.found, self.where, self.repair = problem, expected, found, where, repair
+        self.problem, self.expected, self.found, self.where, self.repair = (
+            problem,
+            expected,
+            found,
+            where,
+            repair,
+        )
         parts = [problem]
         for label, text in (("expected", expected), ("found", found), ("where", where), ("repair", repair)):
             if text:

@@ -4,7 +4,7 @@ An edit that hits position t changes the keys and values that later tokens see, 
 cache equals one that recomputes everything. Edits are attached once for the whole generation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from transformers import DynamicCache
 from hooks.errors import PromptError, UserError
 from hooks.host import Attached, Batch, Host
 from hooks.types import Edit
+
+Step = Callable[[list[int]], Tensor]
+"""New tokens so far → logits of the next one."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def generate(
     return Generated(prompt, tuple(ids), host.text(ids), logits)
 
 
-def _cached(session: Attached, host: Host, batch: Batch):  # noqa: ANN202
+def _cached(session: Attached, host: Host, batch: Batch) -> Step:
     cache = DynamicCache(config=host.model.config)  # type: ignore[arg-type]
 
     def step(ids: list[int]) -> Float[Tensor, " vocab"]:
@@ -108,7 +111,7 @@ def _cached(session: Attached, host: Host, batch: Batch):  # noqa: ANN202
     return step
 
 
-def _uncached(session: Attached, batch: Batch):  # noqa: ANN202
+def _uncached(session: Attached, batch: Batch) -> Step:
     def step(ids: list[int]) -> Float[Tensor, " vocab"]:
         whole = torch.cat([batch.ids, torch.tensor([ids], dtype=torch.int64)], dim=1)
         grown = Batch(whole, (whole.shape[1],), batch.strings)

@@ -52,7 +52,9 @@ class Batch:
     def rows(self, index: Sequence[int]) -> "Batch":
         """Some rows, in the given order; rows may repeat."""
         return Batch(
-            self.ids[list(index)], tuple(self.lengths[i] for i in index), tuple(self.strings[i] for i in index)
+            self.ids[list(index)],
+            tuple(self.lengths[i] for i in index),
+            tuple(self.strings[i] for i in index),
         )
 
 
@@ -119,7 +121,8 @@ class Host:
             raise PromptError(f"token id {outside[0]} is outside the vocabulary", expected=f"0 to {self.d_vocab - 1}")
         if len(ids) > self.max_positions:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens", expected=f"at most {self.max_positions}, the model's context"
+                f"the prompt has {len(ids)} tokens",
+                expected=f"at most {self.max_positions}, the model's context",
             )
         self._note_unknown(prompt, ids)
         return ids
@@ -289,9 +292,7 @@ def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) 
     return [module.register_forward_hook(after)]
 
 
-def _attach_branch(
-    model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor]
-) -> list[Any]:
+def _attach_branch(model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor]) -> list[Any]:
     """Edit the stream at a place where the block holds it in a local variable.
 
     The norm's input is only the branch into the MLP; the block adds the MLP's output to the stream it kept. So the

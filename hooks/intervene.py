@@ -172,9 +172,7 @@ class _Seen:
     delta: Float[Tensor, "token d_model"] | None
 
 
-def _layer_edits(
-    transcoder: Transcoder, table: LayerTable | None, mask: MaskMode, swap: Swap | None
-) -> list[Edit]:
+def _layer_edits(transcoder: Transcoder, table: LayerTable | None, mask: MaskMode, swap: Swap | None) -> list[Edit]:
     key = ("transcoder", transcoder.layer)
 
     def read(x: Tensor, at: Pass) -> Tensor:

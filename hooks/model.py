@@ -249,17 +249,14 @@ class HookedModel:
             raise UserError(f"cannot generate {max_new_tokens} tokens", expected="at least 1")
         if swap is not None and error == "frozen":
             raise UserError(
-                "a frozen error exists for the prompt only, not for generated tokens", repair="use live or zero"
+                "a frozen error exists for the prompt only, not for generated tokens",
+                repair="use live or zero",
             )
         batch = self.host.batch([prompt])
         edits = self._edits(batch, [interventions], swap, error, mask, max_new_tokens)
-        return generate(
-            self.host, batch, edits, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache
-        )
+        return generate(self.host, batch, edits, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
 
-    def swap(
-        self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero"
-    ) -> SwapReport:
+    def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
         """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
         chosen = self._layers(layers)
         run = self.run(prompt, swap=chosen, error=error)
@@ -428,7 +425,12 @@ def _transcoder_folder(name: str) -> Path:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
     if dtype not in known:
         raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
     return known[dtype]

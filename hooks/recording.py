@@ -1,6 +1,6 @@
 """One pass over prompts → a frozen record of features, errors, residuals and logits.
 
-    prompts → host (one hooked pass) → per layer: what the transcoder reads, its features, what it should reconstruct
+prompts → host (one hooked pass) → per layer: what the transcoder reads, its features, what it should reconstruct
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,9 +39,7 @@ class Recording:
     logits: Float[Tensor, "batch pos vocab"]
 
 
-def record(
-    host: Host, store: TranscoderStore, batch: Batch, layers: Sequence[int] | None = None
-) -> Recording:
+def record(host: Host, store: TranscoderStore, batch: Batch, layers: Sequence[int] | None = None) -> Recording:
     """Run once and encode every recorded layer.
 
     Memory: batch × pos × (3 d_model + 2 k) numbers per layer.

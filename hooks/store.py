@@ -217,9 +217,7 @@ class TranscoderStore:
             self._resident.popitem(last=False)
 
 
-def resolve_convention(
-    checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None
-) -> Convention:
+def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Convention:
     """Stored sites, else given ones, else the assumption that is said aloud.
 
     Raises:
@@ -253,9 +251,7 @@ def _with_k(source: LayerSource | Transcoder, k: int) -> LayerSource:
     assert isinstance(source, LayerSource)
     if not 1 <= k <= source.d_features:
         raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
-    return LayerSource(
-        source.layer, source.d_model, source.d_features, source.tensors, k, "given", source.metadata
-    )
+    return LayerSource(source.layer, source.d_model, source.d_features, source.tensors, k, "given", source.metadata)
 
 
 def _read(source: TensorSource) -> Tensor:

@@ -1,6 +1,6 @@
 """Reconstructions in place of sites, and how good they are.
 
-    swapped site = decode(encode(read site)) + error        error: live, frozen (of the clean run), or zero
+swapped site = decode(encode(read site)) + error        error: live, frozen (of the clean run), or zero
 """
 
 from collections.abc import Mapping

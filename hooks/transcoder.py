@@ -4,7 +4,8 @@ The published encoder is `enc.0 = nn.LayerNorm(d_model)` (mean-centred, eps 1e-5
 the code on its model card (add `enc.0.bias`, ReLU, TopK) computes other features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -84,22 +85,18 @@ class Transcoder:
         """The reconstruction of the write site."""
         return decode_sparse(acts, self.W_dec, self.b_dec)
 
-    def error(
-        self, acts: SparseActs, target: Float[Tensor, "*token d_model"]
-    ) -> Float[Tensor, "*token d_model"]:
+    def error(self, acts: SparseActs, target: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """What the reconstruction leaves of the write site: target − decode(acts)."""
         return target.to(working_dtype(self.W_dec)) - self.decode(acts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Transcoder":
         """A copy with its weights elsewhere or in another precision."""
 
-        def move(part: Tensor | None) -> Tensor | None:
+        def move(name: str) -> Any:
+            part: Tensor | None = getattr(self, name)
             return None if part is None else part.to(device=device, dtype=dtype or part.dtype)
 
-        moved = {name: move(getattr(self, name)) for name in WEIGHTS}
-        return Transcoder(
-            layer=self.layer, read=self.read, write=self.write, norm_eps=self.norm_eps, k=self.k, **moved
-        )
+        return replace(self, **{name: move(name) for name in WEIGHTS})
 
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "norm_weight", "norm_bias")

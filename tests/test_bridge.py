@@ -14,7 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformer-lens's own i
 @pytest.mark.parametrize("position", ["@-1", "@0", ""])
 def test_our_edits_as_bridge_hooks_equal_our_run(model, prompt, kind, position):
     feature, _ = strongest(model, prompt, 1, -1)
-    plan = [KINDS[kind][0](f"L1/{feature}{position}"), KINDS[kind][0](f"L0/{inactive(model, prompt, 0, 0)}{position}")]
+    plan = [
+        KINDS[kind][0](f"L1/{feature}{position}"),
+        KINDS[kind][0](f"L0/{inactive(model, prompt, 0, 0)}{position}"),
+    ]
     tokens = model.host.batch([prompt]).ids
     bridged = model.bridge.run_with_hooks(tokens, fwd_hooks=model.fwd_hooks(plan))
     torch.testing.assert_close(bridged[0], model.run(prompt, plan).logits, rtol=1e-4, atol=1e-4)

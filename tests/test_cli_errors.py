@@ -16,7 +16,7 @@ from circuits.attribution import RULES
 from circuits.cli import main
 from circuits.export import EXPORTERS
 from hooks import HookedModel
-from hooks.demo import PROMPT
+from hooks.demo import PROMPT, WEIGHTS
 from hooks.formats import native
 from hooks.interventions import INTERVENTIONS
 from hooks.sites import SITE_NAMES, SiteSpec
@@ -115,7 +115,7 @@ WRONG = {
     "empty prompt": (["features", ""], ["the prompt is empty", "at least one token", "found: ''"]),
     "blank prompt": ([*ABLATE[:1], " ", "--feature", "L0/1"], ["the prompt is empty", "found: ' '"]),
     "empty prompt to trace": (["trace", "", "--out", "graph.safetensors"], ["the prompt is empty"]),
-    "long prompt": (["features", "fact: " * 600], ["the prompt has 1200 tokens", "at most 512"]),
+    "long prompt": (["features", "fact: " * 600], ["the prompt has ", "at most "]),
     "target of two tokens": (
         [*ABLATE, "--feature", "L0/1", "--target", "San Antonio"],
         ["'San Antonio' is not one token", "' San' | ' Antonio'"],
@@ -152,11 +152,11 @@ WRONG = {
     "huge feature": ([*ABLATE, "--feature", "L0/" + "9" * 30], ["there is no feature", "expected: 0 to"]),
     "position beyond the prompt": (
         [*ABLATE, "--feature", "L0/1@40"],
-        ["position 40", "positions 0 to 9", "10 tokens"],
+        ["position 40", "expected: positions 0 to ", "the prompt has "],
     ),
-    "position before the prompt": ([*ABLATE, "--feature", "L0/1@-11"], ["position -11", "-10 to -1"]),
+    "position before the prompt": ([*ABLATE, "--feature", "L0/1@-99"], ["position -99", " to -1)"]),
     "empty slice": ([*ABLATE, "--feature", "L0/1@4:2"], ["position 4:2", "does not occur"]),
-    "slice beyond the prompt": ([*ABLATE, "--feature", "L0/1@10:"], ["position 10:", "0 to 9"]),
+    "slice beyond the prompt": ([*ABLATE, "--feature", "L0/1@99:"], ["position 99:", "positions 0 to "]),
     "new tokens without generation": ([*ABLATE, "--feature", "L0/1@new"], ["@new", "circuits steer"]),
     "swapped layer out of range": (
         ["swap", PROMPT, "--layers", "0,99"],
@@ -178,12 +178,12 @@ WRONG = {
         [*STEER, "--set", "L0/1=1", "--do", "ablate:L0/1@2:4"],
         ["two interventions meet", "L0/1"],
     ),
-    "ablate twice": ([*ABLATE, "--feature", "L0/1@-1", "L0/1@9"], ["two interventions meet", "narrow"]),
+    "ablate twice": ([*ABLATE, "--feature", "L0/1@-1", "L0/1"], ["two interventions meet", "narrow"]),
     "unknown intervention": ([*STEER, "--do", "freeze:L0/1=1"], ["'freeze'", *INTERVENTIONS]),
     "ablate to a value": ([*STEER, "--do", "ablate:L0/1=2"], ["ablate takes no value", "clamp"]),
     "scale without a value": ([*STEER, "--do", "scale:L0/1"], ["scale", "value"]),
     "no new tokens": ([*STEER, "--set", "L0/1=1", "--max-new-tokens", "0"], ["0 tokens", "at least 1"]),
-    "too many new tokens": ([*STEER, "--set", "L0/1=1", "--max-new-tokens", "9999"], ["9999", "at most 512"]),
+    "too many new tokens": ([*STEER, "--set", "L0/1=1", "--max-new-tokens", "9999"], ["9999", "at most "]),
     "frozen error while generating": (
         [*STEER, "--set", "L0/1=1", "--swap", "all", "--error", "frozen"],
         ["frozen", "live or zero"],
@@ -226,9 +226,7 @@ def test_with_json_a_refusal_prints_nothing_on_stdout(refused, name):
     assert all(text in message for text in said)
 
 
-@pytest.mark.parametrize(
-    "name", ["unknown transcoders", "empty prompt", "target of two tokens", "unknown site"]
-)
+@pytest.mark.parametrize("name", ["unknown transcoders", "empty prompt", "target of two tokens", "unknown site"])
 def test_a_message_says_expected_and_found_on_their_own_lines(refused, name):
     lines = refused(*WRONG[name][0]).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("error: "))
@@ -241,7 +239,8 @@ def test_a_message_says_expected_and_found_on_their_own_lines(refused, name):
 
 
 def published(root: Path, **changes: object) -> Path:
-    coder = random_transcoder(0, 64)  # the demo model's width
+    width = json.loads((WEIGHTS / "config.json").read_text())["hidden_size"]
+    coder = random_transcoder(0, width)
     state = {
         "_orig_mod.enc.0.weight": coder.norm_weight,
         "_orig_mod.enc.0.bias": coder.norm_bias,

@@ -132,9 +132,7 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_safetensors_come_back_bit_by_bit_from_reproducible_bytes(tmp_path, metadata):
     one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     files.write_safetensors(one, tensors(), metadata)
-    files.write_safetensors(
-        two, dict(reversed(tensors().items())), metadata
-    )  # the order of the dict does not matter
+    files.write_safetensors(two, dict(reversed(tensors().items())), metadata)  # the order of the dict does not matter
     assert one.read_bytes() == two.read_bytes()
     assert files.sha256(one) == files.sha256(two)
     assert files.safetensors_metadata(one) == (metadata or {})
@@ -186,9 +184,7 @@ def test_a_damaged_safetensors_file_is_a_user_error(tmp_path, content):
 
 def test_sha256_is_the_known_digest(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
-    assert (
-        files.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert files.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

@@ -51,9 +51,7 @@ def state_dict(
     return state
 
 
-def wrapped(
-    layer: int, state: dict[str, Tensor], l0_pct: float | None = 12.0, **extra: object
-) -> dict[str, object]:
+def wrapped(layer: int, state: dict[str, Tensor], l0_pct: float | None = 12.0, **extra: object) -> dict[str, object]:
     """The dict around the state dict, as on the model card."""
     metadata = {
         "steps": 5000,
@@ -86,9 +84,7 @@ def dense_preactivations(x: Tensor, state: dict[str, Tensor]) -> Tensor:
     weights = {key.removeprefix(PREFIX): value.float() for key, value in state.items()}
     f, d = weights["enc.1.weight"].shape
     encoder = nn.Sequential(nn.LayerNorm(d, eps=1e-5), nn.Linear(d, f)).requires_grad_(False)
-    encoder.load_state_dict(
-        {key.removeprefix("enc."): weights[key] for key in weights if key.startswith("enc.")}
-    )
+    encoder.load_state_dict({key.removeprefix("enc."): weights[key] for key in weights if key.startswith("enc.")})
     return encoder(x)
 
 
@@ -114,9 +110,7 @@ def check_against_formula(transcoder: Transcoder, state: dict[str, Tensor], k: i
     x = inputs(transcoder.d_model)
     acts = transcoder.encode(x)
     torch.testing.assert_close(acts.dense(transcoder.d_features), dense_features(x, state, k))
-    torch.testing.assert_close(
-        transcoder.decode(acts), dense_reconstruction(x, state, k), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(transcoder.decode(acts), dense_reconstruction(x, state, k), rtol=1e-5, atol=1e-4)
 
 
 # -- the published layout ------------------------------------------------------------------------------------
@@ -154,9 +148,7 @@ def test_weights_keep_the_precision_they_are_stored_in(tmp_path, dtype):
     x = inputs()
     features, k = transcoder.encode(x), 12
     assert features.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(
-        features.dense(FEATURES).float(), dense_features(x, state, k), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(features.dense(FEATURES).float(), dense_features(x, state, k), rtol=1e-5, atol=1e-5)
 
 
 def test_extra_tables_are_left_on_disk(tmp_path):
@@ -320,9 +312,7 @@ def test_several_target_decoders_are_refused(tmp_path):
     assert str((D, FEATURES)) in error.expected
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: a transposed dec.weight is taken for several targets when D divides F"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: a transposed dec.weight is taken for several targets when D divides F")
 def test_a_transposed_decoder_is_not_called_several_targets(tmp_path):
     state = state_dict()
     state[PREFIX + "dec.weight"] = state[PREFIX + "dec.weight"].T.contiguous()
@@ -330,17 +320,13 @@ def test_a_transposed_decoder_is_not_called_several_targets(tmp_path):
     assert "target layers" not in refused(tmp_path).found
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1, 2], torch.ones(3), {"state_dict": {}}, {"state_dict": 3}, {"W_enc": 1}]
-)
+@pytest.mark.parametrize("content", [{}, [1, 2], torch.ones(3), {"state_dict": {}}, {"state_dict": 3}, {"W_enc": 1}])
 def test_another_kind_of_pt_is_not_a_transcoder(tmp_path, content):
     write(tmp_path, 0, content)
     assert "is not a transcoder" in refused(tmp_path).problem
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: layers of different width are accepted; the first forward pass dies"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: layers of different width are accepted; the first forward pass dies")
 def test_layers_of_different_width_are_refused(tmp_path):
     write(tmp_path, 0, state_dict(d=D))
     write(tmp_path, 1, state_dict(d=D + 4))
@@ -404,12 +390,8 @@ def test_a_truncated_legacy_pt_is_refused(tmp_path, share):
     assert "damaged" in refused(tmp_path).problem
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: EOFError has no text; str(error).splitlines()[0] is an IndexError"
-)
-@pytest.mark.parametrize(
-    "content", [b"", LEGACY[:5], LEGACY[:20], LEGACY[:100]], ids=["empty", "5", "20", "100"]
-)
+@pytest.mark.xfail(strict=True, reason="BUG: EOFError has no text; str(error).splitlines()[0] is an IndexError")
+@pytest.mark.parametrize("content", [b"", LEGACY[:5], LEGACY[:20], LEGACY[:100]], ids=["empty", "5", "20", "100"])
 def test_an_empty_or_nearly_empty_pt_is_refused(tmp_path, content):
     (tmp_path / "transcoder_L0.pt").write_bytes(content)
     assert "damaged" in refused(tmp_path).problem
@@ -464,9 +446,7 @@ def test_a_pickle_in_a_pt_is_refused_and_never_executed(tmp_path, kind):
 # -- our own layout ------------------------------------------------------------------------------------------
 
 
-def save_native(
-    root: Path, coders: list[Transcoder] | None = None, read=RESID, write=RESID, **source
-) -> None:
+def save_native(root: Path, coders: list[Transcoder] | None = None, read=RESID, write=RESID, **source) -> None:
     coders = coders or [random_transcoder(layer, D, FEATURES, 7) for layer in (0, 2, 11)]
     native.save(root, coders, read=read, write=write, base_model="a/b", **source)
 
@@ -540,9 +520,7 @@ def test_native_bytes_are_reproducible(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: save() writes the first layer's k for all; layers change meaning silently"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: save() writes the first layer's k for all; layers change meaning silently")
 def test_native_never_changes_a_layers_k(tmp_path):
     coders = [random_transcoder(0, D, k=3), random_transcoder(1, D, k=None)]
     try:
@@ -601,9 +579,7 @@ UNCHECKED = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: values inside the manifest are not checked (KeyError, ... or accepted)"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: values inside the manifest are not checked (KeyError, ... or accepted)")
 @pytest.mark.parametrize("edit", UNCHECKED.values(), ids=UNCHECKED.keys())
 def test_a_damaged_manifest_is_refused(tmp_path, edit):
     edit_manifest(tmp_path, edit)

@@ -96,9 +96,10 @@ def test_greedy_is_the_argmax_and_sampling_repeats_with_its_seed(model, start):
     greedy = model.generate(start, max_new_tokens=4)
     assert list(greedy.ids) == greedy.logits.argmax(-1).tolist()
     hot = Sampling(temperature=2.0, top_p=0.9, seed=1)
-    assert model.generate(start, max_new_tokens=6, sampling=hot).ids == model.generate(
-        start, max_new_tokens=6, sampling=hot
-    ).ids
+    assert (
+        model.generate(start, max_new_tokens=6, sampling=hot).ids
+        == model.generate(start, max_new_tokens=6, sampling=hot).ids
+    )
     narrow = Sampling(temperature=2.0, top_p=1e-9, seed=1)
     assert model.generate(start, max_new_tokens=4, sampling=narrow).ids == greedy.ids
 

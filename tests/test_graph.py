@@ -53,9 +53,7 @@ def test_a_score_is_the_derivative_of_the_metric_by_the_feature(wide):
     table = score_features(wide, recording, target).frame()
     for row in table.iloc[::17].itertuples():
         address = f"L{row.layer}/{row.feature}@{row.pos}"
-        up, down = (
-            float(target.value(wide.run(TEXT, [Scale(address, 1 + step)]).logits)) for step in (STEP, -STEP)
-        )
+        up, down = (float(target.value(wide.run(TEXT, [Scale(address, 1 + step)]).logits)) for step in (STEP, -STEP))
         assert (up - down) / (2 * STEP) == pytest.approx(row.score, rel=2e-3, abs=5e-4)
 
 
@@ -93,9 +91,7 @@ def _moved(run: LocalRun, cut, row: int, step: float) -> Edit:
     places = range(len(run.embedding)) if pos == NONE else [pos]
     record = run.recording.layers[cut.layer]
     vector = {
-        FEATURE: lambda p: (
-            record.acts.dense(cut.transcoder.d_features)[0, p, feature] * cut.transcoder.W_dec[feature]
-        ),
+        FEATURE: lambda p: record.acts.dense(cut.transcoder.d_features)[0, p, feature] * cut.transcoder.W_dec[feature],
         REST: lambda p: cut.rest[p],
         ERROR: lambda p: record.error[0, p],
         BIAS: lambda p: cut.transcoder.b_dec,
@@ -146,7 +142,9 @@ def test_edges_join_neighbouring_cuts_only(whole):
     layers = [NONE, 0, 1, 3]  # layer 2 has no transcoder
     index = whole.index
     source = np.array([layers.index(layer) for layer in index.layer[whole.source]])
-    target = np.where(index.kind[whole.target] == TARGET, len(layers), [layers.index(x) for x in index.layer[whole.target]])
+    target = np.where(
+        index.kind[whole.target] == TARGET, len(layers), [layers.index(x) for x in index.layer[whole.target]]
+    )
     assert (target - source == 1).all()
 
 
@@ -218,7 +216,7 @@ def test_targets(demo, targets, name):
 
 
 def test_a_target_of_several_tokens_is_refused(demo):
-    with pytest.raises(TargetError, match="' San' | ' Antonio'"):
+    with pytest.raises(TargetError, match=r"' San' \| ' Antonio'"):
         trace(demo, "fact: the capital of the state containing Dallas is", "San Antonio")
 
 

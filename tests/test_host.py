@@ -33,8 +33,7 @@ def test_sites_relate_as_the_block_computes_them(model, prompt):
     layer = model.host.n_layers - 1
     _, seen = model.host.capture(batch, [Site(name, layer) for name in SITE_NAMES])
     pre, mid, post, attn, mlp_in, mlp = (
-        seen[Site(name, layer)]
-        for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
+        seen[Site(name, layer)] for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out")
     )
     assert torch.equal(pre + attn, mid)
     assert torch.equal(mid + mlp, post)

@@ -1,5 +1,7 @@
 """Influence and pruning on graphs small enough to do by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,10 @@ A, B = INDEX.rows(FEATURE, 0)
 C, D = INDEX.rows(FEATURE, 1)
 (GOAL,) = INDEX.rows(TARGET)
 ERROR_C = INDEX.rows(3, 1)[1]
-EDGES = [(T0, A, 2.0), (T1, B, -1.0), (A, C, 1.0), (B, C, -3.0), (B, D, 5.0), (C, GOAL, 2.0), (D, GOAL, -1.0), (ERROR_C, GOAL, 1.0)]  # fmt: skip
+EDGES = [
+    (T0, A, 2.0), (T1, B, -1.0), (A, C, 1.0), (B, C, -3.0), (B, D, 5.0),
+    (C, GOAL, 2.0), (D, GOAL, -1.0), (ERROR_C, GOAL, 1.0),
+]  # fmt: skip
 
 
 def graph_of(edges: list[tuple[int, int, float]], index: NodeIndex = INDEX) -> Graph:
@@ -44,9 +49,13 @@ def test_edge_flow_by_hand():
 def test_the_layered_sweep_is_the_sum_of_matrix_powers():
     rng = np.random.default_rng(0)
     index = NodeIndex.build(3, {layer: [(p, f) for p in range(3) for f in range(4)] for layer in range(3)}, [2])
-    levels = [index.rows(TOKEN), *(np.flatnonzero(index.layer == layer) for layer in range(3)), index.rows(TARGET)]
+    levels = [
+        index.rows(TOKEN),
+        *(np.flatnonzero(index.layer == layer) for layer in range(3)),
+        index.rows(TARGET),
+    ]
     edges = []
-    for below, above in zip(levels, levels[1:], strict=False):
+    for below, above in pairwise(levels):
         targets = above[(index.kind[above] == FEATURE) | (index.kind[above] == TARGET)]
         edges += [(s, t, rng.normal()) for s in below for t in targets if rng.random() < 0.7]
     graph = graph_of(edges, index)
@@ -68,7 +77,15 @@ def test_pruning_by_hand():
     70 % is reached by B, C and the tied D and error; A goes, and with it the only way from token 0.
     """
     pruned = prune(graph_of(EDGES), node_threshold=0.7, edge_threshold=1.0)
-    assert set(pruned.names) == {"token@0", "token@1", "L0/11@1", "L1/20@1", "L1/21@1", "error L1@1", "target 0"}
+    assert set(pruned.names) == {
+        "token@0",
+        "token@1",
+        "L0/11@1",
+        "L1/20@1",
+        "L1/21@1",
+        "error L1@1",
+        "target 0",
+    }
     pairs = {(pruned.names[s], pruned.names[t]) for s, t in zip(pruned.source, pruned.target, strict=True)}
     assert pairs == {
         ("token@1", "L0/11@1"), ("L0/11@1", "L1/20@1"), ("L0/11@1", "L1/21@1"),
@@ -91,7 +108,9 @@ def test_pruning_keeps_a_well_formed_subgraph(seed, nodes, edges):
     weighted = [(s, t, float(rng.normal())) for s, t, _ in EDGES]
     graph = graph_of(weighted)
     pruned = prune(graph, node_threshold=nodes, edge_threshold=edges)
-    old = {(graph.names[s], graph.names[t]): w for s, t, w in zip(graph.source, graph.target, graph.weight, strict=True)}
+    old = {
+        (graph.names[s], graph.names[t]): w for s, t, w in zip(graph.source, graph.target, graph.weight, strict=True)
+    }
     for s, t, w in zip(pruned.source, pruned.target, pruned.weight, strict=True):
         assert old[pruned.names[s], pruned.names[t]] == w
     for row in np.flatnonzero(pruned.index.kind == FEATURE):
@@ -102,7 +121,9 @@ def test_pruning_keeps_a_well_formed_subgraph(seed, nodes, edges):
     assert set(again.names) == set(pruned.names)
 
 
-@pytest.mark.parametrize(("fraction", "value"), [(0.4, 5.0), (0.5, 5.0), (0.51, 3.0), (0.8, 3.0), (0.9, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("fraction", "value"), [(0.4, 5.0), (0.5, 5.0), (0.51, 3.0), (0.8, 3.0), (0.9, 1.0), (1.0, 1.0)]
+)
 def test_mass_threshold(fraction, value):
     assert mass_threshold(np.array([1.0, 5.0, 0.0, 3.0, 1.0]), fraction) == value
 

@@ -156,7 +156,9 @@ def test_circuit_tracer_tuples_are_clamps(model, prompt):
     assert torch.equal(tuple_run.logits, clamp_run.logits)
 
 
-ADDRESS_PARTS = st.tuples(st.sampled_from([0, 1, 3]), st.integers(0, 60), st.sampled_from(["0", "2", "-1", "1:3", "all"]))
+ADDRESS_PARTS = st.tuples(
+    st.sampled_from([0, 1, 3]), st.integers(0, 60), st.sampled_from(["0", "2", "-1", "1:3", "all"])
+)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -187,7 +189,10 @@ def test_adding_to_two_features_of_one_token_adds_both_rows(odd, amounts, pos):
 )  # fmt: skip
 def test_every_convention_edits_at_its_write_site(read, write):
     model = random_qwen2()
-    coders = [random_transcoder(layer, 40, read=Site(read, layer), write=SiteSpec.parse(write).at(layer)) for layer in (0, 1, 2)]
+    coders = [
+        random_transcoder(layer, 40, read=Site(read, layer), write=SiteSpec.parse(write).at(layer))
+        for layer in (0, 1, 2)
+    ]
     hooked = HookedModel.from_model(model, word_tokenizer(), coders)
     prompt = "w1 w2 w3 w4"
     feature, a = strongest(hooked, prompt, 1, -1)

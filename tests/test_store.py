@@ -49,9 +49,7 @@ def publish(root: Path, coders: list[Transcoder]) -> Path:
     return root
 
 
-def save_native(
-    root: Path, coders: list[Transcoder], read: SiteSpec = RESID, write: SiteSpec = RESID
-) -> Path:
+def save_native(root: Path, coders: list[Transcoder], read: SiteSpec = RESID, write: SiteSpec = RESID) -> Path:
     native.save(root, coders, read=read, write=write)
     return root
 
@@ -113,9 +111,7 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     assert "0-2, 5" in caught.value.expected
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: layers=[] opens an empty store; its d_model raises StopIteration"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: layers=[] opens an empty store; its d_model raises StopIteration")
 def test_no_layers_at_all_are_refused(tmp_path):
     root = save_native(tmp_path, coders(0))
     with pytest.raises(UserError):
@@ -145,9 +141,7 @@ def test_the_budget_drops_what_was_used_longest_ago(four_layers, room, asked):
         resident[layer] = found
         while len(resident) > room:
             resident.pop(next(iter(resident)))
-    for layer, transcoder in reversed(
-        list(resident.items())
-    ):  # most recent first: nothing is dropped while looking
+    for layer, transcoder in reversed(list(resident.items())):  # most recent first: nothing is dropped while looking
         assert store[layer] is transcoder
 
 
@@ -183,9 +177,7 @@ def test_without_a_budget_everything_stays(four_layers):
 def test_another_precision_is_the_rounded_weights(tmp_path, packing, dtype):
     original = coders(0)
     if packing == "in memory":
-        store = TranscoderStore(
-            {0: original[0]}, Convention(RESID, RESID, "given"), dtype=dtype, name="in memory"
-        )
+        store = TranscoderStore({0: original[0]}, Convention(RESID, RESID, "given"), dtype=dtype, name="in memory")
     else:
         root = (save_native if packing == "native" else publish)(tmp_path, original)
         store = TranscoderStore.open(root, dtype=dtype, read="resid_pre", write="resid_pre")
@@ -216,9 +208,7 @@ def test_stored_sites_are_used_silently(tmp_path, caplog):
     assert not said(caplog)
 
 
-@pytest.mark.parametrize(
-    "given_sites", [{"read": "mlp_in"}, {"write": MLP_OUT}, {"read": MLP_IN, "write": "mlp_out"}]
-)
+@pytest.mark.parametrize("given_sites", [{"read": "mlp_in"}, {"write": MLP_OUT}, {"read": MLP_IN, "write": "mlp_out"}])
 def test_repeating_what_is_stored_is_fine(tmp_path, given_sites, caplog):
     store = TranscoderStore.open(save_native(tmp_path, coders(0), MLP_IN, MLP_OUT), **given_sites)
     assert store.convention == Convention(MLP_IN, MLP_OUT, "stored")
@@ -266,9 +256,7 @@ def test_what_is_not_known_is_assumed_and_said(tmp_path, sites, read, write, cap
     assert str(root) in caplog.text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "resid", "resid_pre-1", "resid_pre+", "blocks.0.hook_resid_pre", "mlp_out+1.5"]
-)
+@pytest.mark.parametrize("text", ["", "resid", "resid_pre-1", "resid_pre+", "blocks.0.hook_resid_pre", "mlp_out+1.5"])
 def test_an_unknown_site_is_refused_with_the_known_ones(tmp_path, text):
     root = publish(tmp_path, coders(0))
     for name in ("read", "write"):
@@ -435,9 +423,7 @@ def test_a_model_other_than_the_demo_needs_transcoders(saved):
 
 
 @pytest.mark.xfail(strict=True, reason="BUG: options are dropped silently for transcoders in memory")
-@pytest.mark.parametrize(
-    "options", [{"k": 3}, {"layers": [0]}, {"read": "mlp_in"}, {"budget_bytes": 1}], ids=str
-)
+@pytest.mark.parametrize("options", [{"k": 3}, {"layers": [0]}, {"read": "mlp_in"}, {"budget_bytes": 1}], ids=str)
 def test_options_are_honoured_or_refused_for_transcoders_in_memory(saved, options):
     try:
         store = HookedModel.load(saved, coders(0, 1), **options).store
@@ -480,9 +466,7 @@ def change_config(root: Path, **changes: object) -> Path:
     return root
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: missing weights are made up at random (transformers only logs it)"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: missing weights are made up at random (transformers only logs it)")
 def test_missing_weights_are_a_user_error(tmp_path, saved):
     root = change_config(copied(saved, tmp_path), num_hidden_layers=6, layer_types=["full_attention"] * 6)
     with pytest.raises(UserError):
@@ -490,18 +474,14 @@ def test_missing_weights_are_a_user_error(tmp_path, saved):
 
 
 @pytest.mark.xfail(strict=True, reason="BUG: other exceptions of transformers pass through Host.load")
-@pytest.mark.parametrize(
-    "changes", [{"hidden_size": 48}, {"num_hidden_layers": 3}, {"vocab_size": "many"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"hidden_size": 48}, {"num_hidden_layers": 3}, {"vocab_size": "many"}], ids=str)
 def test_a_config_that_contradicts_itself_or_the_weights_is_a_user_error(tmp_path, saved, changes):
     root = change_config(copied(saved, tmp_path), **changes)
     with pytest.raises(UserError):
         HookedModel.load(root, coders(0, d_model=changes.get("hidden_size", WIDTH)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: transformers invents an empty tokenizer; 'the prompt is empty' later"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: transformers invents an empty tokenizer; 'the prompt is empty' later")
 def test_a_missing_tokenizer_is_a_user_error(tmp_path, saved):
     root = copied(saved, tmp_path)
     for file in root.glob("tokenizer*"):

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from circuits.attribution import Cut, LocalRun, Rows, contract
 from circuits.scores import EMBEDDING
-from hooks.sites import Site
 from hooks.types import Edit, Pass
 
 CONSERVES = False
@@ -51,7 +50,9 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[Rows]:
     for number in numbers:
         if number == len(run.cuts):
             chosen = run.targets[part]
-            values[number] = torch.stack([t.value(logits[row]) for row, t in enumerate(chosen)]) if chosen else logits.new_zeros(0)
+            values[number] = (
+                torch.stack([t.value(logits[row]) for row, t in enumerate(chosen)]) if chosen else logits.new_zeros(0)
+            )
         else:
             values[number] = _preactivations(run.cuts[number], part, arriving[number])
     total = torch.stack([value.double().sum() for value in values.values()]).sum()
@@ -119,5 +120,3 @@ def _token_rows(run: LocalRun) -> Rows:
     weights = x.new_zeros(len(cut.pos), len(run.embedding))
     weights[torch.arange(len(cut.pos)), cut.pos] = contribution
     return Rows(run.target_rows(0), run.source_rows(0), weights, contribution)
-
-

@@ -9,12 +9,18 @@ SHOWN_MOVES = 5
 
 def terminal(story: Story) -> str:
     """What `circuits demo` prints."""
-    return "\n".join(f"{title}\n" + "\n".join(f"    {line}" for line in lines) + "\n" for title, lines in sections(story))
+    return "\n".join(
+        f"{title}\n" + "\n".join(f"    {line}" for line in lines) + "\n" for title, lines in sections(story)
+    )
 
 
 def markdown(story: Story, seconds: float) -> str:
     """`report.md`."""
-    parts = ["# What the embedded model does, and how we know", f"`{story.prompt}`", "![the circuit](circuit.png)"]
+    parts = [
+        "# What the embedded model does, and how we know",
+        f"`{story.prompt}`",
+        "![the circuit](circuit.png)",
+    ]
     for title, lines in sections(story):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     parts.append(f"Made by `circuits demo` in {seconds:.0f} s. Every number here was measured by this run.")

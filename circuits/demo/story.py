@@ -158,5 +158,3 @@ def state_layer_note(story: Story) -> str:
     layer, place = story.site
     where = "the last token" if place == "final" else "the city's last token"
     return f"layer {layer}, {where}: the {FEATURES_PER_STATE} features that grow most in each state's questions"
-
-

@@ -23,7 +23,14 @@ ABREAST = 4  # nodes of one layer and token side by side; more go into a second 
 SLOT, NARROW, LINE, GAP, HEIGHT = 0.98, 0.72, 0.52, 0.55, 0.4  # inches
 BOTTOM, LEFT = 1.0, 0.85
 POSITIVE, NEGATIVE, INK = "#1f6f8b", "#c8553d", "#2b2b2b"
-FILL = {TOKEN: "#efe9dc", FEATURE: "#ffffff", REST: "#f3f3f3", ERROR: "#f3f3f3", BIAS: "#f3f3f3", TARGET: "#dcebef"}
+FILL = {
+    TOKEN: "#efe9dc",
+    FEATURE: "#ffffff",
+    REST: "#f3f3f3",
+    ERROR: "#f3f3f3",
+    BIAS: "#f3f3f3",
+    TARGET: "#dcebef",
+}
 
 
 def draw(graph: Graph, path: Path, kind: str) -> None:
@@ -106,7 +113,9 @@ def _token_width(token: str) -> float:
 
 def _heights(cells: dict[tuple[int, int], list[int]], count: int) -> list[float]:
     """The middle of each level, from the tokens up, leaving room for second lines."""
-    lines = [max((-(-len(r) // ABREAST) for (_, lv), r in cells.items() if lv == level), default=1) for level in range(count)]
+    lines = [
+        max((-(-len(r) // ABREAST) for (_, lv), r in cells.items() if lv == level), default=1) for level in range(count)
+    ]
     heights, y = [], BOTTOM
     for level in range(count):
         if level:
@@ -138,7 +147,9 @@ def _draw_frame(axes: Any, graph: Graph, places: dict[int, tuple[float, float]])
         axes.text(0.1, height, name, fontsize=9, color="#777777", va="center", ha="left", zorder=4)
 
 
-def _draw_edges(axes: Any, graph: Graph, edges: Int[np.ndarray, " edge"], places: dict[int, tuple[float, float]]) -> None:
+def _draw_edges(
+    axes: Any, graph: Graph, edges: Int[np.ndarray, " edge"], places: dict[int, tuple[float, float]]
+) -> None:
     from matplotlib.patches import FancyArrowPatch
 
     largest = np.abs(graph.effect[edges]).max() if len(edges) else 1.0

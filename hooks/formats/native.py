@@ -28,7 +28,17 @@ _KEYS = {
     "W_dec": "W_dec",
     "b_dec": "b_dec",
 }
-_REQUIRED = {"format", "version", "d_model", "d_features", "read", "write", "input_norm", "activation", "layers"}
+_REQUIRED = {
+    "format",
+    "version",
+    "d_model",
+    "d_features",
+    "read",
+    "write",
+    "input_norm",
+    "activation",
+    "layers",
+}
 _OPTIONAL = {"base_model", "sites_source", "source"}
 
 
@@ -81,7 +91,9 @@ def _check_keys(manifest: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _layer(root: Path, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any], k: int | None) -> LayerSource:
+def _layer(
+    root: Path, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any], k: int | None
+) -> LayerSource:
     file = root / entry["file"]
     if file.parent != root or not file.is_file():
         raise CheckpointError(
@@ -114,7 +126,13 @@ def _layer(root: Path, number: int, entry: Mapping[str, Any], manifest: Mapping[
 
 
 def save(
-    root: Path, transcoders: list[Transcoder], *, read: SiteSpec, write: SiteSpec, base_model: str = "", **source: Any
+    root: Path,
+    transcoders: list[Transcoder],
+    *,
+    read: SiteSpec,
+    write: SiteSpec,
+    base_model: str = "",
+    **source: Any,
 ) -> None:
     """Write a set in this format; the manifest goes last, so a folder with one is complete.
 

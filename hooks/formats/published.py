@@ -62,9 +62,7 @@ def _layer(number: int, path: Path) -> LayerSource:
     metadata = wrapper.get("training_metadata") or {}
     k, k_source = _selection(metadata, d_features)
     nested = ("state_dict",) if wrapper else ()
-    tensors = {
-        name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()
-    }
+    tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
     return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata))
 
 

@@ -37,5 +37,7 @@ def from_text(address: str, value: float | None) -> Ablate:
         InterventionError: a value was given.
     """
     if value is not None:
-        raise InterventionError(f"ablate takes no value, found {value}", where=address, repair="use clamp to set a value")
+        raise InterventionError(
+            f"ablate takes no value, found {value}", where=address, repair="use clamp to set a value"
+        )
     return Ablate(address)
