@@ -24,7 +24,7 @@ from circuits.demo.questions import Exam
 from circuits.demo.story import PICTURES, tell
 from circuits.export import EXPORTERS, check_format, export
 from circuits.graph import Graph
-from circuits.trace import trace
+from circuits.trace import check_options, trace
 from hooks.demo import TRANSCODERS
 from hooks.errors import InterventionError, UserError
 from hooks.files import check_writable, write_text
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     features = _command(commands, "features", run_features, "the strongest features of every token")
     _prompt(features)
-    features.add_argument("--top", type=int, default=10, metavar="N", help="features per token (default 10)")
+    features.add_argument("--top", type=_count, default=10, metavar="N", help="features per token (default 10)")
     features.add_argument("--layers", type=_layers, metavar="0,1|all", help="only these layers")
 
     swap = _command(commands, "swap", run_swap, "replace sites by their reconstructions and measure")
@@ -135,8 +135,6 @@ def run_demo(args: argparse.Namespace) -> Result:
 
 def run_features(args: argparse.Namespace) -> Result:
     """The strongest features per token."""
-    if args.top < 1:
-        raise UserError(f"--top {args.top} shows nothing", expected="at least 1")
     model = _load(args)
     tokens = list(model.host.batch([args.prompt]).strings[0])
     table = model.features(args.prompt, args.top, None if args.layers == "all" else args.layers)
@@ -160,8 +158,8 @@ def run_swap(args: argparse.Namespace) -> Result:
 
 def run_ablate(args: argparse.Namespace) -> Result:
     """Zero features; logits before and after."""
-    model = _load(args)
     plan = [INTERVENTIONS["ablate"].from_text(address, None) for address in args.feature]
+    model = _load(args)
     run = model.run(args.prompt, plan, swap=args.swap, error=args.error, mask=args.mask)
     effect = run.effect(args.target, args.against)
     before, after = run.top_before(args.top), run.top_after(args.top)
@@ -215,12 +213,13 @@ def run_steer(args: argparse.Namespace) -> Result:
 
 def run_trace(args: argparse.Namespace) -> Result:
     """Trace, verify, save."""
+    check_options(args.rule, args.max_nodes, args.node_threshold, args.edge_threshold, args.sample, args.seed)
+    if args.against and args.target is None:
+        raise UserError("--against needs --target", repair="name the answer too, with --target")
     check_writable(args.out)
     started = time.perf_counter()
     model = _load(args)
     target = None if args.target is None else (args.target, args.against) if args.against else args.target
-    if args.against and args.target is None:
-        raise UserError("--against needs --target", repair="name the answer too, with --target")
     graph = trace(
         model,
         args.prompt,
@@ -286,7 +285,7 @@ def _prompt(parser: argparse.ArgumentParser) -> None:
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="the token to measure (default: the model's own answer)")
     parser.add_argument("--against", metavar="TOKEN", help="the other token of the metric (default: the best other)")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="most likely tokens to show (default 5)")
+    parser.add_argument("--top", type=_count, default=5, metavar="N", help="most likely tokens to show (default 5)")
 
 
 def _changing(parser: argparse.ArgumentParser) -> None:
@@ -310,6 +309,12 @@ def _many(parser: argparse.ArgumentParser, flag: str, metavar: str, help: str, *
         help=help,
         required=required,
     )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def _layers(text: str) -> str | list[int]:

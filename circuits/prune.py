@@ -13,6 +13,17 @@ from circuits.nodes import FEATURE, TARGET, TOKEN, NodeIndex
 from hooks.errors import UserError
 
 
+def check_thresholds(node_threshold: float, edge_threshold: float) -> None:
+    """Refuse shares that keep nothing or more than everything.
+
+    Raises:
+        UserError: a threshold is not above 0 and at most 1.
+    """
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise UserError(f"{name} = {value} is out of range", expected="above 0, at most 1")
+
+
 def prune(graph: Graph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Graph:
     """A smaller graph; scores, influence and effects of what stays are unchanged.
 
@@ -23,9 +34,7 @@ def prune(graph: Graph, *, node_threshold: float = 0.8, edge_threshold: float = 
     Raises:
         UserError: a threshold is not above 0 and at most 1.
     """
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise UserError(f"{name} = {value} is out of range", expected="above 0, at most 1")
+    check_thresholds(node_threshold, edge_threshold)
     index, kind = graph.index, graph.index.kind
     fixed = (kind == TOKEN) | (kind == TARGET)
     counted = np.where(fixed, 0.0, graph.influence)

@@ -14,7 +14,7 @@ from circuits.attribution import RULES, LocalRun, make_cuts
 from circuits.graph import Graph
 from circuits.influence import node_influence
 from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN, NodeIndex
-from circuits.prune import prune
+from circuits.prune import check_thresholds, prune
 from circuits.scores import EMBEDDING, FeatureScores, score_features
 from circuits.targets import TargetLike, resolve_targets
 from circuits.verify import verify
@@ -53,7 +53,8 @@ def trace(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: the rule is unknown, or the transcoders are not of the same-site convention.
+        UserError: the rule is unknown, a number is out of range, or the transcoders are not of the same-site
+            convention.
 
     Example:
         >>> from hooks import HookedModel
@@ -61,7 +62,8 @@ def trace(
         >>> graph.meta["targets"][0]["name"].startswith("' Austin'")
         True
     """
-    _check(model, rule, max_nodes)
+    check_options(rule, max_nodes, node_threshold, edge_threshold, sample, seed)
+    _check_convention(model)
     batch = model.host.batch([prompt])
     recording = record(model.host, model.store, batch)
     chosen = resolve_targets(model.host, recording.logits[0], targets)
@@ -79,11 +81,25 @@ def trace(
     return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
 
 
-def _check(model: HookedModel, rule: str, max_nodes: int) -> None:
+def check_options(
+    rule: str, max_nodes: int, node_threshold: float, edge_threshold: float, sample: int, seed: int
+) -> None:
+    """Refuse what cannot be traced, before a model is even loaded.
+
+    Raises:
+        UserError: the rule is unknown, or a number is out of range.
+    """
     if rule not in RULES:
         raise UserError(f"unknown attribution rule {rule!r}", expected=", ".join(RULES), where="--rule")
     if max_nodes < 1:
         raise UserError(f"max_nodes = {max_nodes} leaves nothing to draw", expected="at least 1")
+    check_thresholds(node_threshold, edge_threshold)
+    for name, value in (("sample", sample), ("seed", seed)):
+        if value < 0:
+            raise UserError(f"{name} = {value} is out of range", expected="at least 0")
+
+
+def _check_convention(model: HookedModel) -> None:
     convention = model.store.convention
     if not (convention.same_site and convention.write.at(0).whole_stream):
         raise UserError(

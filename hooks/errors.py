@@ -4,6 +4,8 @@ Everything a person or a file got wrong is a `UserError` (exit status 2, no trac
 `assert` with a text, or any other exception (exit status 1).
 """
 
+import re
+
 
 class UserError(ValueError):
     """The input was wrong. `str(error)` is a complete message; nothing was written.
@@ -29,6 +31,12 @@ class UserError(ValueError):
             if text:
                 parts.append(f"  {label}: {text}")
         super().__init__("\n".join(parts))
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """What a foreign exception says, as one plain line (some libraries colour their messages)."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+    return " ".join(text.splitlines()[0].split())[:limit]
 
 
 class AddressError(UserError):

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.errors import CheckpointError, OutputError
+from hooks.errors import CheckpointError, OutputError, first_line
 
 
 def open_pt(path: Path) -> Any:
@@ -29,36 +31,35 @@ def open_pt(path: Path) -> Any:
         CheckpointError: the file is damaged, or holds anything but tensors and plain containers.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
-            where=str(path),
-            found=str(error).splitlines()[0][:160],
-            repair="save it again as a plain dict of tensors, or use another source",
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "mmap" in str(error):  # the legacy, non-zip layout cannot be mapped
-            return _open_legacy_pt(path)
+        return _load_pt(path)
+    except Exception as error:  # torch.load raises whatever its parser stumbles over
+        # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
+        unsafe = re.search(r"Unsupported (global|class)[^.\n]*|GLOBAL \S+|Unsupported operand 149", str(error))
+        if isinstance(error, pickle.UnpicklingError) and unsafe:
+            raise CheckpointError(
+                f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
+                where=str(path),
+                found=unsafe[0][:160],
+                repair="save it again as a plain dict of tensors, or use another source",
+            ) from None
         raise CheckpointError(
             f"{path.name} is damaged or incomplete",
             expected="a file written by torch.save",
-            found=f"{path.stat().st_size:,} bytes; {str(error).splitlines()[0][:160]}",
+            found=f"{path.stat().st_size:,} bytes; {first_line(error)}" if path.is_file() else "a link to nothing",
             where=str(path),
             repair="download it again",
         ) from None
 
 
-def _open_legacy_pt(path: Path) -> Any:
+def _load_pt(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path.name} is damaged, or holds more than tensors",
-            where=str(path),
-            found=str(error).splitlines()[0][:160],
-            repair="save it again with a current torch.save",
-        ) from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        with warnings.catch_warnings():  # of a pickle protocol that torch.save never writes; refused right after
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)  # the legacy layout cannot be mapped
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{path.name} is not a readable safetensors file",
             where=str(path),
-            found=str(error).splitlines()[0][:160],
+            found=first_line(error),
             repair="download or convert it again",
         ) from None
 
@@ -141,13 +142,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Fail now, not after minutes of work, if `path` cannot be written.
+    """Fail now, not after minutes of work, if `path` cannot be written. Leaves no trace, folders included.
 
     Raises:
         OutputError: the folder cannot be made or written to, or `path` is a folder.
     """
-    with contextlib.suppress(_Probe), replacing(path):
-        raise _Probe
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with contextlib.suppress(_Probe), replacing(path):
+            raise _Probe
+    finally:
+        for folder in made:  # innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 class _Probe(Exception):  # noqa: N818

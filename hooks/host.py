@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
-from hooks.errors import ModelError, PromptError, TargetError
+from hooks.errors import ModelError, PromptError, TargetError, first_line
 from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.types import Edit, Pass
@@ -81,19 +81,26 @@ class Host:
             ModelError: it cannot be found, or is not a causal language model.
         """
         _check_name(str(name))
-        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
         if device_map:
             options["device_map"] = device_map
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(name, **options)
             tokenizer = _load_tokenizer(name)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # transformers, safetensors and the hub client raise many kinds
             raise ModelError(
                 f"cannot load the model {str(name)!r}",
                 expected="`demo`, a folder with config.json, weights and tokenizer, or a hub id such as Qwen/Qwen2.5-32B",
-                found=" ".join(str(error).split())[:240],
+                found=first_line(error, 240),
                 repair="check the spelling; without a network only folders and models already in the cache load",
             ) from None
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers fills them with random numbers and goes on
+            raise ModelError(
+                f"the weights of {name} are incomplete",
+                expected="every tensor that its config.json asks for",
+                found=f"{len(missing)} missing, {missing[0]} for one",
+            )
         return cls(model, tokenizer)
 
     @property
@@ -113,6 +120,8 @@ class Host:
         Raises:
             PromptError: the prompt is empty, has ids outside the vocabulary, or is longer than the context.
         """
+        if isinstance(prompt, str) and _is_broken(prompt):
+            raise PromptError("the prompt is not valid text", found=ascii(prompt)[:80], repair="give it as UTF-8")
         ids = list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids or (isinstance(prompt, str) and not prompt.strip()):
             raise PromptError("the prompt is empty", expected="at least one token", found=repr(prompt))
@@ -184,11 +193,12 @@ class Host:
             if len(ids) == 1 and ids[0] != unknown:
                 return ids[0]
         shown = [" | ".join(map(repr, self.strings(ids))) for ids in splits]
+        known = not any(unknown in ids for ids in splits)
         raise TargetError(
-            f"the target {target!r} is not one token",
+            f"the target {target!r} is not one token" if known else f"the target {target!r} is not in the vocabulary",
             expected="text that the tokenizer keeps whole, or a token id",
-            found=" or ".join(shown) or "an empty text",
-            repair="use its first token as the target",
+            found=" or ".join(dict.fromkeys(shown)) or "an empty text",
+            repair="use its first token as the target" if known else "",
         )
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -322,6 +332,9 @@ def _attach_branch(model: nn.Module, site: Site, module: nn.Module, through: Cal
     ]
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def _check_name(name: str) -> None:
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -331,8 +344,18 @@ def _check_name(name: str) -> None:
             expected="config.json beside the weights",
             found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
         )
+    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(f"the folder {name} holds no tokenizer", expected=f"one of {', '.join(_TOKENIZER_FILES)}")
     if looks_local and not path.exists():
         raise ModelError(f"there is no folder {name}", expected="a folder with config.json, weights and tokenizer")
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes that were no UTF-8 arrive as lone surrogates
+        return True
+    return False
 
 
 def _load_tokenizer(name: str | Path) -> Any:

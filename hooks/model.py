@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.errors import CheckpointError, ModelError, UserError
+from hooks.errors import CheckpointError, ModelError, UserError, first_line
 from hooks.generation import Generated, Sampling, generate
 from hooks.host import Batch, Host, Prompt, tap
 from hooks.intervene import make_edits, make_plan
@@ -124,10 +124,12 @@ class HookedModel:
                     repair="--transcoders PATH_OR_ID",
                 )
             transcoders = "demo"
+        chosen = _device(device) if device else None  # looked at before minutes of loading
+        precision = _dtype(dtype)
         store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
-        host = Host.load(WEIGHTS if demo else name, dtype=_dtype(dtype), device_map=device_map)
-        if device:
-            host.model.to(_device(device))
+        host = Host.load(WEIGHTS if demo else name, dtype=precision, device_map=device_map)
+        if chosen:
+            host.model.to(chosen)
         return cls(host, store, str(name))
 
     @classmethod
@@ -384,25 +386,30 @@ def _sites(store: TranscoderStore, layer: int) -> tuple[Site, Site]:
 
 
 def _check_fit(host: Host, store: TranscoderStore) -> None:
-    if store.d_model != host.d_model:
-        raise CheckpointError(
-            "the transcoders do not fit the model",
-            expected=f"width {host.d_model}, the model's hidden size",
-            found=f"width {store.d_model}",
-            where=store.name,
-            repair="use the transcoders that were trained on this model",
-        )
     for layer in store.layers:
+        if store.d_model(layer) != host.d_model:
+            raise CheckpointError(
+                "the transcoders do not fit the model",
+                expected=f"width {host.d_model}, the model's hidden size",
+                found=f"width {store.d_model(layer)} at layer {layer}",
+                where=store.name,
+                repair="use the transcoders that were trained on this model",
+            )
         for site in _sites(store, layer):
             module_at(host.model, site)
 
 
 def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
-    if isinstance(transcoders, TranscoderStore):
-        return transcoders
-    if isinstance(transcoders, (str, Path)):
+    if isinstance(transcoders, str | Path):
         return TranscoderStore.open(_transcoder_folder(str(transcoders)), name=str(transcoders), **options)
-    return TranscoderStore.of(list(transcoders))
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(
+            f"{given[0]} was given for transcoders that are already in memory",
+            expected="a folder or hub id, or transcoders that carry it themselves",
+            repair=f"leave {given[0]} away, or make the transcoders with it",
+        )
+    return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
 def _transcoder_folder(name: str) -> Path:
@@ -418,7 +425,7 @@ def _transcoder_folder(name: str) -> Path:
         raise CheckpointError(
             f"cannot find the transcoders {name!r}",
             expected=f"{', '.join(TRANSCODERS)}, a folder, or a hub id such as KokosDev/qwen25-32b-clt",
-            found=" ".join(str(error).split())[:200],
+            found=first_line(error, 200),
         ) from None
 
 
@@ -439,11 +446,9 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def _device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"the device {device!r} cannot be used", found=str(error).splitlines()[0], where="--device"
-        ) from None
+        float(torch.zeros(1, device=chosen))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"the device {device!r} cannot be used", found=first_line(error), where="--device") from None
     return chosen
 
 

@@ -96,6 +96,8 @@ class TranscoderStore:
         convention = resolve_convention(checkpoint, read, write)
         sources: dict[int, LayerSource | Transcoder] = {s.layer: s for s in checkpoint.layers}
         if layers is not None:
+            if not layers:
+                raise CheckpointError("no layers chosen", expected=f"some of {_spans(sorted(sources))}", where=str(root))
             missing = sorted(set(layers) - set(sources))
             if missing:
                 raise CheckpointError(
@@ -123,6 +125,10 @@ class TranscoderStore:
         """Transcoders that are already in memory, all of one convention."""
         if not transcoders:
             raise CheckpointError("no transcoders given", expected="at least one Transcoder")
+        layers = [transcoder.layer for transcoder in transcoders]
+        twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+        if twice:
+            raise CheckpointError(f"two transcoders for layer {twice[0]}", expected="one per layer")
         conventions = {_relative(transcoder) for transcoder in transcoders}
         if len(conventions) != 1:
             raise CheckpointError(
@@ -138,10 +144,9 @@ class TranscoderStore:
         """Layers that have a transcoder, ascending."""
         return tuple(self._sources)
 
-    @property
-    def d_model(self) -> int:
-        """Width of the streams the set reads."""
-        return next(iter(self._sources.values())).d_model
+    def d_model(self, layer: int) -> int:
+        """Width of the streams one layer reads, without loading it."""
+        return self._sources[layer].d_model
 
     def d_features(self, layer: int) -> int:
         """Dictionary size of one layer, without loading it."""

@@ -65,6 +65,8 @@ class Positions:
             AddressError: none of these.
         """
         text = text.strip()
+        if any(len(number) > 9 for number in re.findall(r"\d+", text)):
+            raise AddressError(f"the position {text!r} is beyond any prompt")
         if text in ("all", "new"):
             return cls(text)  # type: ignore[arg-type]
         if re.fullmatch(r"-?\d+", text):

@@ -96,7 +96,6 @@ def test_check_writable_leaves_no_file(tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: check_writable makes the parent folders and leaves them")
 def test_check_writable_leaves_no_folder(tmp_path):
     files.check_writable(tmp_path / "new" / "deeper" / "graph.json")
     assert list(tmp_path.rglob("*")) == []

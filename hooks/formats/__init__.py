@@ -88,4 +88,13 @@ def recognise(root: Path) -> Checkpoint:
             found=f"{', '.join(found)}" if found else (listing or "an empty folder"),
             where=str(root),
         )
-    return FORMATS[found[0]].locate(root)
+    checkpoint: Checkpoint = FORMATS[found[0]].locate(root)
+    widths = {source.d_model for source in checkpoint.layers}
+    if len(widths) > 1:
+        raise CheckpointError(
+            "the layers have different widths",
+            expected="one model width for the whole set",
+            found=", ".join(f"layer {source.layer}: {source.d_model}" for source in checkpoint.layers),
+            where=str(root),
+        )
+    return checkpoint

@@ -1,15 +1,16 @@
 """Our own layout: `manifest.json` and one safetensors file per layer, one feature per row both ways.
 
-    manifest.json       format, version, d_model, d_features, read, write, input_norm, activation, layers{file, sha256}
+    manifest.json         see `Manifest`
     layer_00.safetensors  ln.weight ln.bias W_enc[F,D] b_enc W_dec[F,D] b_dec
 
-Everything a format can know is stored, so nothing is assumed. Unknown keys are errors.
+Everything a format can know is stored, so nothing is assumed. Unknown keys are errors, on every level.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from hooks.errors import CheckpointError
 from hooks.files import safetensors_shapes, sha256, write_json, write_safetensors
@@ -19,7 +20,6 @@ from hooks.transcoder import OPTIONAL_WEIGHTS, Transcoder
 
 MANIFEST = "manifest.json"
 _NAME = "qwen-circuits"
-_VERSION = 1
 _KEYS = {
     "norm_weight": "ln.weight",
     "norm_bias": "ln.bias",
@@ -28,18 +28,61 @@ _KEYS = {
     "W_dec": "W_dec",
     "b_dec": "b_dec",
 }
-_REQUIRED = {
-    "format",
-    "version",
-    "d_model",
-    "d_features",
-    "read",
-    "write",
-    "input_norm",
-    "activation",
-    "layers",
-}
-_OPTIONAL = {"base_model", "sites_source", "source"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputNorm(_Strict):
+    """What happens to the stream before the encoder."""
+
+    kind: Literal["layernorm", "none"]
+    eps: PositiveFloat = 1e-5
+
+
+class Activation(_Strict):
+    """How features are selected: TopK then ReLU, or ReLU alone."""
+
+    kind: Literal["topk", "relu"]
+    k: PositiveInt | None = None
+    order: Literal["topk-relu"] = "topk-relu"
+
+    @model_validator(mode="after")
+    def _k_belongs_to_topk(self) -> "Activation":
+        if (self.kind == "topk") != (self.k is not None):
+            raise ValueError("topk needs k, relu has none")
+        return self
+
+
+class LayerEntry(_Strict):
+    """One layer's file in the manifest's folder, and its digest when it was written."""
+
+    file: str
+    sha256: str
+
+
+class Manifest(_Strict):
+    """Everything known about a set. `read` and `write` are sites relative to a layer, such as `mlp_out+1`."""
+
+    format: Literal["qwen-circuits"]
+    version: Literal[1]
+    base_model: str | None = None
+    d_model: PositiveInt
+    d_features: PositiveInt
+    read: str
+    write: str
+    sites_source: Literal["stored", "given", "assumed", "calibrated"] = "stored"
+    input_norm: InputNorm
+    activation: Activation
+    layers: Annotated[dict[int, LayerEntry], Field(min_length=1)]
+    source: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "Manifest":
+        if self.activation.k and self.activation.k > self.d_features:
+            raise ValueError(f"k = {self.activation.k} is more than d_features = {self.d_features}")
+        return self
 
 
 def matches(root: Path) -> bool:
@@ -57,51 +100,35 @@ def locate(root: Path) -> Checkpoint:
     """Describe the set from its manifest.
 
     Raises:
-        CheckpointError: the manifest has unknown or missing keys, or a file is missing, damaged or of wrong shape.
+        CheckpointError: the manifest has unknown, missing or impossible entries, or a file is missing, damaged or of
+            wrong shape.
     """
     path = root / MANIFEST
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    _check_keys(manifest, path)
-    norm, activation = manifest["input_norm"], manifest["activation"]
-    if norm.get("kind") not in ("layernorm", "none") or activation.get("kind") not in ("topk", "relu"):
-        raise CheckpointError(
-            "the manifest names an encoder this version does not know",
-            expected="input_norm layernorm or none; activation topk or relu",
-            found=f"{norm}, {activation}",
-            where=str(path),
-        )
-    k = int(activation["k"]) if activation["kind"] == "topk" else None
-    layers = tuple(
-        _layer(root, int(number), entry, manifest, k)
-        for number, entry in sorted(manifest["layers"].items(), key=lambda item: int(item[0]))
-    )
-    read, write = SiteSpec.parse(manifest["read"]), SiteSpec.parse(manifest["write"])
-    eps = float(norm.get("eps", 1e-5))
-    return Checkpoint(root, "native", layers, read, write, eps, manifest.get("base_model"))
-
-
-def _check_keys(manifest: Mapping[str, Any], path: Path) -> None:
-    missing, unknown = _REQUIRED - set(manifest), set(manifest) - _REQUIRED - _OPTIONAL
-    if missing or unknown or manifest["version"] != _VERSION:
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(
             "the manifest does not fit this version",
-            expected=f"version {_VERSION} with {', '.join(sorted(_REQUIRED))}",
-            found=f"missing {sorted(missing)}, unknown {sorted(unknown)}, version {manifest.get('version')}",
+            expected=f"version 1 with {', '.join(Manifest.model_fields)}",
+            found="; ".join(faults)[:400],
             where=str(path),
-        )
+        ) from None
+    layers = tuple(_layer(root, number, manifest) for number in sorted(manifest.layers))
+    read, write = SiteSpec.parse(manifest.read), SiteSpec.parse(manifest.write)
+    return Checkpoint(root, "native", layers, read, write, manifest.input_norm.eps, manifest.base_model)
 
 
-def _layer(
-    root: Path, number: int, entry: Mapping[str, Any], manifest: Mapping[str, Any], k: int | None
-) -> LayerSource:
-    file = root / entry["file"]
+def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
+    name = manifest.layers[number].file
+    file = root / name
     if file.parent != root or not file.is_file():
         raise CheckpointError(
             f"layer {number} is missing",
-            expected=f"the file {entry['file']} in the folder of the manifest",
+            expected=f"the file {name} in the folder of the manifest",
             where=str(root / MANIFEST),
         )
-    d_model, d_features = int(manifest["d_model"]), int(manifest["d_features"])
+    d_model, d_features = manifest.d_model, manifest.d_features
     shapes = safetensors_shapes(file)
     expected = {
         "norm_weight": (d_model,),
@@ -111,55 +138,59 @@ def _layer(
         "W_dec": (d_features, d_model),
         "b_dec": (d_model,),
     }
-    for name, shape in expected.items():
-        found = shapes.get(_KEYS[name])
-        optional = name in OPTIONAL_WEIGHTS and manifest["input_norm"]["kind"] == "none"
+    for weight, shape in expected.items():
+        found = shapes.get(_KEYS[weight])
+        optional = weight in OPTIONAL_WEIGHTS and manifest.input_norm.kind == "none"
         if found != shape and not (optional and found is None):
             raise CheckpointError(
-                f"{file.name}: {_KEYS[name]} does not fit the manifest",
+                f"{file.name}: {_KEYS[weight]} does not fit the manifest",
                 expected=str(shape),
                 found=str(found) if found else "no such tensor",
                 where=str(file),
             )
-    tensors = {name: TensorSource(file, (key,)) for name, key in _KEYS.items() if key in shapes}
-    return LayerSource(number, d_model, d_features, tensors, k, "stored")
+    tensors = {weight: TensorSource(file, (key,)) for weight, key in _KEYS.items() if key in shapes}
+    return LayerSource(number, d_model, d_features, tensors, manifest.activation.k, "stored")
 
 
 def save(
-    root: Path,
-    transcoders: list[Transcoder],
-    *,
-    read: SiteSpec,
-    write: SiteSpec,
-    base_model: str = "",
-    **source: Any,
+    root: Path, transcoders: list[Transcoder], *, read: SiteSpec, write: SiteSpec, base_model: str = "", **source: Any
 ) -> None:
     """Write a set in this format; the manifest goes last, so a folder with one is complete.
 
     Args:
         root: the folder to write; made if needed.
-        transcoders: one per layer, all of one width, k and norm.
+        transcoders: one per layer, all of one width, dictionary size, k and norm.
         source: whatever says where the set comes from (`trained_by`, `seed`, ...).
+
+    Raises:
+        CheckpointError: the layers differ in what the manifest can say only once.
     """
     first = transcoders[0]
+    shared = {(t.d_model, t.d_features, t.k, t.norm_eps, t.norm_weight is None) for t in transcoders}
+    if len(shared) > 1:
+        raise CheckpointError(
+            "the layers differ, and this format has one entry for all of them",
+            expected="one width, dictionary size, k, norm and eps",
+            found="; ".join(map(str, sorted(shared, key=str))),
+            repair="save them as several sets",
+        )
     layers = {}
     for transcoder in transcoders:
         file = root / f"layer_{transcoder.layer:02d}.safetensors"
         weights = {key: getattr(transcoder, name) for name, key in _KEYS.items()}
         write_safetensors(file, {key: weight for key, weight in weights.items() if weight is not None})
-        layers[str(transcoder.layer)] = {"file": file.name, "sha256": sha256(file)}
-    manifest = {
-        "format": _NAME,
-        "version": _VERSION,
-        "base_model": base_model,
-        "d_model": first.d_model,
-        "d_features": first.d_features,
-        "read": str(read),
-        "write": str(write),
-        "sites_source": "stored",
-        "input_norm": {"kind": "none" if first.norm_weight is None else "layernorm", "eps": first.norm_eps},
-        "activation": {"kind": "relu"} if first.k is None else {"kind": "topk", "k": first.k, "order": "topk-relu"},
-        "layers": layers,
-        "source": source,
-    }
-    write_json(root / MANIFEST, manifest)
+        layers[transcoder.layer] = LayerEntry(file=file.name, sha256=sha256(file))
+    manifest = Manifest(
+        format=_NAME,
+        version=1,
+        base_model=base_model,
+        d_model=first.d_model,
+        d_features=first.d_features,
+        read=str(read),
+        write=str(write),
+        input_norm=InputNorm(kind="none" if first.norm_weight is None else "layernorm", eps=first.norm_eps),
+        activation=Activation(kind="relu") if first.k is None else Activation(kind="topk", k=first.k),
+        layers=layers,
+        source=source,
+    )
+    write_json(root / MANIFEST, manifest.model_dump(mode="json", exclude_none=True))

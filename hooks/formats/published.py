@@ -8,6 +8,7 @@ value says that the set was trained with plain ReLU (the script's other mode). W
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def locate(root: Path) -> Checkpoint:
         CheckpointError: a file is damaged, holds code, misses a tensor, or has shapes that contradict each other.
     """
     files = sorted((int(m[1]), path) for path in root.iterdir() if (m := _FILE.fullmatch(path.name)))
+    for (number, path), (other, twin) in pairwise(files):
+        if number == other:
+            raise CheckpointError(
+                f"two files for layer {number}", found=f"{path.name}, {twin.name}", where=str(root), repair="keep one"
+            )
     layers = tuple(_layer(number, path) for number, path in files)
     notes = []
     if any(source.k_source == "assumed" for source in layers):
@@ -58,12 +64,12 @@ def _layer(number: int, path: Path) -> LayerSource:
     shapes = {name: tuple(_tensor(state, source).shape) for name, source in sources.items()}
     d_features, d_model = _check_shapes(shapes, path)
     wrapper = content if isinstance(content, Mapping) and "state_dict" in content else {}
-    _check_wrapper(wrapper, number, path)
+    _check_wrapper(wrapper, {"layer": number, "hidden_dim": d_model, "feature_dim": d_features}, path)
     metadata = wrapper.get("training_metadata") or {}
-    k, k_source = _selection(metadata, d_features)
+    k, k_source = _selection(metadata, d_features, path)
     nested = ("state_dict",) if wrapper else ()
     tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
-    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata))
+    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata) if isinstance(metadata, Mapping) else {})
 
 
 def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -98,10 +104,8 @@ def _tensor(state: Mapping[str, Tensor], source: TensorSource) -> Tensor:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int]:
-    if len(shapes["W_enc"]) != 2:
-        raise CheckpointError(
-            f"{path.name}: enc.1.weight must be a matrix", found=str(shapes["W_enc"]), where=str(path)
-        )
+    if len(shapes["W_enc"]) != 2 or 0 in shapes["W_enc"]:
+        raise CheckpointError(f"{path.name}: enc.1.weight must be a matrix", found=str(shapes["W_enc"]), where=str(path))
     d_features, d_model = shapes["W_enc"]
     expected = {
         "norm_weight": (d_model,),
@@ -112,7 +116,8 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[in
     }
     for name, shape in expected.items():
         if shapes[name] != shape:
-            targets = shapes["W_dec"][0] // d_model if shapes["W_dec"][0] % d_model == 0 else 1
+            rows, columns = (*shapes["W_dec"], 0, 0)[:2]
+            targets = rows // d_model if columns == d_features and rows % d_model == 0 else 1
             raise CheckpointError(
                 f"{path.name}: {_KEYS[name][0]} has the wrong shape",
                 expected=f"{shape}, from enc.1.weight {shapes['W_enc']}",
@@ -122,21 +127,31 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[in
     return d_features, d_model
 
 
-def _check_wrapper(wrapper: Mapping[str, Any], number: int, path: Path) -> None:
-    stated = wrapper.get("layer", number)
-    if stated != number:
-        raise CheckpointError(
-            f"{path.name} says it is layer {stated}",
-            expected=f"layer {number}, from the file's name",
-            where=str(path),
-            repair="rename the file to the layer it was trained on",
-        )
+def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: Path) -> None:
+    for key, fact in facts.items():
+        stated = wrapper.get(key, fact)
+        if stated != fact:
+            raise CheckpointError(
+                f"{path.name} says {key} {stated}" if key != "layer" else f"{path.name} says it is layer {stated}",
+                expected=f"{fact}, from its tensors" if key != "layer" else f"layer {fact}, from the file's name",
+                where=str(path),
+                repair="" if key != "layer" else "rename the file to the layer it was trained on",
+            )
 
 
-def _selection(metadata: Mapping[str, Any], d_features: int) -> tuple[int | None, Source]:
+def _selection(metadata: Any, d_features: int, path: Path) -> tuple[int | None, Source]:
+    """k from what the metadata says of the density; see the module's head."""
     k = max(1, int(d_features * _TOPK_FRACTION))
-    l0_pct = metadata.get("final_l0_pct")
+    l0_pct = metadata.get("final_l0_pct") if isinstance(metadata, Mapping) else metadata
     if l0_pct is None:
         return k, "assumed"
-    near = abs(float(l0_pct) - 100 * _TOPK_FRACTION) <= _L0_TOLERANCE_PCT
+    if isinstance(l0_pct, bool) or not isinstance(l0_pct, int | float) or not 0 <= l0_pct <= 100:
+        raise CheckpointError(
+            f"{path.name}: the training metadata cannot be used",
+            expected="final_l0_pct, a percentage",
+            found=repr(l0_pct)[:80],
+            where=str(path),
+        )
+    exact = 100 * k / d_features  # small dictionaries: int() makes the true share fall short of 12 %
+    near = min(abs(l0_pct - 100 * _TOPK_FRACTION), abs(l0_pct - exact)) <= _L0_TOLERANCE_PCT
     return (k if near else None), "metadata"
