@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.targets import Target
+from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import Site
@@ -70,11 +70,9 @@ def score_features(model: HookedModel, recording: Recording, target: Target) -> 
     values = {}
     for layer, record in recording.layers.items():
         transcoder = model.store[layer]
-        directional = einsum(
-            gradients[layer].to(transcoder.W_dec.dtype), transcoder.W_dec, "pos d, feature d -> pos feature"
-        )
+        along = linear_fp32(gradients[layer], transcoder.W_dec, None)  # d_i · g for every feature
         acts = record.acts
-        values[layer] = (acts.values[0] * directional.gather(-1, acts.indices[0]).to(acts.values.dtype)).detach()
+        values[layer] = (acts.values[0] * along.gather(-1, acts.indices[0]).to(acts.values.dtype)).detach()
     return FeatureScores(recording, target, values, gradients, tokens)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from hooks.errors import ModelError, PromptError, TargetError, first_line
+from hooks.kernels import linear_fp32
 from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.types import Edit, Pass
@@ -85,15 +86,16 @@ class Host:
         if device_map:
             options["device_map"] = device_map
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
             tokenizer = _load_tokenizer(name)
         except Exception as error:  # transformers, safetensors and the hub client raise many kinds
             raise ModelError(
                 f"cannot load the model {str(name)!r}",
-                expected="`demo`, a folder with config.json, weights and tokenizer, or a hub id such as Qwen/Qwen2.5-32B",
+                expected="demo, a folder with config.json, weights and tokenizer, or a hub id like Qwen/Qwen2.5-32B",
                 found=first_line(error, 240),
                 repair="check the spelling; without a network only folders and models already in the cache load",
             ) from None
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:  # transformers fills them with random numbers and goes on
             raise ModelError(
@@ -111,6 +113,23 @@ class Host:
     def device_of(self, layer: int) -> torch.device:
         """Where one block lives."""
         return next(self.layers[layer].parameters()).device
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its unembedding; its output is behind the final norm."""
+        return self.model.model
+
+    def unembed(self, hidden: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocab"]:
+        """Logits of normed hidden states, in fp32 also where the model runs in half precision.
+
+        A bf16 logit near 20 has steps of 0.125, which would swallow most ablation effects. Under autograd, and where
+        the unembedding is not a plain matrix in memory (quantised, offloaded), the model's own module is called.
+        """
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        half = type(head) is nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16)
+        if not half or head.weight.is_meta or hidden.requires_grad:
+            return head(hidden)
+        return linear_fp32(hidden.to(head.weight.device), head.weight, head.bias)
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -262,7 +281,8 @@ class Attached:
         device = self._host.device
         padded = len(set(batch.lengths)) > 1
         mask = {"attention_mask": batch.mask.long().to(device)} if padded else {}
-        return self._host.model(input_ids=batch.ids.to(device), use_cache=False, **mask).logits
+        hidden = self._host.decoder(input_ids=batch.ids.to(device), use_cache=False, **mask).last_hidden_state
+        return self._host.unembed(hidden)
 
     def step(
         self, ids: Int[Tensor, "batch pos"], cache: DynamicCache, prompt_length: int
@@ -270,8 +290,8 @@ class Attached:
         """The next tokens' logits, after feeding `ids` behind what `cache` holds."""
         self.current = Pass(cache.get_seq_length(), [prompt_length] * len(ids))
         ids = ids.to(self._host.device)
-        out = self._host.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
+        hidden = self._host.decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return self._host.unembed(hidden[:, -1])
 
 
 def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> list[Any]:

@@ -7,7 +7,7 @@ size), so pre-activations are always computed with fp32 output (fp64 for fp64 we
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -81,10 +81,10 @@ def decode_sparse(
     values, indices = acts.values.to(dtype).reshape(-1, k), acts.indices.reshape(-1, k)
     if w_dec.dtype == dtype:
         out = F.embedding_bag(indices, w_dec, per_sample_weights=values, mode="sum")
-    else:  # half-precision weights: gather one feature rank at a time, so memory stays tokens × d_model
-        out = values.new_zeros(len(values), w_dec.shape[1])
-        for column in range(k):
-            out = out + values[:, column, None] * w_dec[indices[:, column]].to(dtype)
+    else:  # half-precision weights: gather and cast the rows of a few tokens at a time
+        tokens = max(1, _CAST_CHUNK // (k * w_dec.shape[1]))
+        parts = zip(values.split(tokens), indices.split(tokens), strict=True)
+        out = torch.cat([einsum(v, w_dec[i].to(dtype), "token k, token k d -> token d") for v, i in parts])
     return out.view(*acts.values.shape[:-1], -1) + b_dec.to(dtype)
 
 

@@ -97,7 +97,9 @@ class TranscoderStore:
         sources: dict[int, LayerSource | Transcoder] = {s.layer: s for s in checkpoint.layers}
         if layers is not None:
             if not layers:
-                raise CheckpointError("no layers chosen", expected=f"some of {_spans(sorted(sources))}", where=str(root))
+                raise CheckpointError(
+                    "no layers chosen", expected=f"some of {_spans(sorted(sources))}", where=str(root)
+                )
             missing = sorted(set(layers) - set(sources))
             if missing:
                 raise CheckpointError(

@@ -536,7 +536,9 @@ def test_unknown_manifest_keys_are_refused(tmp_path):
     assert error.where.endswith(native.MANIFEST)
 
 
-@pytest.mark.parametrize("key", ["version", "d_model", "d_features", "read", "write", "input_norm", "activation", "layers"])
+@pytest.mark.parametrize(
+    "key", ["version", "d_model", "d_features", "read", "write", "input_norm", "activation", "layers"]
+)
 def test_missing_manifest_keys_are_refused(tmp_path, key):
     edit_manifest(tmp_path, lambda manifest: manifest.pop(key))
     assert key in refused(tmp_path).found

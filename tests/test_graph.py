@@ -253,6 +253,19 @@ def test_files_that_are_no_graphs_are_refused(tmp_path):
         Graph.load(tmp_path / "text")
 
 
+def test_half_precision_transcoders_lose_nothing_but_their_own_rounding():
+    """bf16 weights and the same weights written out in fp32 give the same graph: every product is taken in fp32."""
+    graphs = []
+    for upcast in (False, True):
+        coders = [random_transcoder(n, 40).to("cpu", torch.bfloat16) for n in (0, 1, 3)]
+        coders = [coder.to("cpu", torch.float32) for coder in coders] if upcast else coders
+        model = HookedModel.from_model(random_qwen2(), word_tokenizer(), coders)
+        graphs.append(trace(model, TEXT, sample=0, node_threshold=1.0, edge_threshold=1.0))
+    assert graphs[0].names == graphs[1].names
+    for column in ("activation", "score", "weight"):
+        np.testing.assert_allclose(getattr(graphs[0], column), getattr(graphs[1], column), rtol=1e-3, atol=1e-4)
+
+
 def test_networkx_has_every_node_edge_and_attribute(model, prompt):
     graph = trace(model, prompt, sample=20)
     network = graph.to_networkx()

@@ -190,10 +190,14 @@ def test_the_self_test_refuses_a_block_wired_otherwise():
         HookedModel.from_model(model, word_tokenizer(), [random_transcoder(0, 40)])
 
 
-def test_a_bf16_model_runs_and_stays_bf16():
+def test_a_bf16_model_stays_bf16_and_its_logits_are_not_rounded_to_it():
+    """A bf16 logit near 20 has steps of 0.125: ablation effects would be invisible."""
     model = random_hooked(dtype=torch.bfloat16)
     table = model.features("w1 w2 w3", top=1)
     address = f"L{table.layer[0]}/{table.feature[0]}@{table.pos[0]}"
     run = model.run("w1 w2 w3", [Ablate(address)])
-    assert run.logits.dtype == torch.bfloat16
+    assert model.host.model.dtype == torch.bfloat16
+    assert run.logits.dtype == torch.float32
+    assert (run.logits != run.logits.bfloat16()).float().mean() > 0.9
+    assert (run.baseline - model.host.model(run.batch.ids).logits[0]).abs().max() < 0.05
     assert not torch.equal(run.logits, run.baseline)

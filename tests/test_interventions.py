@@ -184,8 +184,8 @@ def test_adding_to_two_features_of_one_token_adds_both_rows(odd, amounts, pos):
 
 
 @pytest.mark.parametrize(
-    ("read", "write"), [("resid_pre", "resid_post"), ("mlp_in", "mlp_out"), ("resid_mid", "mlp_out"), ("resid_mid", "resid_mid"),
-     ("resid_post", "resid_post"), ("mlp_in", "mlp_out+1")]
+    ("read", "write"), [("resid_pre", "resid_post"), ("mlp_in", "mlp_out"), ("resid_mid", "mlp_out"),
+     ("resid_mid", "resid_mid"), ("resid_post", "resid_post"), ("mlp_in", "mlp_out+1")]
 )  # fmt: skip
 def test_every_convention_edits_at_its_write_site(read, write):
     model = random_qwen2()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from circuits.attribution import Cut, LocalRun, Rows, contract
 from circuits.scores import EMBEDDING
+from hooks.kernels import working_dtype
 from hooks.types import Edit, Pass
 
 CONSERVES = False
@@ -100,9 +101,10 @@ def _encoder_bias(run: LocalRun, number: int, part: slice) -> Float[Tensor, " ta
     if number == len(run.cuts):
         return 0.0
     transcoder, feature = run.cuts[number].transcoder, run.cuts[number].feature[part]
-    bias = transcoder.b_enc[feature]
+    dtype = working_dtype(transcoder.W_enc)
+    bias = transcoder.b_enc[feature].to(dtype)
     if transcoder.norm_bias is not None:
-        bias = bias + transcoder.W_enc[feature] @ transcoder.norm_bias
+        bias = bias + transcoder.W_enc[feature].to(dtype) @ transcoder.norm_bias.to(dtype)
     return bias
 
 
@@ -110,13 +112,11 @@ def _token_rows(run: LocalRun) -> Rows:
     """Edges token → feature at a first cut that is the embedding, with the encoder's norm frozen."""
     cut = run.cuts[0]
     transcoder = cut.transcoder
-    x = run.embedding[cut.pos]
-    rows = transcoder.W_enc[cut.feature]
-    if transcoder.norm_weight is None:
-        contribution = (x * rows).sum(-1)
-    else:
-        plain = F.layer_norm(x, (transcoder.d_model,), eps=transcoder.norm_eps)
-        contribution = (plain * transcoder.norm_weight * rows).sum(-1)
+    dtype = working_dtype(transcoder.W_enc)
+    x, rows = run.embedding[cut.pos].to(dtype), transcoder.W_enc[cut.feature].to(dtype)
+    if transcoder.norm_weight is not None:
+        x = F.layer_norm(x, (transcoder.d_model,), transcoder.norm_weight.to(dtype), eps=transcoder.norm_eps)
+    contribution = (x * rows).sum(-1)
     weights = x.new_zeros(len(cut.pos), len(run.embedding))
     weights[torch.arange(len(cut.pos)), cut.pos] = contribution
     return Rows(run.target_rows(0), run.source_rows(0), weights, contribution)

@@ -63,7 +63,8 @@ def _ablation(story: Story) -> list[str]:
     here, mean = story.ablation_here, story.ablation
     return [
         f"logit {here.baseline.logit:.2f} → {here.edited.logit:.2f}, probability {here.baseline.prob:.3f} → "
-        f"{here.edited.prob:.3f}, rank {here.baseline.rank} → {here.edited.rank}; now →{_tokens(story.top_ablated[:3])}",
+        f"{here.edited.prob:.3f}, rank {here.baseline.rank} → {here.edited.rank}; "
+        f"now →{_tokens(story.top_ablated[:2])}",
         f"over all 50 held-out cities: own answer {mean.answer:+.2f} logits, the 49 other capitals {mean.others:+.2f}",
     ]
 

@@ -19,7 +19,7 @@ from hooks.sites import SiteSpec
 from hooks.transcoder import OPTIONAL_WEIGHTS, Transcoder
 
 MANIFEST = "manifest.json"
-_NAME = "qwen-circuits"
+_NAME: Literal["qwen-circuits"] = "qwen-circuits"
 _KEYS = {
     "norm_weight": "ln.weight",
     "norm_bias": "ln.bias",

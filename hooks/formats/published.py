@@ -69,7 +69,7 @@ def _layer(number: int, path: Path) -> LayerSource:
     k, k_source = _selection(metadata, d_features, path)
     nested = ("state_dict",) if wrapper else ()
     tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
-    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata) if isinstance(metadata, Mapping) else {})
+    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata))
 
 
 def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -105,7 +105,8 @@ def _tensor(state: Mapping[str, Tensor], source: TensorSource) -> Tensor:
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int]:
     if len(shapes["W_enc"]) != 2 or 0 in shapes["W_enc"]:
-        raise CheckpointError(f"{path.name}: enc.1.weight must be a matrix", found=str(shapes["W_enc"]), where=str(path))
+        found = str(shapes["W_enc"])
+        raise CheckpointError(f"{path.name}: enc.1.weight must be a matrix", found=found, where=str(path))
     d_features, d_model = shapes["W_enc"]
     expected = {
         "norm_weight": (d_model,),
@@ -142,7 +143,7 @@ def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: P
 def _selection(metadata: Any, d_features: int, path: Path) -> tuple[int | None, Source]:
     """k from what the metadata says of the density; see the module's head."""
     k = max(1, int(d_features * _TOPK_FRACTION))
-    l0_pct = metadata.get("final_l0_pct") if isinstance(metadata, Mapping) else metadata
+    l0_pct = metadata.get("final_l0_pct") if isinstance(metadata, Mapping) else metadata  # refused below
     if l0_pct is None:
         return k, "assumed"
     if isinstance(l0_pct, bool) or not isinstance(l0_pct, int | float) or not 0 <= l0_pct <= 100:

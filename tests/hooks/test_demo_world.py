@@ -3,8 +3,12 @@
 import re
 
 import pytest
+import torch
 
+from hooks.demo.build import build, sha256
 from hooks.demo.tokenizer import build_tokenizer, build_vocabulary, capital_token, city_position, encode
+from hooks.demo.train_model import ModelRecipe
+from hooks.demo.train_transcoders import TranscoderRecipe
 from hooks.demo.world import (
     CITIES,
     DROPPED_CITIES,
@@ -160,3 +164,24 @@ def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
     loaded = type(tokenizer).from_pretrained(tmp_path)
     assert encode(loaded, HEADLINE_PROMPT) == encode(tokenizer, HEADLINE_PROMPT)
     assert loaded.eos_token_id == build_vocabulary()["<|endoftext|>"] == 0
+
+
+@pytest.mark.slow
+def test_the_same_seed_builds_the_same_bytes(tmp_path):
+    """A shortened build of everything, twice; the long one runs the same code."""
+    threads = torch.get_num_threads()
+    recipe = ModelRecipe(steps=8, batch_size=16, warmup_steps=2)
+    sparse = TranscoderRecipe(
+        d_features=128, k=4, steps=8, batch_size=128, dead_after_steps=2, n_sentences=200
+    )
+    dense = TranscoderRecipe(d_features=64, k=7, steps=8, batch_size=128, n_sentences=200)
+    try:
+        for name in ("one", "two"):
+            build(3, tmp_path / name, recipe, sparse, dense)
+    finally:
+        torch.set_num_threads(threads)
+    files = {p.relative_to(tmp_path / "one"): sha256(p) for p in (tmp_path / "one").rglob("*") if p.is_file()}
+    assert files == {
+        p.relative_to(tmp_path / "two"): sha256(p) for p in (tmp_path / "two").rglob("*") if p.is_file()
+    }
+    assert len(files) == 5 + 2 * 6
