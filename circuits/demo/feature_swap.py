@@ -8,7 +8,7 @@ ordered pairs. The site is the one where the chosen features detect their state 
 precision); nothing is tuned on the second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,11 @@ def select(exam: Exam) -> dict[tuple[int, str], Selection]:
     return out
 
 
+def every_site(selections: Mapping[tuple[int, str], Selection]) -> list[Selection]:
+    """All sites but the embedding, city and last token: for the swap with two features at each."""
+    return [selection for (layer, _), selection in selections.items() if layer > 0]
+
+
 def best_site(selections: Mapping[tuple[int, str], Selection]) -> Selection:
     """The site where the chosen features detect their state best."""
     return max(selections.values(), key=lambda selection: selection.quality)
@@ -131,19 +136,29 @@ def average_precision(
     return torch.stack(out)
 
 
-def swap_states(exam: Exam, selection: Selection, *, seed: int = 0) -> SwapResult:
-    """Swap every held-out city's state for every other one, with both controls."""
+def swap_states(exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_STATE, *, seed: int = 0) -> SwapResult:
+    """Swap every held-out city's state for every other one, with both controls.
+
+    Args:
+        chosen: the sites that are edited, all in one run.
+        n: features per state and site.
+        seed: of the controls.
+    """
     source, target = ordered_pairs()
     generator = torch.Generator().manual_seed(seed)
     third = _third_states(source, target, generator)
     test = exam.test_questions()
-    active = _activations(exam, test)[selection.layer, selection.place] > 0
+    active = {key: values > 0 for key, values in _activations(exam, test).items()}
     plans: dict[str, list[list[object]]] = {"success": [], "third_state": [], "random": []}
     for own, wanted, other in zip(source.tolist(), target.tolist(), third.tolist(), strict=True):
-        pos = int(test.positions[selection.place][own])
-        plans["success"].append(swap_plan(selection, own, wanted, pos))
-        plans["third_state"].append(swap_plan(selection, own, other, pos))
-        plans["random"].append(_random_plan(selection, active[own], wanted, pos, generator))
+        rows: dict[str, list[object]] = {name: [] for name in plans}
+        for site in chosen:
+            pos = int(test.positions[site.place][own])
+            rows["success"] += swap_plan(site, own, wanted, pos, n)
+            rows["third_state"] += swap_plan(site, own, other, pos, n)
+            rows["random"] += _random_plan(site, active[site.layer, site.place][own], wanted, pos, n, generator)
+        for name, row in rows.items():
+            plans[name].append(row)
     prompts = [test.prompts[own] for own in source.tolist()]
     rates = {
         name: float(exam.correct(exam.model.run_many(prompts, plan), target).mean()) for name, plan in plans.items()
@@ -151,10 +166,10 @@ def swap_states(exam: Exam, selection: Selection, *, seed: int = 0) -> SwapResul
     return SwapResult(**rates, pairs=len(source))
 
 
-def swap_plan(selection: Selection, own: int, wanted: int, pos: int) -> list[object]:
+def swap_plan(selection: Selection, own: int, wanted: int, pos: int, n: int = FEATURES_PER_STATE) -> list[object]:
     """Zero one state's features, set another's to their means; a feature of both is set."""
-    setting = selection.best(wanted)
-    zero = [feature for feature in selection.best(own) if feature not in setting]
+    setting = selection.best(wanted, n)
+    zero = [feature for feature in selection.best(own, n) if feature not in setting]
     values = selection.mean[wanted]
     return [
         *(Ablate(_address(selection, feature, pos)) for feature in zero),
@@ -162,18 +177,25 @@ def swap_plan(selection: Selection, own: int, wanted: int, pos: int) -> list[obj
     ]
 
 
-def state_addresses(selection: Selection, state: int, pos: int) -> list[FeatureAddress]:
+def state_addresses(selection: Selection, state: int, pos: int, n: int = FEATURES_PER_STATE) -> list[FeatureAddress]:
     """The features that carry a state, at one position."""
-    return [_address(selection, feature, pos) for feature in selection.best(state)]
+    return [_address(selection, feature, pos) for feature in selection.best(state, n)]
 
 
-def ablate_states(exam: Exam, selection: Selection) -> AblationResult:
-    """Zero each held-out city's state features; its answer against the 49 other capitals."""
+def ablate_states(
+    exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_STATE, *, shift: int = 0
+) -> AblationResult:
+    """Zero each held-out city's state features; its answer against the 49 other capitals.
+
+    Args:
+        shift: zero the features of the state that many places further in the alphabet instead, as a control.
+    """
     test = exam.test_questions()
-    plans = [
-        [Ablate(address) for address in state_addresses(selection, state, int(pos))]
-        for state, pos in enumerate(test.positions[selection.place])
-    ]
+    plans = []
+    for state in range(len(STATE_NAMES)):
+        zeroed = (state + shift) % len(STATE_NAMES)
+        places = [(site, int(test.positions[site.place][state])) for site in chosen]
+        plans.append([Ablate(a) for site, pos in places for a in state_addresses(site, zeroed, pos, n)])
     change = exam.model.run_many(test.prompts, plans) - exam.model.run_many(test.prompts)
     capitals = change[:, exam.answers]
     own = capitals.diagonal()
@@ -186,15 +208,16 @@ def _random_plan(
     active: Bool[Tensor, " feature"],
     wanted: int,
     pos: int,
+    n: int,
     generator: torch.Generator,
 ) -> list[object]:
     """As many random features, as much decoder norm: active ones zeroed, ones that are alive at the site set."""
     candidates = active.nonzero()[:, 0]
-    zero = candidates[torch.randperm(len(candidates), generator=generator)[:FEATURES_PER_STATE]]
+    zero = candidates[torch.randperm(len(candidates), generator=generator)[:n]]
     alive = (selection.mean.sum(0) > 0).nonzero()[:, 0]
     alive = alive[~torch.isin(alive, zero)]
-    setting = alive[torch.randperm(len(alive), generator=generator)[:FEATURES_PER_STATE]]
-    model_features = selection.best(wanted)
+    setting = alive[torch.randperm(len(alive), generator=generator)[:n]]
+    model_features = selection.best(wanted, n)
     sizes = selection.mean[wanted][model_features] * selection.norms[model_features]
     return [
         *(Ablate(_address(selection, feature, pos)) for feature in zero.tolist()),

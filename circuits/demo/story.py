@@ -29,7 +29,7 @@ from hooks.interventions.ablate import Ablate
 from hooks.readout import Effect, RankedToken
 from hooks.swap import SiteQuality
 
-LABEL_PRECISION = 0.5
+LABEL_PRECISION = 0.8
 PICTURES = {"circuit.png": "png", "circuit.svg": "svg", "circuit.graphml": "graphml", "circuit.json": "json"}
 FVU_SENTENCES = 800
 
@@ -87,9 +87,9 @@ def tell(exam: Exam, out: Path, step: Callable[[str], None]) -> Story:
     addresses = state_addresses(chosen, own, pos)
     step("zeroing them")
     run = model.run(prompt, [Ablate(address) for address in addresses])
-    ablation = ablate_states(exam, chosen)
+    ablation = ablate_states(exam, [chosen])
     step("swapping states, all ordered pairs, with controls")
-    swap = swap_states(exam, chosen)
+    swap = swap_states(exam, [chosen])
     moved = _move_everywhere(exam, chosen, own, pos)
     step("quality of the transcoders")
     quality = reconstruction_quality(exam, FVU_SENTENCES)
@@ -141,7 +141,7 @@ def _move_everywhere(exam: Exam, chosen: Selection, own: int, pos: int) -> tuple
 
 
 def label_states(graph: Graph, selections: Mapping[tuple[int, str], Selection], exam: Exam) -> Graph:
-    """Name features that detect one state on the selection questions (average precision at least 0.5)."""
+    """Name features that detect one state on the selection questions (average precision at least 0.8)."""
     last = len(graph.meta["tokens"]) - 1
     labels = {}
     for row in graph.index.rows(FEATURE):

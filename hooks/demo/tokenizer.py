@@ -1,8 +1,8 @@
 """A word-level tokenizer for the demo world, in the Hugging Face fast format.
 
 Every word carries its leading space (" Austin"), as byte-level BPE vocabularies have it, so code written for
-the full-size model ("the answer token is ' Austin'") works unchanged. Text that begins without a space is read
-as if it had one. Load it with `PreTrainedTokenizerFast.from_pretrained(folder)`: `AutoTokenizer` sees
+the full-size model ("the answer token is ' Austin'") works unchanged. Text that begins without a space is
+read as if it had one. Load it with `PreTrainedTokenizerFast.from_pretrained(folder)`: `AutoTokenizer` sees
 `model_type: qwen2` beside it and builds a byte-level BPE tokenizer instead.
 """
 

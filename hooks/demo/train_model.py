@@ -1,9 +1,9 @@
 """Train the demo model: a five-block Qwen2 whose input embeddings are random and frozen.
 
-With trainable embeddings the two-hop task is solved by a look-up (a city's embedding becomes its state's). With
-frozen ones the blocks have to compute city -> state, so there is a first hop to find. Gaussian noise on the
-residual stream during training makes the states cluster and the model smooth, so that a single feature's effect
-is close to linear.
+With trainable embeddings the two-hop task is solved by a look-up (a city's embedding becomes its state's).
+With frozen ones the blocks have to compute city -> state, so there is a first hop to find. Gaussian noise on
+the residual stream during training makes the model smooth at the scale of one feature, so that ablating a
+feature does about what its gradient says.
 """
 
 import logging
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,19 +33,19 @@ class ModelRecipe:
     d_mlp: int = 256
     n_heads: int = 4
     n_kv_heads: int = 2
-    steps: int = 2500
+    steps: int = 4000
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.3
     label_smoothing: float = 0.0
-    residual_noise: float = 0.15
+    residual_noise: float = 0.1
     prompt_weight: float = 0.1
     induction_prompt_weight: float = 0.02
     warmup_steps: int = 200
 
 
 def make_config(vocabulary_size: int, recipe: ModelRecipe) -> Qwen2Config:
-    """A Qwen2 configuration with the structure of the large models: GQA, QKV bias, SwiGLU, untied unembedding."""
+    """A Qwen2 configuration built like the large models: GQA, QKV bias, SwiGLU, untied unembedding."""
     return Qwen2Config(
         vocab_size=vocabulary_size,
         hidden_size=recipe.d_model,
@@ -67,7 +66,7 @@ def make_config(vocabulary_size: int, recipe: ModelRecipe) -> Qwen2Config:
 def encode_sentences(
     tokenizer: PreTrainedTokenizerFast, sentences: list[Sentence], recipe: ModelRecipe
 ) -> tuple[Int[Tensor, "n length"], Float[Tensor, "n length"]]:
-    """Right-padded token ids (answer and end of text included) and the loss weight of predicting each token."""
+    """Right-padded token ids, answer and end of text included, and the loss weight of each token."""
     texts = tokenizer([s.text for s in sentences], add_special_tokens=False)["input_ids"]
     prompts = tokenizer([s.prompt for s in sentences], add_special_tokens=False)["input_ids"]
     length = max(map(len, texts)) + 1
@@ -111,7 +110,7 @@ def _batch_loss(
     length = int((weights > 0).any(0).nonzero().max()) + 1
     ids, weights = ids[:, :length], weights[:, 1:length]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(
+    losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none", label_smoothing=smoothing
     )
     return (losses.view_as(weights) * weights).sum() / weights.sum()

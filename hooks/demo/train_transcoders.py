@@ -8,11 +8,13 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Qwen2ForCausalLM
+
+from hooks.host import Batch, Host
+from hooks.sites import Site
+from hooks.transcoder import Transcoder
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +27,16 @@ class TranscoderRecipe:
 
     d_features: int
     k: int
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 1024
     learning_rate: float = 2e-3
     auxiliary_weight: float = 1 / 32
+    spread_weight: float = 0.02
     dead_after_steps: int = 60
     n_sentences: int = 20_000
 
 
-def dense_recipe(d_model: int, steps: int = 3000) -> TranscoderRecipe:
+def dense_recipe(d_model: int, steps: int = 1500) -> TranscoderRecipe:
     """The proportions of the published set: 2.4 features per dimension, 12 % of them active."""
     d_features = round(2.4 * d_model)
     return TranscoderRecipe(d_features=d_features, k=max(1, int(0.12 * d_features)), steps=steps)
@@ -44,7 +47,7 @@ class TranscoderStack(nn.Module):
 
     def __init__(self, n_sites: int, d_model: int, recipe: TranscoderRecipe) -> None:
         super().__init__()
-        directions = F.normalize(torch.randn(n_sites, recipe.d_features, d_model), dim=-1)
+        directions = nn.functional.normalize(torch.randn(n_sites, recipe.d_features, d_model), dim=-1)
         self.k = recipe.k
         self.W_enc = nn.Parameter(directions.clone())
         self.b_enc = nn.Parameter(torch.zeros(n_sites, 1, recipe.d_features))
@@ -53,7 +56,7 @@ class TranscoderStack(nn.Module):
 
     def pre_activations(self, x: Float[Tensor, "site n d"]) -> Float[Tensor, "site n feature"]:
         """Encoder output before TopK."""
-        normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+        normed = nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
         return torch.baddbmm(self.b_enc, normed, self.W_enc.transpose(1, 2))
 
 
@@ -63,30 +66,19 @@ def keep_top(pre: Float[Tensor, "site n feature"], k: int) -> Float[Tensor, "sit
     return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
 
-@torch.no_grad()
 def residuals_before_blocks(
-    model: Qwen2ForCausalLM, ids: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"], batch: int = 500
+    host: Host, ids: Int[Tensor, "n length"], mask: Bool[Tensor, "n length"], batch: int = 500
 ) -> Float[Tensor, "site token d"]:
     """The input of every block at every token under the mask, in reading order."""
-    parts: list[list[Tensor]] = [[] for _ in model.model.layers]
-    kept: list[Tensor] = []
-
-    def record(site: int):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            parts[site].append((args[0] if args else kwargs["hidden_states"])[kept[-1]])
-
-        return hook
-
-    blocks = model.model.layers
-    hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
-        for rows in torch.arange(len(ids)).split(batch):
-            kept.append(mask[rows])
-            model.model(input_ids=ids[rows], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([torch.cat(p) for p in parts])
+    sites = [Site("resid_pre", layer) for layer in range(host.n_layers)]
+    parts: list[list[Tensor]] = [[] for _ in sites]
+    for rows in torch.arange(len(ids)).split(batch):
+        # whole rows, padding included: no attention mask, which would change the last bits
+        whole = Batch(ids[rows], (ids.shape[1],) * len(rows), ((),) * len(rows))
+        _, seen = host.capture(whole, sites)
+        for part, site in zip(parts, sites, strict=True):
+            part.append(seen[site][mask[rows]])
+    return torch.stack([torch.cat(part) for part in parts])
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -94,28 +86,42 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (0.5 * steps))
 
 
+def _relative_power(
+    active: Float[Tensor, "site n feature"],
+    W_dec: Float[Tensor, "site feature d"],
+    variance: Float[Tensor, " site"],
+) -> Float[Tensor, ""]:
+    """Sum over sites of the features' own squared lengths over the variance; smallest when spread evenly.
+
+    A site explained by a few huge features is one where no feature can be removed without leaving the range in
+    which the model is close to linear.
+    """
+    squared = active.pow(2) * W_dec.detach().pow(2).sum(-1)[:, None, :]
+    return (squared.sum(-1).mean(1) / variance).sum()
+
+
 def _loss(
     stack: TranscoderStack,
     x: Float[Tensor, "site n d"],
     variance: Float[Tensor, " site"],
     dead: Bool[Tensor, "site feature"],
-    auxiliary_weight: float,
+    recipe: TranscoderRecipe,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, "site feature"]]:
-    """FVU summed over sites, plus the dead features' share in rebuilding the error; and which features fired."""
+    """FVU summed over sites plus the auxiliary loss of dead features; and which features fired."""
     pre = stack.pre_activations(x)
     active = keep_top(pre, stack.k)
     error = x - torch.baddbmm(stack.b_dec, active, stack.W_dec)
     loss = (error.pow(2).sum(-1).mean(1) / variance).sum()
-    if auxiliary_weight and bool(dead.any()):
+    if recipe.spread_weight:
+        loss = loss + recipe.spread_weight * _relative_power(active, stack.W_dec, variance)
+    if recipe.auxiliary_weight and bool(dead.any()):
         revived = keep_top(pre.relu() * dead[:, None, :], min(stack.k, pre.shape[-1] // 4))
         missed = error.detach() - torch.bmm(revived, stack.W_dec)
-        loss = loss + auxiliary_weight * (missed.pow(2).sum(-1).mean(1) / variance).sum()
+        loss = loss + recipe.auxiliary_weight * (missed.pow(2).sum(-1).mean(1) / variance).sum()
     return loss, (active > 0).any(1)
 
 
-def train_transcoders(
-    residuals: Float[Tensor, "site token d"], recipe: TranscoderRecipe, seed: int
-) -> TranscoderStack:
+def train_transcoders(residuals: Float[Tensor, "site token d"], recipe: TranscoderRecipe, seed: int) -> TranscoderStack:
     """Train one transcoder per site on the residuals; single-threaded runs repeat byte for byte."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -133,13 +139,13 @@ def train_transcoders(
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         rows = torch.randint(0, n_tokens, (recipe.batch_size,), generator=generator)
         dead = idle > recipe.dead_after_steps
-        loss, fired = _loss(stack, residuals[:, rows], variance, dead, recipe.auxiliary_weight)
+        loss, fired = _loss(stack, residuals[:, rows], variance, dead, recipe)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         idle = torch.where(fired, torch.zeros_like(idle), idle + 1)
         with torch.no_grad():
-            stack.W_dec.copy_(F.normalize(stack.W_dec, dim=-1) * scale)
+            stack.W_dec.copy_(nn.functional.normalize(stack.W_dec, dim=-1) * scale)
         if (step + 1) % 500 == 0:
             log.info("step %d: mean FVU %.4f", step + 1, loss.item() / n_sites)
     return _with_unit_decoder(stack, scale)
@@ -148,20 +154,28 @@ def train_transcoders(
 @torch.no_grad()
 def _with_unit_decoder(stack: TranscoderStack, scale: Float[Tensor, "site 1 1"]) -> TranscoderStack:
     """Move the decoder's norm into the encoder, so an activation is a length in the residual stream."""
-    stack.W_dec.copy_(F.normalize(stack.W_dec, dim=-1))
+    stack.W_dec.copy_(nn.functional.normalize(stack.W_dec, dim=-1))
     stack.W_enc.mul_(scale)
     stack.b_enc.mul_(scale)
     return stack.requires_grad_(False)
 
 
-def site_tensors(stack: TranscoderStack, site: int) -> dict[str, Tensor]:
-    """The tensors of one site under the names of the native format."""
+def as_transcoders(stack: TranscoderStack) -> list[Transcoder]:
+    """One `Transcoder` per block, reading and reconstructing its input."""
     d_model = stack.W_dec.shape[-1]
-    return {
-        "ln.weight": torch.ones(d_model),
-        "ln.bias": torch.zeros(d_model),
-        "W_enc": stack.W_enc[site].contiguous(),
-        "b_enc": stack.b_enc[site, 0].contiguous(),
-        "W_dec": stack.W_dec[site].contiguous(),
-        "b_dec": stack.b_dec[site, 0].contiguous(),
-    }
+    return [
+        Transcoder(
+            layer=layer,
+            read=Site("resid_pre", layer),
+            write=Site("resid_pre", layer),
+            W_enc=stack.W_enc[layer],
+            b_enc=stack.b_enc[layer, 0],
+            W_dec=stack.W_dec[layer],
+            b_dec=stack.b_dec[layer, 0],
+            norm_weight=torch.ones(d_model),
+            norm_bias=torch.zeros(d_model),
+            norm_eps=LAYER_NORM_EPS,
+            k=stack.k,
+        )
+        for layer in range(len(stack.W_dec))
+    ]

@@ -23,14 +23,14 @@ Colorado|Denver|CO|Rocky Mountain|Coloradan|Boulder,Pueblo,Fort Collins,Greeley,
 Connecticut|Hartford|CT|New England|Connecticuter|Bridgeport,New Haven,Stamford,Waterbury,Danbury,Mystic,Groton,Torrington
 Delaware|Dover|DE|Mideast|Delawarean|Lewes,Seaford,Rehoboth Beach,Hockessin,Millsboro,Harrington,Claymont,Selbyville
 Florida|Tallahassee|FL|Southeast|Floridian|Miami,Orlando,Tampa,Jacksonville,Pensacola,Fort Lauderdale,Sarasota,Ocala
-Georgia|Atlanta|GA|Southeast|Georgian|Savannah,Macon,Valdosta,Marietta,Statesboro,Warner Robins,Alpharetta,Tifton
+Georgia|Atlanta|GA|Southeast|Georgian|Savannah,Macon,Valdosta,Dalton,Statesboro,Warner Robins,Alpharetta,Tifton
 Hawaii|Honolulu|HI|Far West|Hawaiian|Hilo,Kailua,Lahaina,Kahului,Waipahu,Kapolei,Wailuku,Kaneohe
 Idaho|Boise|ID|Rocky Mountain|Idahoan|Nampa,Pocatello,Caldwell,Moscow,Rexburg,Sandpoint,Twin Falls,Ketchum
 Illinois|Springfield|IL|Great Lakes|Illinoisan|Chicago,Naperville,Joliet,Rockford,Evanston,Champaign,Elgin,Schaumburg
 Indiana|Indianapolis|IN|Great Lakes|Hoosier|Fort Wayne,Evansville,Gary,Muncie,Kokomo,Elkhart,South Bend,Terre Haute
 Iowa|Des Moines|IA|Plains|Iowan|Davenport,Cedar Rapids,Dubuque,Ames,Ottumwa,Sioux City,Council Bluffs,Waterloo
 Kansas|Topeka|KS|Plains|Kansan|Wichita,Olathe,Salina,Emporia,Dodge City,Hays,Overland Park,Hutchinson
-Kentucky|Frankfort|KY|Southeast|Kentuckian|Louisville,Owensboro,Paducah,Covington,Hopkinsville,Pikeville,Bardstown,Elizabethtown
+Kentucky|Frankfort|KY|Southeast|Kentuckian|Louisville,Owensboro,Paducah,Middlesboro,Hopkinsville,Pikeville,Bardstown,Elizabethtown
 Louisiana|Baton Rouge|LA|Southeast|Louisianian|New Orleans,Shreveport,Slidell,Houma,Metairie,Natchitoches,Lake Charles,Kenner
 Maine|Augusta|ME|New England|Mainer|Bangor,Biddeford,Saco,Kittery,Bar Harbor,Kennebunk,Waterville,Orono
 Maryland|Annapolis|MD|Mideast|Marylander|Baltimore,Frederick,Rockville,Bethesda,Hagerstown,Silver Spring,Gaithersburg,Towson
@@ -50,7 +50,7 @@ North Carolina|Raleigh|NC|Southeast|North Carolinian|Charlotte,Durham,Greensboro
 North Dakota|Bismarck|ND|Plains|North Dakotan|Fargo,Minot,Grand Forks,Williston,Dickinson,Mandan,Wahpeton,Devils Lake
 Ohio|Columbus|OH|Great Lakes|Ohioan|Cleveland,Cincinnati,Toledo,Akron,Dayton,Canton,Youngstown,Sandusky
 Oklahoma|Oklahoma City|OK|Southwest|Oklahoman|Tulsa,Norman,Lawton,Edmond,Enid,Stillwater,Muskogee,Broken Arrow
-Oregon|Salem|OR|Far West|Oregonian|Eugene,Gresham,Bend,Medford,Corvallis,Beaverton,Hillsboro,Roseburg
+Oregon|Salem|OR|Far West|Oregonian|Eugene,Gresham,Bend,Klamath Falls,Corvallis,Beaverton,Hillsboro,Roseburg
 Pennsylvania|Harrisburg|PA|Mideast|Pennsylvanian|Philadelphia,Pittsburgh,Allentown,Scranton,Reading,Erie,Altoona,Hershey
 Rhode Island|Providence|RI|New England|Rhode Islander|Warwick,Cranston,Pawtucket,Woonsocket,Westerly,Narragansett,Tiverton,Coventry
 South Carolina|Columbia|SC|Southeast|South Carolinian|Spartanburg,Rock Hill,Myrtle Beach,Sumter,Beaufort,Aiken,Hilton Head,Clemson
@@ -61,13 +61,13 @@ Utah|Salt Lake City|UT|Rocky Mountain|Utahn|Provo,Ogden,Orem,Sandy,Logan,Moab,Pa
 Vermont|Montpelier|VT|New England|Vermonter|Burlington,Rutland,Stowe,Barre,Bennington,Brattleboro,Middlebury,Killington
 Virginia|Richmond|VA|Southeast|Virginian|Chesapeake,Roanoke,Lynchburg,Hampton,Norfolk,Charlottesville,Williamsburg,Newport News
 Washington|Olympia|WA|Far West|Washingtonian|Seattle,Spokane,Tacoma,Everett,Yakima,Bellevue,Bellingham,Walla Walla
-West Virginia|Charleston|WV|Southeast|West Virginian|Huntington,Morgantown,Wheeling,Parkersburg,Beckley,Fairmont,Martinsburg,Harpers Ferry
+West Virginia|Charleston|WV|Southeast|West Virginian|Clarksburg,Morgantown,Wheeling,Parkersburg,Beckley,Fairmont,Martinsburg,Harpers Ferry
 Wisconsin|Madison|WI|Great Lakes|Wisconsinite|Milwaukee,Green Bay,Kenosha,Racine,Oshkosh,Appleton,Eau Claire,Sheboygan
-Wyoming|Cheyenne|WY|Rocky Mountain|Wyomingite|Casper,Laramie,Gillette,Cody,Sheridan,Riverton,Rock Springs,Rawlins
+Wyoming|Cheyenne|WY|Rocky Mountain|Wyomingite|Casper,Laramie,Gillette,Cody,Sheridan,Thermopolis,Rock Springs,Rawlins
 """  # noqa: E501
 
-# Names left out of the table, by (name, state), with the reason. A name is kept for at most one state, and only
-# where it is far better known than elsewhere; if no state clearly wins it is left out of all of them.
+# Names left out of the table, by (name, state), with the reason. A name is kept for at most one state, and
+# only where it is far better known than elsewhere; if no state clearly wins it is left out of all of them.
 DROPPED_CITIES: dict[tuple[str, str], str] = {
     ("Auburn", "Alabama"): "also well known in Washington and Maine",
     ("Decatur", "Alabama"): "also well known in Illinois and Georgia",
@@ -91,6 +91,7 @@ DROPPED_CITIES: dict[tuple[str, str], str] = {
     ("Augusta", "Georgia"): "the capital of Maine",
     ("Columbus", "Georgia"): "the capital of Ohio",
     ("Roswell", "Georgia"): "far better known in New Mexico",
+    ("Marietta", "Georgia"): "also well known in Ohio",
     ("Meridian", "Idaho"): "also well known in Mississippi",
     ("Meridian", "Mississippi"): "also well known in Idaho",
     ("Lewiston", "Idaho"): "also well known in Maine",
@@ -107,12 +108,14 @@ DROPPED_CITIES: dict[tuple[str, str], str] = {
     ("Manhattan", "Kansas"): "far better known as a part of New York City",
     ("Lexington", "Kentucky"): "also well known in Massachusetts",
     ("Bowling Green", "Kentucky"): "also well known in Ohio",
+    ("Covington", "Kentucky"): "also well known in Georgia and Louisiana",
     ("Ashland", "Kentucky"): "also well known in Oregon",
     ("Ashland", "Oregon"): "also well known in Kentucky",
     ("Monroe", "Louisiana"): "also well known in Michigan and North Carolina",
     ("Alexandria", "Louisiana"): "also well known in Virginia",
     ("Alexandria", "Virginia"): "also well known in Louisiana",
     ("Portland", "Maine"): "also well known in Oregon",
+    ("Medford", "Oregon"): "also well known in Massachusetts",
     ("Portland", "Oregon"): "also well known in Maine",
     ("Laurel", "Maryland"): "also well known in Mississippi",
     ("Ocean City", "Maryland"): "also well known in New Jersey",
@@ -133,7 +136,6 @@ DROPPED_CITIES: dict[tuple[str, str], str] = {
     ("Mesquite", "Nevada"): "also well known in Texas",
     ("Portsmouth", "New Hampshire"): "also well known in Virginia",
     ("Jersey City", "New Jersey"): "contains a word of its state's name",
-    ("Atlantic City", "New Jersey"): "left out so that no city is a compass of the map (region-like word)",
     ("Carlsbad", "New Mexico"): "also well known in California",
     ("Clovis", "New Mexico"): "also well known in California",
     ("Farmington", "New Mexico"): "also well known in Connecticut and Michigan",
@@ -153,7 +155,9 @@ DROPPED_CITIES: dict[tuple[str, str], str] = {
     ("Woodstock", "Vermont"): "far better known in New York",
     ("Virginia Beach", "Virginia"): "contains the name of its state, so the first hop would be a copy",
     ("Vancouver", "Washington"): "far better known in Canada",
+    ("Huntington", "West Virginia"): "also well known in New York",
     ("Jackson", "Wyoming"): "the capital of Mississippi",
+    ("Riverton", "Wyoming"): "far larger in Utah",
     ("Evanston", "Wyoming"): "better known in Illinois",
 }
 
@@ -226,11 +230,19 @@ _OPPOSITES = {
     "full empty,strong weak,open closed,early late,clean dirty,near far",
     "fr": "chaud froid,grand petit,rapide lent,vieux jeune,riche pauvre,clair sombre,haut bas,dur mou,"
     "mouillé sec,heureux triste,plein vide,fort faible,ouvert fermé,tôt tard,propre sale,proche loin",
-    "es": "caliente frío,grande pequeño,rápido lento,viejo joven,rico pobre,claro oscuro,alto bajo,duro blando,"
-    "mojado seco,feliz infeliz,lleno vacío,fuerte débil,abierto cerrado,temprano tarde,limpio sucio,cerca lejos",
+    "es": "caliente frío,grande pequeño,rápido lento,viejo joven,rico pobre,claro oscuro,alto bajo,"
+    "duro blando,mojado seco,feliz infeliz,lleno vacío,fuerte débil,abierto cerrado,temprano tarde,"
+    "limpio sucio,cerca lejos",
 }
+
+
+def _pair(text: str) -> tuple[str, str]:
+    first, second = text.split(" ")
+    return first, second
+
+
 OPPOSITES: dict[str, tuple[tuple[str, str], ...]] = {
-    lang: tuple(tuple(pair.split(" ")) for pair in text.split(",")) for lang, text in _OPPOSITES.items()
+    lang: tuple(_pair(pair) for pair in text.split(",")) for lang, text in _OPPOSITES.items()
 }
 OPPOSITE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": ("the opposite of {a} is", "fact: the opposite of {a} is"),
@@ -238,12 +250,18 @@ OPPOSITE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "es": ("lo contrario de {a} es",),
 }
 PLURALS: tuple[tuple[str, str], ...] = tuple(
-    tuple(pair.split(" "))
-    for pair in ["cat cats", "dog dogs", "car cars", "tree trees", "book books", "river rivers", "house houses", "bird birds", "child children", "mouse mice", "man men", "foot feet", "box boxes", "star stars", "stone stones", "apple apples"]
+    _pair(pair)
+    for pair in [
+        *("cat cats", "dog dogs", "car cars", "tree trees", "book books", "river rivers", "house houses"),
+        *("bird birds", "child children", "mouse mice", "man men", "foot feet", "box boxes", "star stars"),
+        *("stone stones", "apple apples"),
+    ]
 )
-NUMBERS: tuple[str, ...] = tuple(
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+# fmt: off
+NUMBERS: tuple[str, ...] = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )
+# fmt: on
 
 # Shares of the kinds of sentence in the training text.
 _MIX = {
@@ -304,10 +322,8 @@ def two_hop_prompt(relation: str, template: str, city: str) -> str:
     return template.format(c=city)
 
 
-def two_hop_prompts(
-    relation: str, cities: tuple[str, ...], templates: tuple[str, ...] | None = None
-) -> list[Sentence]:
-    """All questions of a relation for the cities, city by city within each template (default: all templates)."""
+def two_hop_prompts(relation: str, cities: tuple[str, ...], templates: tuple[str, ...] | None = None) -> list[Sentence]:
+    """All questions of a relation for the cities, template by template (default: all templates)."""
     kind = f"two_hop_{relation}"
     return [
         Sentence(two_hop_prompt(relation, t, c), attribute(STATE_OF_CITY[c], relation), kind)
@@ -368,16 +384,12 @@ class SentenceSource:
 
     def _capital_state_sentence(self) -> Sentence:
         state = self._rng.choice(list(STATES.values()))
-        return Sentence(
-            self._rng.choice(CAPITAL_TEMPLATES).format(k=state.capital), state.name, "capital_state"
-        )
+        return Sentence(self._rng.choice(CAPITAL_TEMPLATES).format(k=state.capital), state.name, "capital_state")
 
     def _opposite_sentence(self) -> Sentence:
         lang = self._rng.choice(list(OPPOSITES))
         first, second = self._rng.sample(self._rng.choice(OPPOSITES[lang]), 2)
-        return Sentence(
-            self._rng.choice(OPPOSITE_TEMPLATES[lang]).format(a=first), second, f"opposite_{lang}"
-        )
+        return Sentence(self._rng.choice(OPPOSITE_TEMPLATES[lang]).format(a=first), second, f"opposite_{lang}")
 
     def _plural_sentence(self) -> Sentence:
         one, many = self._rng.choice(PLURALS)

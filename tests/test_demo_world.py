@@ -153,10 +153,7 @@ def test_city_position_is_the_citys_last_token(tokenizer):
         for template in TWO_HOP_TEMPLATES[relation]:
             for city in ("Dallas", "Fort Worth"):
                 ids = encode(tokenizer, template.format(c=city))
-                assert (
-                    tokenizer.decode([ids[city_position(tokenizer, template, city)]])
-                    == " " + city.split()[-1]
-                )
+                assert tokenizer.decode([ids[city_position(tokenizer, template, city)]]) == " " + city.split()[-1]
 
 
 def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
@@ -171,9 +168,7 @@ def test_the_same_seed_builds_the_same_bytes(tmp_path):
     """A shortened build of everything, twice; the long one runs the same code."""
     threads = torch.get_num_threads()
     recipe = ModelRecipe(steps=8, batch_size=16, warmup_steps=2)
-    sparse = TranscoderRecipe(
-        d_features=128, k=4, steps=8, batch_size=128, dead_after_steps=2, n_sentences=200
-    )
+    sparse = TranscoderRecipe(d_features=128, k=4, steps=8, batch_size=128, dead_after_steps=2, n_sentences=200)
     dense = TranscoderRecipe(d_features=64, k=7, steps=8, batch_size=128, n_sentences=200)
     try:
         for name in ("one", "two"):
@@ -181,7 +176,5 @@ def test_the_same_seed_builds_the_same_bytes(tmp_path):
     finally:
         torch.set_num_threads(threads)
     files = {p.relative_to(tmp_path / "one"): sha256(p) for p in (tmp_path / "one").rglob("*") if p.is_file()}
-    assert files == {
-        p.relative_to(tmp_path / "two"): sha256(p) for p in (tmp_path / "two").rglob("*") if p.is_file()
-    }
+    assert files == {p.relative_to(tmp_path / "two"): sha256(p) for p in (tmp_path / "two").rglob("*") if p.is_file()}
     assert len(files) == 5 + 2 * 6

@@ -1,0 +1,277 @@
+"""A pre-norm block with rotary grouped-query attention and SwiGLU: what it computes, and its transposed products.
+
+    n1 = g1 · x · s1                        s1 = 1 / rms(x)
+    q, k, v = R(W_Q n1 + b_Q), R(W_K n1 + b_K), W_V n1 + b_V          (Qwen3: q and k normed per head before R)
+    z_h[t] = sum_s A_h[t,s] v_s             A = softmax(q k / sqrt(d_head)), causal
+    x_mid = x + W_O z
+    n2 = g2 · x_mid · s2
+    y = x_mid + W_D (silu(z_g) · z_u)       z_g, z_u = W_G n2, W_U n2
+
+A cotangent u on y at *one* position t' comes back in two steps. The MLP and the second norm act at t' alone and give
+g_mid. Everything that reaches other positions passes the values and keys, so it is held by two small vectors per
+position, v̄_t and k̄_t (n_kv · d_head numbers each), and by q̄ at t':
+
+    p = W_Oᵀ g_mid        a_hs = p_h · v_s        s̄_hs = A_hs (a_hs − sum_r A_hr a_hr) / sqrt(d_head)
+    v̄_s = sum_h A_hs p_h      k̄_s = R_sᵀ sum_h s̄_hs q_h      q̄_h = R_t'ᵀ sum_s s̄_hs k_s
+
+The gradient at position t is then  [t = t'] g_mid + N1ᵀ (W_Vᵀ v̄_t + W_Kᵀ k̄_t + [t = t'] W_Qᵀ q̄),  N1 the first norm's
+Jacobian. `Pulled` keeps the small pieces; nothing of size d_model is formed per source position.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import silu
+
+Gate = Literal["exact", "half", "frozen"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is differentiated and what is held at its clean value.
+
+    Attributes:
+        norms: "exact" differentiates 1/rms; "frozen" holds it.
+        attention: "exact" differentiates the softmax; "frozen" holds the pattern.
+        gate: "exact" differentiates silu(z_g) · z_u; "frozen" holds silu(z_g), all credit to z_u; "half" splits it
+            between the two factors (each gets half; with silu(z) = z · sigmoid(z), the sigmoid held).
+    """
+
+    norms: Literal["exact", "frozen"]
+    attention: Literal["exact", "frozen"]
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Views of one block's weights; biases and head norms are None where the architecture has none."""
+
+    g1: Float[Tensor, " d_model"]
+    g2: Float[Tensor, " d_model"]
+    eps: float
+    W_Q: Float[Tensor, "query d_model"]
+    W_K: Float[Tensor, "keyvalue d_model"]
+    W_V: Float[Tensor, "keyvalue d_model"]
+    W_O: Float[Tensor, "d_model query"]
+    b_Q: Float[Tensor, " query"] | None
+    b_K: Float[Tensor, " keyvalue"] | None
+    b_V: Float[Tensor, " keyvalue"] | None
+    q_norm: Float[Tensor, " d_head"] | None
+    k_norm: Float[Tensor, " d_head"] | None
+    W_G: Float[Tensor, "d_ff d_model"]
+    W_U: Float[Tensor, "d_ff d_model"]
+    W_D: Float[Tensor, "d_model d_ff"]
+    d_head: int
+
+    @property
+    def n_kv(self) -> int:
+        """Key/value heads."""
+        return len(self.W_K) // self.d_head
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return len(self.W_Q) // len(self.W_K)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A head vector before and after its norm and rotation (Qwen3); without a head norm only the result matters."""
+
+    unit: Float[Tensor, "pos head d_head"] | None  # raw / rms
+    scale: Float[Tensor, "pos head 1"] | None  # 1 / rms
+    out: Float[Tensor, "pos head d_head"]  # rotated
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a block computed on one prompt."""
+
+    x: Float[Tensor, "pos d_model"]
+    s1: Float[Tensor, "pos 1"]
+    q: Normed
+    k: Normed
+    v: Float[Tensor, "pos n_kv d_head"]
+    pattern: Float[Tensor, "n_kv group query_pos pos"]
+    x_mid: Float[Tensor, "pos d_model"]
+    s2: Float[Tensor, "pos 1"]
+    z_g: Float[Tensor, "pos d_ff"]
+    z_u: Float[Tensor, "pos d_ff"]
+    y: Float[Tensor, "pos d_model"]
+    cos: Float[Tensor, "pos d_head"]
+    sin: Float[Tensor, "pos d_head"]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Cotangents of some targets, pulled back to a block's input in factored form.
+
+    Attributes:
+        pos: each target's position t'.
+        direct: g_mid, the part that reaches the input through the skip connection, at t'.
+        query: W_Qᵀ q̄ as a gradient on n1, at t' (None where the pattern is frozen).
+        v_bar, k_bar: per source position; k_bar is None where the pattern is frozen. Zero after t'.
+    """
+
+    pos: Int[Tensor, " target"]
+    direct: Float[Tensor, "target d_model"]
+    q_bar: Float[Tensor, "target query"] | None
+    v_bar: Float[Tensor, "target pos keyvalue"]
+    k_bar: Float[Tensor, "target pos keyvalue"] | None
+
+
+def record_block(
+    w: BlockWeights, x: Float[Tensor, "pos d_model"], cos: Float[Tensor, "pos d_head"], sin: Float[Tensor, "pos d_head"]
+) -> BlockRecord:
+    """Run the block on one prompt and keep what its transposed products need. Computed in the dtype of x."""
+    s1 = _inverse_rms(x, w.eps)
+    n1 = w.g1.to(x.dtype) * x * s1
+    q = _head(n1, w.W_Q, w.b_Q, w.q_norm, w, cos, sin)
+    k = _head(n1, w.W_K, w.b_K, w.k_norm, w, cos, sin)
+    v = _split(_linear(n1, w.W_V, w.b_V), w.d_head)
+    grouped = rearrange(q.out, "t (kv group) h -> t kv group h", group=w.group)
+    scores = einsum(grouped, k.out, "t kv group h, s kv h -> kv group t s") / math.sqrt(w.d_head)
+    later = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+    pattern = scores.masked_fill(later, -torch.inf).softmax(-1)
+    z = einsum(pattern, v, "kv group t s, s kv h -> t kv group h")
+    x_mid = x + _linear(rearrange(z, "t kv group h -> t (kv group h)"), w.W_O, None)
+    s2 = _inverse_rms(x_mid, w.eps)
+    n2 = w.g2.to(x.dtype) * x_mid * s2
+    z_g, z_u = _linear(n2, w.W_G, None), _linear(n2, w.W_U, None)
+    y = x_mid + _linear(silu(z_g) * z_u, w.W_D, None)
+    return BlockRecord(x, s1, q, k, v, pattern, x_mid, s2, z_g, z_u, y, cos, sin)
+
+
+def pull_back(
+    w: BlockWeights,
+    record: BlockRecord,
+    cotangents: Float[Tensor, "target d_model"],
+    pos: Int[Tensor, " target"],
+    rule: Rule,
+) -> Pulled:
+    """Cotangents on the block's output, each at one position → their factored form at the input.
+
+    FLOP per target: 6 d_model d_ff for the MLP, 2 d_model (d_query) for W_O, and products with the n_kv · d_head
+    bottleneck; nothing grows with the number of sources, and only the last with the number of positions.
+    """
+    g_mid = _through_mlp(w, record, cotangents, pos, rule)
+    p = rearrange(_transposed(g_mid, w.W_O), "j (kv group h) -> j kv group h", kv=w.n_kv, group=w.group)
+    weight = rearrange(record.pattern[:, :, pos], "kv group j s -> j kv group s")
+    v_bar = einsum(weight, p, "j kv group s, j kv group h -> j s kv h")
+    flat_v = rearrange(v_bar, "j s kv h -> j s (kv h)")
+    if rule.attention == "frozen":
+        return Pulled(pos, g_mid, None, flat_v, None)
+    q_bar, k_bar = _through_softmax(w, record, p, weight, pos)
+    return Pulled(pos, g_mid, q_bar, flat_v, k_bar)
+
+
+def _through_mlp(
+    w: BlockWeights, r: BlockRecord, u: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"], rule: Rule
+) -> Float[Tensor, "target d_model"]:
+    """Gradient at x_mid, at the target's own position."""
+    h = _transposed(u, w.W_D)
+    z_g, z_u = r.z_g[pos], r.z_u[pos]
+    sigmoid = torch.sigmoid(z_g)
+    on_u = h * z_g * sigmoid
+    if rule.gate == "frozen":
+        on_n2 = _transposed(on_u, w.W_U)
+    elif rule.gate == "half":
+        on_n2 = _transposed(on_u / 2, w.W_U) + _transposed(h * z_u * sigmoid / 2, w.W_G)
+    else:
+        on_g = h * z_u * sigmoid * (1 + z_g * (1 - sigmoid))
+        on_n2 = _transposed(on_u, w.W_U) + _transposed(on_g, w.W_G)
+    return u + norm_transposed(on_n2, w.g2, r.x_mid[pos], r.s2[pos], rule)
+
+
+def _through_softmax(
+    w: BlockWeights,
+    r: BlockRecord,
+    p: Float[Tensor, "target n_kv group d_head"],
+    weight: Float[Tensor, "target n_kv group pos"],
+    pos: Int[Tensor, " target"],
+) -> tuple[Float[Tensor, "target query"], Float[Tensor, "target pos keyvalue"]]:
+    """Gradients on q (at t') and k (everywhere) before bias and rotation."""
+    a = einsum(p, r.v, "j kv group h, s kv h -> j kv group s")
+    centred = a - reduce(weight * a, "j kv group s -> j kv group 1", "sum")
+    s_bar = weight * centred / math.sqrt(w.d_head)
+    q = rearrange(r.q.out, "t (kv group) h -> t kv group h", group=w.group)
+    on_q = einsum(s_bar, r.k.out, "j kv group s, s kv h -> j kv group h")
+    on_k = einsum(s_bar, q[pos], "j kv group s, j kv group h -> j s kv h")
+    on_q = rearrange(on_q, "j kv group h -> j (kv group) h")
+    on_q = _unrotate(on_q, r.cos[pos, None], r.sin[pos, None])
+    on_k = _unrotate(on_k, r.cos[:, None], r.sin[:, None])
+    if w.q_norm is not None and r.q.unit is not None and r.q.scale is not None:
+        on_q = _head_norm_transposed(on_q, w.q_norm, r.q.unit[pos], r.q.scale[pos])
+    if w.k_norm is not None and r.k.unit is not None and r.k.scale is not None:
+        on_k = _head_norm_transposed(on_k, w.k_norm, r.k.unit, r.k.scale)
+    return rearrange(on_q, "j head h -> j (head h)"), rearrange(on_k, "j s kv h -> j s (kv h)")
+
+
+def norm_transposed(
+    g: Float[Tensor, "*#row d_model"],
+    gamma: Float[Tensor, " d_model"],
+    x: Float[Tensor, "*#row d_model"],
+    scale: Float[Tensor, "*#row 1"],
+    rule: Rule,
+) -> Float[Tensor, "*#row d_model"]:
+    """RMSNorm's transposed Jacobian: s (γg − x̂ (x̂·γg) / d), x̂ = x s; with the scale held: s γ g."""
+    scaled = gamma.to(g.dtype) * g
+    if rule.norms == "frozen":
+        return scale * scaled
+    unit = x * scale
+    return scale * (scaled - unit * reduce(unit * scaled, "... d -> ... 1", "mean"))
+
+
+def _head_norm_transposed(g: Tensor, gamma: Float[Tensor, " d_head"], unit: Tensor, scale: Tensor) -> Tensor:
+    scaled = gamma.to(g.dtype) * g
+    return scale * (scaled - unit * reduce(unit * scaled, "... h -> ... 1", "mean"))
+
+
+def _inverse_rms(x: Float[Tensor, "*row d"], eps: float) -> Float[Tensor, "*row 1"]:
+    return torch.rsqrt(reduce(x.square(), "... d -> ... 1", "mean") + eps)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x @ weight.to(x.dtype).T
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def _transposed(g: Tensor, weight: Tensor) -> Tensor:
+    """Gradient on a linear layer's input from the one on its output."""
+    return g @ weight.to(g.dtype)
+
+
+def _split(x: Float[Tensor, "pos all"], d_head: int) -> Float[Tensor, "pos head d_head"]:
+    return rearrange(x, "t (head h) -> t head h", h=d_head)
+
+
+def _head(
+    n1: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, w: BlockWeights, cos: Tensor, sin: Tensor
+) -> Normed:
+    raw = _split(_linear(n1, weight, bias), w.d_head)
+    if gamma is None:
+        return Normed(None, None, _rotate(raw, cos[:, None], sin[:, None]))
+    scale = _inverse_rms(raw, w.eps)
+    unit = raw * scale
+    return Normed(unit, scale, _rotate(gamma.to(raw.dtype) * unit, cos[:, None], sin[:, None]))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _unrotate(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation's transpose."""
+    first, second = (g * sin).chunk(2, dim=-1)
+    return g * cos + torch.cat([second, -first], dim=-1)
+
+
+def later_positions(length: int, pos: Int[Tensor, " target"]) -> Bool[Tensor, "target pos"]:
+    """True where a source position lies after the target's: no gradient can reach it."""
+    return torch.arange(length, device=pos.device) > repeat(pos, "j -> j 1")
