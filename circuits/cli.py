@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 
 from circuits.attribution import RULES
 from circuits.demo import report
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="circuits: %(message)s", stream=sys.stderr, level=logging.WARNING)
     if getattr(args, "model", "demo") == "demo":
         torch.set_num_threads(1)  # a tiny model is slower on several
+        transformers.utils.logging.disable_progress_bar()  # of loading it
     try:
         result = args.run(args)
     except UserError as error:
@@ -279,7 +281,7 @@ def _command(
 
 
 def _prompt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text, as one argument")
 
 
 def _target(parser: argparse.ArgumentParser) -> None:

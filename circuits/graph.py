@@ -38,7 +38,8 @@ class Graph:
         influence: share of the first target that flows through the node, unsigned (`circuits.influence`).
         source, target: rows of the nodes an edge joins, cause → effect.
         weight: contribution of the source to the target's pre-activation (or logit difference), in its units.
-        effect: the same in logits of the first target: weight times the target node's own effect per unit.
+        effect: the same in logits of the first target: weight times the target node's own effect per unit (into a
+            further target: in that target's own logits).
         meta: JSON-able facts: prompt, tokens, targets, rule, model, convention, verification.
     """
 

@@ -204,6 +204,7 @@ def _facts(run: LocalRun, rule: str) -> dict[str, object]:
         "rule": rule,
         "model": run.model.name,
         "transcoders": store.name,
+        "fingerprint": run.model.fingerprint,
         "convention": {
             "read": str(store.convention.read),
             "write": str(store.convention.write),

@@ -210,7 +210,7 @@ def _address(layer: SupportsInt, pos: SupportsInt, feature: SupportsInt) -> Feat
 
 
 def _check_same(model: HookedModel, graph: Graph) -> None:
-    if graph.meta.get("model") != model.name or graph.meta.get("transcoders") != model.store.name:
+    if graph.meta.get("fingerprint") != model.fingerprint:
         raise UserError(
             "the graph belongs to another model or set of transcoders",
             expected=f"{graph.meta.get('model')} with {graph.meta.get('transcoders')}",

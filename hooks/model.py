@@ -1,6 +1,7 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
 import copy
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,11 +147,25 @@ class HookedModel:
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
         return cls(Host(model, tokenizer), _open_store(transcoders, read=read, write=write), name)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models and transcoder sets apart by a few of their numbers, wherever they came from and in whatever
+        precision they are held."""
+        digest = hashlib.sha256()
+        first, last = self.store[self.store.layers[0]], self.store[self.store.layers[-1]]
+        parameters = list(self.host.model.parameters())
+        rows = [parameters[0][:1], parameters[-1].reshape(-1)[:64], first.W_enc[:2], last.W_dec[-2:]]
+        for part in rows:
+            digest.update(str(tuple(part.shape)).encode())
+            digest.update(part.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     # -- looking -----------------------------------------------------------------------------------------------
 
     def record(self, prompts: Prompt | Sequence[Prompt], layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
-        return record(self.host, self.store, self.host.batch(_listed(prompts)), layers)
+        chosen = None if layers is None else self._layers(layers)
+        return record(self.host, self.store, self.host.batch(_listed(prompts)), chosen)
 
     def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
         """The strongest features of each token, a table.

@@ -329,7 +329,8 @@ def test_axis_names_are_documented():
     table = (ROOT / "docs" / "dimensions.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
     known = {name.strip(" `") for cell in cells for name in cell.split(",")}
-    for path in sources():
+    training = ROOT / "hooks" / "demo"
+    for path in (path for path in sources() if training not in path.parents):
         for shape in re.findall(r'\b(?:Float|Int|Bool)\[[\w.]+, "([^"]*)"\]', path.read_text(encoding="utf-8")):
             for axis in re.sub(r"[*#]", "", shape).split():
                 assert axis in known or axis.isdigit(), (

