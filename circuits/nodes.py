@@ -1,7 +1,8 @@
 """The index of a graph's nodes: which row is which. The only file that adds offsets.
 
-Order of rows: tokens by position; then per cut (a layer with a transcoder, ascending): features by (position, feature),
-one rest node per position, one error node per position, one bias node; then targets.
+Order of rows: tokens by position, the bias of the blocks below the first cut; then per cut (a layer with a transcoder,
+ascending): features by (position, feature), one rest node per position, one error node per position, one bias node;
+then targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ class NodeIndex:
             target_positions: the position of each target.
         """
         rows = [(TOKEN, NONE, pos, NONE) for pos in range(n_pos)]
+        rows.append((BIAS, NONE, NONE, NONE))
         for layer in sorted(selected):
             rows += [(FEATURE, layer, pos, feature) for pos, feature in sorted(selected[layer])]
             rows += [(kind, layer, pos, NONE) for kind in (REST, ERROR) for pos in range(n_pos)]
@@ -64,4 +66,5 @@ class NodeIndex:
             return f"token@{pos}"
         if kind == TARGET:
             return f"target {target_names[feature]}" if target_names else f"target {feature}"
-        return f"{KINDS[kind]} L{layer}" + ("" if pos == NONE else f"@{pos}")
+        place = "embedding" if layer == NONE else f"L{layer}"
+        return f"{KINDS[kind]} {place}" + ("" if pos == NONE else f"@{pos}")

@@ -155,7 +155,7 @@ def test_the_rest_node_carries_exactly_what_is_not_selected(wide, whole):
     for graph in (whole, few):
         into = graph.target == graph.index.rows(TARGET)[0]
         sums.append(float(graph.weight[into].sum()))
-        assert np.isclose(sums[-1], graph.score[graph.source[into]].sum(), rtol=1e-9)
+        assert np.isclose(sums[-1], graph.score[graph.source[into]].sum(), rtol=1e-6)  # fp32 norms
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     assert (few.index.kind == FEATURE).sum() == 12
 

@@ -19,7 +19,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN, NodeIndex
+from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
+from circuits.scores import EMBEDDING
 from circuits.targets import Target
 from hooks.model import HookedModel
 from hooks.plugins import discover
@@ -62,6 +63,11 @@ class LocalRun:
     index: NodeIndex
     embedding: Float[Tensor, "pos d_model"]
 
+    @property
+    def starts_at_embedding(self) -> bool:
+        """Whether the first cut is the embedding itself, with no block before it."""
+        return bool(self.cuts) and self.cuts[0].transcoder.write == EMBEDDING
+
     def cut_before(self, number: int) -> Cut | None:
         """The cut whose nodes feed cut `number` (`len(cuts)`: the targets); None: the tokens do."""
         return self.cuts[number - 1] if number else None
@@ -70,7 +76,7 @@ class LocalRun:
         """Node rows that feed cut `number`, in the order of `contract`."""
         cut = self.cut_before(number)
         if cut is None:
-            return torch.from_numpy(self.index.rows(TOKEN))
+            return torch.cat([torch.from_numpy(self.index.rows(kind, NONE)) for kind in (TOKEN, BIAS)])
         kinds = (FEATURE, REST, ERROR, BIAS)
         return torch.cat([torch.from_numpy(self.index.rows(kind, cut.layer)) for kind in kinds])
 
@@ -106,7 +112,8 @@ def contract(
     is computed on its own; none is a difference to a total.
     """
     if cut is None:
-        return einsum(gradients, embedding.to(gradients.dtype), "target pos d, pos d -> target pos")
+        tokens = einsum(gradients, embedding.to(gradients.dtype), "target pos d, pos d -> target pos")
+        return torch.cat([tokens, gradients.new_zeros(len(gradients), 1)], dim=1)
     dtype = gradients.dtype
     features = gradients.new_zeros(len(gradients), len(cut.pos))
     for pos in cut.pos.unique().tolist():
