@@ -92,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     _prompt(tracer)
     tracer.add_argument("--out", type=Path, required=True, metavar="FILE", help="the graph, as safetensors")
     tracer.add_argument("--rule", default="exact", help=f"attribution rule: {', '.join(RULES)} (default exact)")
-    tracer.add_argument("--max-nodes", type=int, default=10_000, metavar="N", help="features (default 10000)")
+    tracer.add_argument("--max-nodes", type=_nodes, default=10_000, metavar="N|all", help="features (default 10000)")
+    tracer.add_argument("--max-in-edges", type=int, default=256, metavar="N", help="kept per node (default 256)")
     tracer.add_argument("--node-threshold", type=float, default=0.8, metavar="SHARE", help="influence kept, nodes")
     tracer.add_argument("--edge-threshold", type=float, default=0.98, metavar="SHARE", help="influence kept, edges")
     tracer.add_argument("--sample", type=int, default=200, metavar="N", help="nodes and edges to verify (default 200)")
@@ -215,7 +216,8 @@ def run_steer(args: argparse.Namespace) -> Result:
 
 def run_trace(args: argparse.Namespace) -> Result:
     """Trace, verify, save."""
-    check_options(args.rule, args.max_nodes, args.node_threshold, args.edge_threshold, args.sample, args.seed)
+    numbers = (args.max_nodes, args.max_in_edges, args.node_threshold, args.edge_threshold, args.sample, args.seed)
+    check_options(args.rule, *numbers)
     if args.against and args.target is None:
         raise UserError("--against needs --target", repair="name the answer too, with --target")
     check_writable(args.out)
@@ -227,6 +229,7 @@ def run_trace(args: argparse.Namespace) -> Result:
         args.prompt,
         target,
         max_nodes=args.max_nodes,
+        max_in_edges=args.max_in_edges,
         rule=args.rule,
         node_threshold=args.node_threshold,
         edge_threshold=args.edge_threshold,
@@ -317,6 +320,15 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
     return int(text)
+
+
+def _nodes(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor a number") from None
 
 
 def _layers(text: str) -> str | list[int]:

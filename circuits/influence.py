@@ -19,10 +19,16 @@ def node_influence(
     source: Int[np.ndarray, " edge"],
     target: Int[np.ndarray, " edge"],
     weight: Float[np.ndarray, " edge"],
+    mass: Float[np.ndarray, " node"] | None = None,
 ) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " edge"]]:
-    """Influence per node, and per edge Â · (influence of its target). The first target itself counts as 1."""
+    """Influence per node, and per edge Â · (influence of its target). The first target itself counts as 1.
+
+    Args:
+        mass: sum |e| into each node, where edges were left out that must count in the normalisation.
+    """
     size = np.abs(weight)
-    total = np.maximum(np.bincount(target, weights=size, minlength=len(index)), EPS)
+    total = np.bincount(target, weights=size, minlength=len(index)) if mass is None else mass
+    total = np.maximum(total, EPS)
     share = size / total[target]
     influence = np.zeros(len(index))
     influence[index.rows(TARGET)[:1]] = 1.0

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from circuits.attribution import RULES, LocalRun, make_cuts
+from circuits.attribution import RULES, LocalRun, Rows, make_cuts
 from circuits.graph import Graph
 from circuits.influence import node_influence
 from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN, NodeIndex
@@ -31,7 +31,8 @@ def trace(
     prompt: Prompt,
     targets: TargetLike | Sequence[TargetLike] | None = None,
     *,
-    max_nodes: int = 10_000,
+    max_nodes: int | None = 10_000,
+    max_in_edges: int = 256,
     rule: str = "exact",
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
@@ -45,7 +46,9 @@ def trace(
         targets: what is explained: None (the model's own answer against the best other token), a token,
             `(answer, against)`, a `Target`, or a list; scores are in units of the first.
         max_nodes: how many features become nodes (half of them shared out over the layers, then by |score|); the
-            others act through the rest nodes.
+            others act through the rest nodes. None: every active feature, the complete graph.
+        max_in_edges: how many of the strongest edges into a node are kept; the normalisation of influence, the
+            conservation and the remainder are over all of them.
         rule: an attribution rule, a file in `circuits/attribution/`.
         node_threshold, edge_threshold: see `circuits.prune`; 1.0 keeps everything.
         sample: how many nodes and edges are verified by real ablations; 0 skips the verification.
@@ -62,7 +65,7 @@ def trace(
         >>> graph.meta["targets"][0]["name"].startswith("' Austin'")
         True
     """
-    check_options(rule, max_nodes, node_threshold, edge_threshold, sample, seed)
+    check_options(rule, max_nodes, max_in_edges, node_threshold, edge_threshold, sample, seed)
     _check_convention(model)
     batch = model.host.batch([prompt])
     recording = record(model.host, model.store, batch)
@@ -74,7 +77,7 @@ def trace(
     index = NodeIndex.build(batch.lengths[0], selected, [target.pos for target in chosen])
     _, seen = model.host.capture(batch, [EMBEDDING])
     run = LocalRun(model, recording, cuts, chosen, index, seen[EMBEDDING][0])
-    graph = _with_edges(run, scores, rule, progress)
+    graph = _with_edges(run, scores, rule, max_in_edges, progress)
     graph = graph.with_meta(selection=_coverage(scores, features))
     if sample:
         graph = graph.with_meta(verification=verify(model, graph, n=sample, seed=seed).summary())
@@ -82,7 +85,13 @@ def trace(
 
 
 def check_options(
-    rule: str, max_nodes: int, node_threshold: float, edge_threshold: float, sample: int, seed: int
+    rule: str,
+    max_nodes: int | None,
+    max_in_edges: int,
+    node_threshold: float,
+    edge_threshold: float,
+    sample: int,
+    seed: int,
 ) -> None:
     """Refuse what cannot be traced, before a model is even loaded.
 
@@ -91,8 +100,9 @@ def check_options(
     """
     if rule not in RULES:
         raise UserError(f"unknown attribution rule {rule!r}", expected=", ".join(RULES), where="--rule")
-    if max_nodes < 1:
-        raise UserError(f"max_nodes = {max_nodes} leaves nothing to draw", expected="at least 1")
+    for name, value in (("max_nodes", max_nodes), ("max_in_edges", max_in_edges)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} = {value} leaves nothing to draw", expected="at least 1")
     check_thresholds(node_threshold, edge_threshold)
     for name, value in (("sample", sample), ("seed", seed)):
         if value < 0:
@@ -110,13 +120,15 @@ def _check_convention(model: HookedModel) -> None:
         )
 
 
-def _select(scores: FeatureScores, max_nodes: int) -> pd.DataFrame:
+def _select(scores: FeatureScores, max_nodes: int | None) -> pd.DataFrame:
     """The features that become nodes: half the places go to each layer's strongest, the rest to the strongest overall.
 
     Without the share per layer a graph can have no way through: paths cross every cut, and only selected features
     carry them on. Ties fall to the lower (layer, position, feature).
     """
     table = scores.frame()
+    if max_nodes is None or max_nodes >= len(table):
+        return table
     share = max_nodes // (2 * len(scores.values))
     first = table.groupby("layer").head(share).index
     others = table.index.difference(first, sort=True)[: max_nodes - len(first)]
@@ -137,33 +149,45 @@ def _coverage(scores: FeatureScores, chosen: pd.DataFrame) -> dict[str, int | fl
     return {"active_features": len(size), "selected": len(chosen), "covered_score": covered}
 
 
-def _with_edges(run: LocalRun, scores: FeatureScores, rule: str, progress: bool) -> Graph:
+def _with_edges(run: LocalRun, scores: FeatureScores, rule: str, max_in_edges: int, progress: bool) -> Graph:
     """All edges by the rule, joined with what is known of the nodes."""
     activation, score, per_unit = _node_values(run, scores)
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    left, size, worst = 0.0, 0.0, 0.0
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    mass, left, worst = np.zeros(len(run.index)), 0.0, 0.0
     total = sum(len(run.target_rows(number)) for number in range(len(run.cuts) + 1))
     with tqdm(total=total, desc="edges", unit="node", disable=not progress, leave=False) as bar:
         for rows in RULES[rule].edge_rows(run):
-            weights = rows.weights.double().cpu()
-            gap, mass = (rows.values.double().cpu() - weights.sum(1)).abs(), weights.abs().sum(1)
-            left, size = left + float(gap.sum()), size + float(mass.sum())
-            scale = torch.maximum(rows.values.double().cpu().abs(), mass).clamp_min(1e-30)
-            worst = max(worst, float((gap / scale).max())) if len(gap) else worst
-            at, from_ = weights.nonzero(as_tuple=True)
-            parts.append((rows.sources[from_], rows.targets[at], weights[at, from_]))
+            gap, size = (
+                (rows.values - rows.weights.sum(1)).abs().double().cpu(),
+                rows.weights.abs().sum(1).double().cpu(),
+            )
+            scale = torch.maximum(rows.values.abs().double().cpu(), size).clamp_min(1e-30)
+            left, worst = left + float(gap.sum()), max(worst, float((gap / scale).max()) if len(gap) else 0.0)
+            mass[rows.targets.numpy()] = size.numpy()
+            kept.append(_strongest(rows, max_in_edges))
             bar.update(len(gap))
-    source, target, weight = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    source, target, weight = (torch.cat(column).cpu().numpy() for column in zip(*kept, strict=True))
     order = np.lexsort((source, target))
-    source, target, weight = source[order], target[order], weight[order]
-    influence, _ = node_influence(run.index, source, target, weight)
+    source, target, weight = source[order], target[order], weight[order].astype(np.float64)
+    influence, _ = node_influence(run.index, source, target, weight, mass)
     meta = _facts(run, rule)
     if RULES[rule].CONSERVES:
         meta["conservation"] = {"rule": rule, "max_rel_error": worst}
     else:
-        meta["remainder_share"] = left / (left + size) if left + size else 0.0
+        meta["remainder_share"] = left / (left + mass.sum()) if left else 0.0
+    meta["kept_weight"] = float(np.abs(weight).sum() / mass.sum()) if mass.any() else 1.0
     effect = weight * per_unit[target]
     return Graph(run.index, activation, score, influence, source, target, weight, effect, meta)
+
+
+def _strongest(rows: Rows, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(source, target, weight) of the strongest edges into each target of a block; zeros are no edges."""
+    columns = torch.arange(rows.weights.shape[1], device=rows.weights.device).expand_as(rows.weights)
+    if rows.weights.shape[1] > most:
+        columns = rows.weights.abs().topk(most, dim=1, sorted=False).indices
+    weights = rows.weights.gather(1, columns)
+    at, slot = weights.nonzero(as_tuple=True)
+    return rows.sources[columns[at, slot].cpu()], rows.targets[at.cpu()], weights[at, slot].cpu()
 
 
 def _node_values(
