@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch first and pinned: a bare `torch` in a resolver's hands can pull gigabytes of CUDA onto a machine without a GPU
+# torch first and pinned, so that no resolver picks another build later. On Linux the package index's own wheel carries
+# CUDA; for a CPU-only machine: make demo TORCH="torch==2.13.0+cpu --index-url <PyTorch's CPU index>"
 TORCH ?= torch==2.13.0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false

@@ -46,6 +46,7 @@ def _measure_set(exam: Exam, scan_site: tuple[int, str]) -> dict[str, Any]:
     layers = exam.model.store.layers
     return {
         "fvu": [site.fvu for site in reconstruction_quality(exam)],
+        "fvu_of_copying_alone": [site.fvu for site in reconstruction_quality(exam, kind="induction")],
         "accuracy_all_but_first": asdict(two_hop_accuracy(exam, swap=layers[1:], error="zero")),
         "accuracy_all": asdict(two_hop_accuracy(exam, swap=layers, error="zero")),
         "site": f"layer {chosen.layer}, {chosen.place}",

@@ -6,6 +6,16 @@ graph = trace(HookedModel.load("demo"), "fact: the capital of the state containi
 graph.to_networkx()
 """
 
+from pathlib import Path
+
+import hooks
+
+if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).parent.parent:
+    raise ImportError(  # the import names are generic; another distribution may own one of them
+        f"`hooks` comes from {hooks.__file__ or 'a folder without __init__.py'}, which is not the one of qwen-circuits "
+        f"beside {Path(__file__).parent}: another package of that name is in the way"
+    )
+
 from circuits.graph import Graph
 from circuits.prune import prune
 from circuits.scores import FeatureScores, score_features

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     return 0
 
 
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     tracer.add_argument("--edge-threshold", type=float, default=0.98, metavar="SHARE", help="influence kept, edges")
     tracer.add_argument("--sample", type=int, default=200, metavar="N", help="nodes and edges to verify (default 200)")
     tracer.add_argument("--seed", type=int, default=0, help="of the verified sample")
-    _target(tracer)
+    _target(tracer, top=False)
 
     exporter = _command(commands, "export", run_export, "write a saved graph in another format", model=False)
     exporter.add_argument("file", type=Path, metavar="FILE", help="a graph written by trace")
@@ -138,7 +138,7 @@ def run_demo(args: argparse.Namespace) -> Result:
 
 def run_features(args: argparse.Namespace) -> Result:
     """The strongest features per token."""
-    model = _load(args)
+    model = _load(args, args.layers)
     tokens = list(model.host.batch([args.prompt]).strings[0])
     table = model.features(args.prompt, args.top, None if args.layers == "all" else args.layers)
     _show(args, _table(table))
@@ -147,7 +147,7 @@ def run_features(args: argparse.Namespace) -> Result:
 
 def run_swap(args: argparse.Namespace) -> Result:
     """Reconstruction quality, and what replacing does to the predictions."""
-    model = _load(args)
+    model = _load(args, args.layers)
     swapped = model.swap(args.prompt, args.layers, args.error)
     layers = [asdict(site) for site in swapped.layers]
     effect = swapped.effect
@@ -277,6 +277,9 @@ def _command(
         group.add_argument("--read", metavar="SITE", help="the site the transcoders read, if the files do not say")
         group.add_argument("--write", metavar="SITE", help="the site they reconstruct, likewise")
         group.add_argument("--k", type=int, metavar="N", help="features TopK keeps, if the files do not say")
+        group.add_argument(
+            "--budget-gb", type=float, metavar="GB", help="keep at most this much of the transcoders loaded"
+        )
         group.add_argument("--device", help="cpu, cuda, cuda:1, …")
         group.add_argument("--device-map", metavar="MAP", help="let accelerate place the model, for example auto")
         group.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
@@ -287,10 +290,11 @@ def _prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text, as one argument")
 
 
-def _target(parser: argparse.ArgumentParser) -> None:
+def _target(parser: argparse.ArgumentParser, *, top: bool = True) -> None:
     parser.add_argument("--target", help="the token to measure (default: the model's own answer)")
     parser.add_argument("--against", metavar="TOKEN", help="the other token of the metric (default: the best other)")
-    parser.add_argument("--top", type=_count, default=5, metavar="N", help="most likely tokens to show (default 5)")
+    if top:
+        parser.add_argument("--top", type=_count, default=5, metavar="N", help="most likely tokens to show (default 5)")
 
 
 def _changing(parser: argparse.ArgumentParser) -> None:
@@ -354,7 +358,10 @@ def _intervention(text: str) -> Any:
     return INTERVENTIONS[name].from_text(address, number)
 
 
-def _load(args: argparse.Namespace) -> HookedModel:
+def _load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) -> HookedModel:
+    """The model, and the transcoders of some layers if a command needs no others."""
+    if args.budget_gb is not None and not args.budget_gb > 0:
+        raise UserError(f"--budget-gb {args.budget_gb} holds nothing", expected="above 0")
     return HookedModel.load(
         args.model,
         args.transcoders,
@@ -364,6 +371,8 @@ def _load(args: argparse.Namespace) -> HookedModel:
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,
+        budget_bytes=None if args.budget_gb is None else int(args.budget_gb * 2**30),
+        layers=None if layers is None or isinstance(layers, str) else sorted(set(layers)),
     )
 
 
@@ -398,9 +407,9 @@ def _trace_text(graph: Graph, result: Result) -> str:
     check = result.get("verification")
     if check:
         lines.append(
-            f"verified on {check['n']} features really ablated: Pearson {check['node_pearson']:.3f}, Spearman "
-            f"{check['node_spearman']:.3f} (plain logit {check['logit_spearman']:.3f}); "
-            f"{check['n_edges']} edges: Pearson {check['edge_pearson']:.3f}, Spearman {check['edge_spearman']:.3f}; "
+            f"verified on {check['n']} features really ablated: Pearson {_figure(check['node_pearson'])}, Spearman "
+            f"{_figure(check['node_spearman'])} (plain logit {_figure(check['logit_spearman'])}); {check['n_edges']} "
+            f"edges: Pearson {_figure(check['edge_pearson'])}, Spearman {_figure(check['edge_spearman'])}; "
             f"noise floor {check['noise_floor']:.1e}"
         )
     if "remainder_share" in result:
@@ -409,6 +418,10 @@ def _trace_text(graph: Graph, result: Result) -> str:
         )
     lines.append(f"{result['seconds']:.1f} s, peak {result['peak_bytes'] / 2**20:,.0f} MiB")
     return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def _peak_bytes() -> int:

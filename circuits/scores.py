@@ -9,6 +9,7 @@ frozen, so g_L is the plain model's own gradient and one backward serves every s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.targets import Target
+from hooks.host import tap
 from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.recording import Recording
@@ -41,6 +43,7 @@ class FeatureScores:
     gradients: Mapping[int, Float[Tensor, "pos d_model"]]
     tokens: Float[Tensor, " pos"]
 
+    @cached_property
     def frame(self) -> pd.DataFrame:
         """All active features as a table: layer, pos, feature, activation, score; strongest |score| first."""
         parts = []
@@ -70,7 +73,7 @@ def score_features(model: HookedModel, recording: Recording, target: Target) -> 
     values = {}
     for layer, record in recording.layers.items():
         transcoder = model.store[layer]
-        along = linear_fp32(gradients[layer], transcoder.W_dec, None)  # d_i · g for every feature
+        along = linear_fp32(gradients[layer].to(transcoder.device), transcoder.W_dec, None)  # d_i · g for every feature
         acts = record.acts
         values[layer] = (acts.values[0] * along.gather(-1, acts.indices[0]).to(acts.values.dtype)).detach()
     return FeatureScores(recording, target, values, gradients, tokens)
@@ -86,17 +89,11 @@ def _gradients(
     def start(x: Tensor, at: Pass) -> Tensor:
         return x.detach().requires_grad_()
 
-    def keep(site: Site) -> Edit:
-        def look(x: Tensor, at: Pass) -> Tensor:
-            seen[site] = x
-            return x
-
-        return Edit(site, look)
-
-    edits = [Edit(EMBEDDING, start), keep(EMBEDDING), *(keep(s) for s in sites.values() if s != EMBEDDING)]
+    edits = [Edit(EMBEDDING, start), *(tap(site, seen) for site in dict.fromkeys([EMBEDDING, *sites.values()]))]
     logits = model.host.forward_with_gradients(recording.batch, edits)
     metric = target.value(logits)[0]
     order = list(seen)
     grads = dict(zip(order, torch.autograd.grad(metric, [seen[site] for site in order]), strict=True))
-    embedding = (seen[EMBEDDING].detach() * grads[EMBEDDING])[0].sum(-1)
+    wide = torch.promote_types(grads[EMBEDDING].dtype, torch.float32)
+    embedding = (seen[EMBEDDING].detach().to(wide) * grads[EMBEDDING].to(wide))[0].sum(-1)
     return {layer: grads[site][0] for layer, site in sites.items()}, embedding

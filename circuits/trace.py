@@ -126,7 +126,7 @@ def _select(scores: FeatureScores, max_nodes: int | None) -> pd.DataFrame:
     Without the share per layer a graph can have no way through: paths cross every cut, and only selected features
     carry them on. Ties fall to the lower (layer, position, feature).
     """
-    table = scores.frame()
+    table = scores.frame
     if max_nodes is None or max_nodes >= len(table):
         return table
     share = max_nodes // (2 * len(scores.values))
@@ -144,7 +144,7 @@ def _by_layer(scores: FeatureScores, chosen: pd.DataFrame) -> dict[int, list[tup
 
 def _coverage(scores: FeatureScores, chosen: pd.DataFrame) -> dict[str, int | float]:
     """How much of sum |score| over all active features the chosen ones hold."""
-    size = scores.frame()["score"].abs()
+    size = scores.frame["score"].abs()
     covered = float(chosen["score"].abs().sum() / size.sum()) if size.sum() else 1.0
     return {"active_features": len(size), "selected": len(chosen), "covered_score": covered}
 

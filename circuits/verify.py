@@ -6,6 +6,7 @@ between the two cuts runs for real. Both samples are spread over strength, layer
 only (that would flatter). Un-ablated rows in every batch give the noise floor.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsInt
 
@@ -20,11 +21,11 @@ from circuits.nodes import FEATURE, TARGET
 from circuits.scores import score_features
 from circuits.targets import Target
 from hooks.errors import UserError
-from hooks.host import Batch, tap
+from hooks.host import Batch
 from hooks.interventions.ablate import Ablate
 from hooks.model import HookedModel
 from hooks.sites import Site
-from hooks.types import FeatureAddress, Positions
+from hooks.types import Edit, FeatureAddress, Pass, Positions
 
 ROWS = 128  # ablations per pass
 IDLE_ROWS = 4  # un-ablated rows in each pass
@@ -76,7 +77,7 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
     _check_same(model, graph)
     batch = model.host.batch([graph.meta["ids"]])
     target = Target.of(graph.meta["targets"][0])
-    nodes, noise = measure_nodes(model, batch, target, n=n, seed=seed)
+    nodes, noise = measure_nodes(model, batch, target, n=n, seed=seed, graph=graph)
     edges = measure_edges(model, batch, target, graph, n=n, seed=seed)
     return Verification(
         metric=target.name,
@@ -93,20 +94,36 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
     )
 
 
-def measure_nodes(model: HookedModel, batch: Batch, target: Target, *, n: int, seed: int) -> tuple[pd.DataFrame, float]:
-    """A table of features with their scores and measured effects, and the noise floor."""
+def measure_nodes(
+    model: HookedModel, batch: Batch, target: Target, *, n: int, seed: int, graph: Graph | None = None
+) -> tuple[pd.DataFrame, float]:
+    """A table of features with their scores and measured effects, and the noise floor.
+
+    The sample is of all active features. Where the graph has one as a node, the graph's own score is what is checked.
+    """
     recording = model.record([batch.ids[0].tolist()])
-    scored = score_features(model, recording, target).frame()
+    scored = score_features(model, recording, target).frame
     plain = Target("logit", target.tokens[:1], (1.0,), target.pos)
     keys = ["layer", "pos", "feature"]
-    logit = score_features(model, recording, plain).frame().rename(columns={"score": "logit_score"})
+    logit = score_features(model, recording, plain).frame.rename(columns={"score": "logit_score"})
     table = scored.merge(logit[[*keys, "logit_score"]], on=keys)
+    if graph is not None:
+        table["score"] = _claimed(graph, table)
     sample = stratified(table, table["score"].abs(), n, seed)
     addresses = [_address(row.layer, row.pos, row.feature) for row in sample.itertuples()]
-    changed, idle, _ = _ablated(model, batch, addresses, [target, plain], [])
+    changed, idle = _ablated(model, batch, addresses, [target, plain], {})
     clean = [float(t.value(recording.logits)[0].double()) for t in (target, plain)]
     sample = sample.assign(effect=clean[0] - changed[0].numpy(), logit_effect=clean[1] - changed[1].numpy())
     return sample.reset_index(drop=True), float((idle[0] - clean[0]).abs().max())
+
+
+def _claimed(graph: Graph, table: pd.DataFrame) -> pd.Series:
+    """The graph's score of each feature that is one of its nodes; the recomputed one of the others."""
+    rows = graph.index.rows(FEATURE)
+    columns = {"layer": graph.index.layer, "pos": graph.index.pos, "feature": graph.index.feature}
+    claims = pd.DataFrame({name: column[rows] for name, column in columns.items()}).assign(claim=graph.score[rows])
+    joined = table.merge(claims, on=["layer", "pos", "feature"], how="left")
+    return joined["claim"].fillna(joined["score"])
 
 
 def measure_edges(model: HookedModel, batch: Batch, target: Target, graph: Graph, *, n: int, seed: int) -> pd.DataFrame:
@@ -126,20 +143,25 @@ def measure_edges(model: HookedModel, batch: Batch, target: Target, graph: Graph
     sample = stratified(table, table["weight"].abs(), n, seed)
     sources = sorted(set(sample["source"]))
     addresses = [_address(index.layer[row], index.pos[row], index.feature[row]) for row in sources]
-    layers = sorted(set(index.layer[index.kind == FEATURE].tolist()))
-    sites = {layer: model.store.convention.read.at(layer) for layer in layers}
-    metric, _, streams = _ablated(model, batch, addresses, [target], list(sites.values()))
-    clean_logits, clean = model.host.capture(batch, list(sites.values()))
     place = {row: number for number, row in enumerate(sources)}
+    wanted: dict[Site, list[tuple[int, int, int]]] = {}  # site → (edge, ablation, position) whose stream is needed
+    for number, edge in enumerate(sample.itertuples()):
+        if index.kind[edge.target] == FEATURE:
+            site = model.store.sites(int(index.layer[edge.target]))[0]
+            wanted.setdefault(site, []).append((number, place[edge.source], int(index.pos[edge.target])))
+    streams: dict[int, Tensor] = {}
+    metric, _ = _ablated(model, batch, addresses, [target], wanted, streams)
+    logits, clean = model.host.capture(batch, list(wanted))
+    value = float(target.value(logits)[0].double())
     effects = []
-    for edge in sample.itertuples():
-        number, into_row = place[edge.source], int(edge.target)
-        if index.kind[into_row] == TARGET:
-            effects.append(float(target.value(clean_logits)[0].double() - metric[0][number]))
-        else:
-            layer, pos, feature = (int(c[into_row]) for c in (index.layer, index.pos, index.feature))
-            before, after = clean[sites[layer]][0, pos], streams[sites[layer]][number, pos]
-            effects.append(_preactivation(model, layer, feature, before) - _preactivation(model, layer, feature, after))
+    for number, edge in enumerate(sample.itertuples()):
+        if number not in streams:
+            effects.append(value - float(metric[0][place[edge.source]]))
+            continue
+        layer, pos, feature = (int(c[edge.target]) for c in (index.layer, index.pos, index.feature))
+        before = clean[model.store.sites(layer)[0]][0, pos]
+        change = (_preactivation(model, layer, feature, x) for x in (before, streams[number]))
+        effects.append(next(change) - next(change))
     return sample.assign(effect=effects).reset_index(drop=True)
 
 
@@ -154,30 +176,43 @@ def _ablated(
     batch: Batch,
     addresses: list[FeatureAddress],
     targets: list[Target],
-    sites: list[Site],
-) -> tuple[list[Float[Tensor, " row"]], list[Float[Tensor, " idle"]], dict[Site, Float[Tensor, "row pos d_model"]]]:
-    """One row per ablation: each target's value, the same for untouched rows, and the streams at some sites.
+    wanted: Mapping[Site, list[tuple[int, int, int]]],
+    streams: dict[int, Tensor] | None = None,
+) -> tuple[list[Float[Tensor, " row"]], list[Float[Tensor, " idle"]]]:
+    """One row per ablation: each target's value, and the same for untouched rows.
 
-    A captured site shows what *arrives*: the ablated feature's own cut is edited after it is read. Between an edited
-    cut and the next runs only the piece of the model between the two.
+    `streams` is filled with the stream at the wanted (site, ablation, position), by edge number; nothing else of the
+    pass is kept. A site shows what *arrives*: the ablated feature's own cut is edited after it is read, and between an
+    edited cut and the next runs only the piece of the model between the two.
     """
     values: list[list[Tensor]] = [[] for _ in targets]
     idle: list[list[Tensor]] = [[] for _ in targets]
-    streams: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for start in range(0, max(1, len(addresses)), ROWS):
         part = addresses[start : start + ROWS]
         rows = batch.rows([0] * (len(part) + IDLE_ROWS))
         plans = [[Ablate(address)] for address in part] + [[]] * IDLE_ROWS
-        seen: dict[Site, Tensor] = {}
-        logits = model.host.forward(rows, [*(tap(site, seen) for site in sites), *model.edits(rows, plans)])
+        looks = [_look(site, needs, start, len(part), streams) for site, needs in wanted.items()]
+        where = torch.full((len(rows.lengths),), targets[0].pos)
+        logits = model.host.forward_at(rows, where, [*looks, *model.edits(rows, plans)])
         for number, target in enumerate(targets):
-            measured = target.value(logits).double().cpu()
+            measured = target.of_row(logits).double().cpu()
             values[number].append(measured[: len(part)])
             idle[number].append(measured[len(part) :])
-        for site in sites:
-            streams[site].append(seen[site][: len(part)])
-    joined = {site: torch.cat(parts) for site, parts in streams.items()}
-    return [torch.cat(v) for v in values], [torch.cat(v) for v in idle], joined
+    return [torch.cat(v) for v in values], [torch.cat(v) for v in idle]
+
+
+def _look(
+    site: Site, needs: list[tuple[int, int, int]], start: int, count: int, streams: dict[int, Tensor] | None
+) -> Edit:
+    """A tap that keeps single vectors."""
+
+    def look(x: Tensor, at: Pass) -> Tensor:
+        for number, ablation, pos in needs:
+            if streams is not None and start <= ablation < start + count:
+                streams[number] = x[ablation - start, pos].clone()
+        return x
+
+    return Edit(site, look)
 
 
 def stratified(table: pd.DataFrame, size: pd.Series, n: int, seed: int) -> pd.DataFrame:

@@ -7,10 +7,11 @@ model: it keeps SDPA and its own cache, and with no edits no hook is registered 
 import contextlib
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +26,7 @@ from hooks.types import Edit, Pass
 
 log = logging.getLogger("hooks")
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Host:
         Raises:
             ModelError: it cannot be found, or is not a causal language model.
         """
+        name = Path(name).expanduser() if str(name).startswith("~") else name
         _check_name(str(name))
         options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
         if device_map:
@@ -108,11 +110,11 @@ class Host:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return execution_device(self.model.get_input_embeddings())  # type: ignore[operator]
 
     def device_of(self, layer: int) -> torch.device:
-        """Where one block lives."""
-        return next(self.layers[layer].parameters()).device
+        """Where one block computes."""
+        return execution_device(self.layers[layer])
 
     @property
     def decoder(self) -> Any:
@@ -139,6 +141,8 @@ class Host:
         Raises:
             PromptError: the prompt is empty, has ids outside the vocabulary, or is longer than the context.
         """
+        if isinstance(prompt, Tensor) and prompt.ndim == 2 and len(prompt) == 1:
+            prompt = prompt[0]
         if isinstance(prompt, str) and _is_broken(prompt):
             raise PromptError("the prompt is not valid text", found=ascii(prompt)[:80], repair="give it as UTF-8")
         ids = list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else [int(i) for i in prompt]
@@ -194,14 +198,15 @@ class Host:
         strings = tuple(tuple(known[i] for i in row) for row in rows)
         return Batch(ids, tuple(map(len, rows)), strings)
 
-    def token_id(self, target: str | int) -> int:
+    def token_id(self, target: str | SupportsIndex) -> int:
         """The single token meant by `target`. A word without a leading space means the one with it, if that exists:
         inside a sentence that is what the model predicts.
 
         Raises:
             TargetError: no such single token; the message shows how the text splits.
         """
-        if isinstance(target, int):
+        if not isinstance(target, str):
+            target = operator.index(target)
             if not 0 <= target < self.d_vocab:
                 raise TargetError(f"token id {target} is outside the vocabulary", expected=f"0 to {self.d_vocab - 1}")
             return target
@@ -244,6 +249,14 @@ class Host:
         with self.attached(edits) as session, torch.no_grad():
             return session.run(batch)
 
+    def forward_at(
+        self, batch: Batch, pos: Int[Tensor, " batch"], edits: Sequence[Edit] = ()
+    ) -> Float[Tensor, "batch vocab"]:
+        """The same at one position per row; no other logits are ever formed."""
+        with self.attached(edits) as session, torch.no_grad():
+            hidden = session.hidden(batch)
+            return self.unembed(hidden[torch.arange(len(pos), device=hidden.device), pos.to(hidden.device)])
+
     def forward_with_gradients(self, batch: Batch, edits: Sequence[Edit]) -> Float[Tensor, "batch pos vocab"]:
         """The same with an autograd graph from whatever leaves the edits put in; parameters take no gradient."""
         with self.attached(edits) as session, torch.enable_grad():
@@ -256,6 +269,15 @@ class Host:
         seen: dict[Site, Tensor] = {}
         edits = [tap(site, seen) for site in dict.fromkeys(sites)]
         return self.forward(batch, edits), seen
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: what accelerate says for offloaded ones, else where its weights are."""
+    for part in module.modules():
+        planned = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if planned is not None:
+            return torch.device(planned if not isinstance(planned, int) else f"cuda:{planned}")
+    return next(module.parameters()).device
 
 
 def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
@@ -277,12 +299,15 @@ class Attached:
 
     def run(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """One pass over whole rows, without a cache. `prompt_lengths`: where each prompt ends, if tokens follow it."""
+        return self._host.unembed(self.hidden(batch, prompt_lengths))
+
+    def hidden(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """The same before the unembedding: the stream behind the final norm."""
         self.current = Pass(0, list(prompt_lengths or batch.lengths))
         device = self._host.device
         padded = len(set(batch.lengths)) > 1
         mask = {"attention_mask": batch.mask.long().to(device)} if padded else {}
-        hidden = self._host.decoder(input_ids=batch.ids.to(device), use_cache=False, **mask).last_hidden_state
-        return self._host.unembed(hidden)
+        return self._host.decoder(input_ids=batch.ids.to(device), use_cache=False, **mask).last_hidden_state
 
     def step(
         self, ids: Int[Tensor, "batch pos"], cache: DynamicCache, prompt_length: int

@@ -159,7 +159,7 @@ def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> 
     edits: list[Edit] = []
     for layer in sorted(swapped | set(plan.tables)):
         local = swap if layer in swapped else None
-        edits += _layer_edits(store[layer], plan.tables.get(layer), plan.mask, local)
+        edits += _layer_edits(store, layer, plan.tables.get(layer), plan.mask, local)
     return edits
 
 
@@ -172,44 +172,52 @@ class _Seen:
     delta: Float[Tensor, "token d_model"] | None
 
 
-def _layer_edits(transcoder: Transcoder, table: LayerTable | None, mask: MaskMode, swap: Swap | None) -> list[Edit]:
-    key = ("transcoder", transcoder.layer)
+def _layer_edits(
+    store: TranscoderStore, layer: int, table: LayerTable | None, mask: MaskMode, swap: Swap | None
+) -> list[Edit]:
+    """The transcoder is looked up when a pass reaches it: the store's budget holds, and nothing loads in vain."""
+    key = ("transcoder", layer)
 
     def read(x: Tensor, at: Pass) -> Tensor:
-        acts = transcoder.encode(x) if swap and swap.error != "live" else None
-        at.memo[key] = _Seen(acts, *_deltas(transcoder, table, mask, x, at))
+        acts = store[layer].encode(x) if swap and swap.error != "live" else None
+        at.memo[key] = _Seen(acts, *_deltas(store, layer, table, mask, x, at))
         return x
 
     def write(x: Tensor, at: Pass) -> Tensor:
         seen: _Seen = at.memo.pop(key)
-        out = swap.base(transcoder, seen.acts, x, at) if swap and seen.acts is not None else x
+        out = swap.base(store[layer], seen.acts, x, at).to(x.device) if swap and seen.acts is not None else x
         if seen.delta is not None:
             flat = rearrange(out, "batch pos d -> (batch pos) d")
-            edited = flat[seen.tokens].to(seen.delta.dtype) + seen.delta.to(x.device)
-            out = flat.index_copy(0, seen.tokens, edited.to(flat.dtype)).view_as(out)
+            tokens = seen.tokens.to(x.device)
+            edited = flat[tokens].to(seen.delta.dtype) + seen.delta.to(x.device)
+            out = flat.index_copy(0, tokens, edited.to(flat.dtype)).view_as(out)
         return out.to(x.dtype)
 
-    if transcoder.read == transcoder.write:
-        return [Edit(transcoder.read, lambda x, at: write(read(x, at), at))]
-    return [Edit(transcoder.read, read), Edit(transcoder.write, write)]
+    read_site, write_site = store.sites(layer)
+    if read_site == write_site:
+        return [Edit(read_site, lambda x, at: write(read(x, at), at))]
+    return [Edit(read_site, read), Edit(write_site, write)]
 
 
 def _deltas(
-    transcoder: Transcoder, table: LayerTable | None, mask: MaskMode, x: Tensor, at: Pass
+    store: TranscoderStore, layer: int, table: LayerTable | None, mask: MaskMode, x: Tensor, at: Pass
 ) -> tuple[Tensor, Tensor | None]:
     """sum_i (new_i − a_i) d_i for every token with an edited feature; only those tokens are encoded."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=x.device)
+    nothing = torch.zeros(0, dtype=torch.int64)
     if table is None:
         return nothing, None
-    entry, flat = (part.to(x.device) for part in table.hits(at, x.shape[1]))
+    entry, flat = table.hits(at, x.shape[1])
     if not len(entry):
         return nothing, None
+    transcoder = store[layer]
+    home = transcoder.device
+    x, entry, flat = x.to(home), entry.to(home), flat.to(home)
     tokens, where = flat.unique(return_inverse=True)
     entries = _Hits(table, entry, where)
     stream = rearrange(x, "batch pos d -> (batch pos) d")[tokens]
     pre = transcoder.preactivations(stream)
     acts = transcoder.select(pre)
-    delta = torch.zeros(len(tokens), transcoder.d_model, dtype=working_dtype(transcoder.W_dec), device=x.device)
+    delta = torch.zeros(len(tokens), transcoder.d_model, dtype=working_dtype(transcoder.W_dec), device=home)
     if mask == "live":
         acts_after = _reselect(transcoder, pre, entries)
         delta = delta + transcoder.decode(acts_after) - transcoder.decode(acts)

@@ -28,15 +28,19 @@ def linear_fp32(
 ) -> Float[Tensor, "*token feature"]:
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
-    Half-precision weights are cast in chunks of rows, so the fp32 copy never exceeds 64 MB. On CUDA the product
-    runs in the stored precision with an fp32 result instead.
+    Half-precision weights are cast in chunks of rows, so the fp32 copy never exceeds 64 MB. On CUDA the products run
+    in the stored precision with fp32 results: x is split into a half-precision number and its remainder, so that its
+    own rounding is not lost either.
     """
     dtype = working_dtype(weight)
     if weight.dtype == dtype:
         out = F.linear(x.to(dtype), weight)
     elif weight.is_cuda:
-        flat = rearrange(x, "... d -> (...) d").to(weight.dtype)
-        out = torch.mm(flat, weight.T, out_dtype=dtype).view(*x.shape[:-1], -1)
+        flat = rearrange(x, "... d -> (...) d").to(dtype)
+        high = flat.to(weight.dtype)
+        low = (flat - high.to(dtype)).to(weight.dtype)
+        out = torch.mm(high, weight.T, out_dtype=dtype) + torch.mm(low, weight.T, out_dtype=dtype)
+        out = out.view(*x.shape[:-1], -1)
     else:
         rows = max(1, _CAST_CHUNK // weight.shape[1])
         out = torch.cat([F.linear(x.to(dtype), part.to(dtype)) for part in weight.split(rows)], dim=-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import huggingface_hub
 import pandas as pd
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.errors import CheckpointError, ModelError, UserError, first_line
+from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
 from hooks.generation import Generated, Sampling, generate
 from hooks.host import Batch, Host, Prompt, tap
 from hooks.intervene import make_edits, make_plan
@@ -43,7 +43,9 @@ class Run:
     logits: Float[Tensor, "pos vocab"]
     host: Host
 
-    def effect(self, target: str | int | None = None, against: str | int | None = None, position: int = -1) -> Effect:
+    def effect(
+        self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, position: int = -1
+    ) -> Effect:
         """What happened to a target token at one position; by default the clean run's answer at the last token.
 
         Raises:
@@ -52,6 +54,8 @@ class Run:
         before, after = self.baseline[position], self.logits[position]
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
+        if token == other:
+            raise TargetError("target and against are the same token", found=repr(self.host.string(token)))
         return effect(before, after, token, other)
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
@@ -125,6 +129,8 @@ class HookedModel:
                     repair="--transcoders PATH_OR_ID",
                 )
             transcoders = "demo"
+        if device and device_map:
+            raise UserError("device and device_map contradict each other", repair="give one of them")
         chosen = _device(device) if device else None  # looked at before minutes of loading
         precision = _dtype(dtype)
         store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
@@ -142,10 +148,14 @@ class HookedModel:
         *,
         read: str | SiteSpec | None = None,
         write: str | SiteSpec | None = None,
+        k: int | None = None,
+        layers: Sequence[int] | None = None,
+        budget_bytes: int | None = None,
         name: str = "in memory",
     ) -> "HookedModel":
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
-        return cls(Host(model, tokenizer), _open_store(transcoders, read=read, write=write), name)
+        store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
+        return cls(Host(model, tokenizer), store, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,11 +163,10 @@ class HookedModel:
         precision they are held."""
         digest = hashlib.sha256()
         first, last = self.store[self.store.layers[0]], self.store[self.store.layers[-1]]
-        parameters = list(self.host.model.parameters())
-        rows = [parameters[0][:1], parameters[-1].reshape(-1)[:64], first.W_enc[:2], last.W_dec[-2:]]
-        for part in rows:
+        own = [p.detach().reshape(-1)[-16:] for p in self.host.model.parameters() if not p.is_meta]
+        for part in (*own, first.W_enc[:2], last.W_dec[-2:]):
             digest.update(str(tuple(part.shape)).encode())
-            digest.update(part.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            digest.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -241,8 +250,7 @@ class HookedModel:
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
             edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask)
-            logits = self.host.forward(batch, edits)
-            out.append(logits[torch.arange(len(logits)), batch.last])
+            out.append(self.host.forward_at(batch, batch.last, edits))
         return torch.cat(out)
 
     def generate(
@@ -322,7 +330,7 @@ class HookedModel:
         if isinstance(layers, str):
             raise UserError(f"unknown layers {layers!r}", expected='"all" or a list of layer numbers')
         for layer in layers:
-            self.store[layer]  # raises, naming the layers there are
+            self.store.require(layer)
         return tuple(sorted(set(layers)))
 
     # -- TransformerLens ---------------------------------------------------------------------------------------
@@ -342,16 +350,24 @@ class HookedModel:
             )
         plan = make_plan(self.store, [interventions], [self.host.max_positions])
         memo: dict[Any, Any] = {}
-        pairs = []
-        for number, edit in enumerate(make_edits(self.store, plan)):
+        made: dict[tuple[int, int], list[Edit]] = {}  # the same edits serve every hook of a pass
 
-            def function(act: Tensor, hook: Any, number: int = number) -> Tensor:
+        def edits(rows: int, count: int) -> list[Edit]:
+            if (rows, count) not in made:
+                made.clear()
+                made[rows, count] = make_edits(
+                    self.store, make_plan(self.store, [interventions] * rows, [count] * rows)
+                )
+            return made[rows, count]
+
+        def hook(number: int) -> Any:
+            def function(act: Tensor, hook: Any) -> Tensor:
                 rows, count = act.shape[:2]
-                plan = make_plan(self.store, [interventions] * rows, [count] * rows)
-                return make_edits(self.store, plan)[number].apply(act, Pass(0, [count] * rows, memo))
+                return edits(rows, count)[number].apply(act, Pass(0, [count] * rows, memo))
 
-            pairs.append((edit.site.lens_name, function))
-        return pairs
+            return function
+
+        return [(edit.site.lens_name, hook(number)) for number, edit in enumerate(make_edits(self.store, plan))]
 
     @cached_property
     def bridge(self) -> Any:
@@ -373,31 +389,31 @@ class HookedModel:
 
 
 def self_test(host: Host, store: TranscoderStore) -> None:
-    """Two tiny passes: sites are where we think they are, and edits that do nothing change nothing, bit for bit.
+    """Tiny passes: sites are where we think they are, and edits that do nothing change nothing, bit for bit.
 
     Raises:
         ModelError: this model's blocks are not wired as expected; nothing measured on it could be trusted.
     """
     batch = host.batch([[0, min(1, host.d_vocab - 1), 0]])
-    last = host.n_layers - 1
-    names = ("resid_pre", "resid_mid", "mlp_out", "resid_post")
-    wanted = [Site(name, layer) for layer in {0, last} for name in names]
-    logits, seen = host.capture(batch, wanted)
-    for layer in {0, last}:
-        mid, out, post = (seen[Site(name, layer)] for name in names[1:])
-        if mid.shape != (1, 3, host.d_model) or not torch.equal(mid + out, post):
+    names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    layers = sorted({0, min(1, host.n_layers - 1), host.n_layers - 1})
+    logits, seen = host.capture(batch, [Site(name, layer) for layer in layers for name in names])
+    for layer in layers:
+        pre, attention, mid, out, post = (seen[Site(name, layer)] for name in names)
+        wired = mid.shape == (1, 3, host.d_model) and torch.equal(mid + out, post) and torch.equal(pre + attention, mid)
+        if not wired:
             raise ModelError(
-                f"block {layer} of {type(host.model).__name__} is not resid_mid + mlp_out = resid_post",
+                f"block {layer} of {type(host.model).__name__} is not pre + attention = mid, mid + mlp = post",
                 expected="a pre-norm decoder as in Qwen2, Qwen3 or Llama",
             )
-    seen_again: dict[Site, Tensor] = {}
-    edits = [tap(site, seen_again) for layer in store.layers for site in _sites(store, layer)]
-    if not torch.equal(host.forward(batch, edits), logits) or len(seen_again) != len({e.site for e in edits}):
+    before, after = Site("resid_post", 0), Site("resid_pre", 1)
+    if host.n_layers > 1 and not torch.equal(seen[before], seen[after].to(seen[before].device)):
+        raise ModelError("what block 0 puts out is not what block 1 takes in")
+    empty = make_edits(store, make_plan(store, [()], batch.lengths), Swap(store.layers, "live"))
+    touched: dict[Site, Tensor] = {}
+    taps = [tap(site, touched) for layer in store.layers for site in store.sites(layer)]
+    if not torch.equal(host.forward(batch, [*empty, *taps]), logits) or len(touched) != len({t.site for t in taps}):
         raise ModelError("an empty edit changes this model's logits, or a site is never reached")
-
-
-def _sites(store: TranscoderStore, layer: int) -> tuple[Site, Site]:
-    return store.convention.read.at(layer), store.convention.write.at(layer)
 
 
 def _check_fit(host: Host, store: TranscoderStore) -> None:
@@ -410,13 +426,22 @@ def _check_fit(host: Host, store: TranscoderStore) -> None:
                 where=store.name,
                 repair="use the transcoders that were trained on this model",
             )
-        for site in _sites(store, layer):
+        read, write = store.sites(layer)
+        for site in (read, write):
             module_at(host.model, site)
+        if write.depth < read.depth:
+            raise CheckpointError(
+                f"layer {layer} would write {write} before it reads {read}",
+                expected="a write site at or behind the read site",
+                where=store.name,
+                repair="check --read and --write",
+            )
 
 
 def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     if isinstance(transcoders, str | Path):
-        return TranscoderStore.open(_transcoder_folder(str(transcoders)), name=str(transcoders), **options)
+        folder = _transcoder_folder(str(transcoders), options.get("layers"))
+        return TranscoderStore.open(folder, name=str(transcoders), **options)
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise UserError(
@@ -427,14 +452,15 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
-def _transcoder_folder(name: str) -> Path:
+def _transcoder_folder(name: str, layers: Sequence[int] | None) -> Path:
     if name in TRANSCODERS:
         return TRANSCODERS[name]
     path = Path(name).expanduser()
     if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         return path
     try:
-        patterns = ["*.json", "*.yaml", "*.safetensors", "transcoder_L*.pt"]
+        wanted = ["transcoder_L*.pt"] if layers is None else [f"transcoder_L{layer}.pt" for layer in layers]
+        patterns = ["*.json", "*.yaml", "*.safetensors", *wanted]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -468,6 +494,6 @@ def _device(device: str) -> torch.device:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str | Tensor) or (len(prompts) and isinstance(prompts[0], SupportsIndex)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

@@ -45,16 +45,12 @@ def record(host: Host, store: TranscoderStore, batch: Batch, layers: Sequence[in
     Memory: batch × pos × (3 d_model + 2 k) numbers per layer.
     """
     layers = store.layers if layers is None else layers
-    sites = [site for layer in layers for site in _sites(store, layer)]
-    logits, seen = host.capture(batch, sites)
+    sites = {layer: store.sites(layer) for layer in layers}
+    logits, seen = host.capture(batch, [site for pair in sites.values() for site in pair])
     records = {}
-    for layer in layers:
+    for layer, (read, write) in sites.items():
         transcoder = store[layer]
-        read, write = _sites(store, layer)
         acts = transcoder.encode(seen[read])
-        records[layer] = LayerRecord(layer, seen[read], acts, seen[write], transcoder.decode(acts))
+        home = transcoder.device  # a block's input may arrive from the device of the block before
+        records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), transcoder.decode(acts))
     return Recording(batch, records, logits)
-
-
-def _sites(store: TranscoderStore, layer: int) -> tuple:
-    return store.convention.read.at(layer), store.convention.write.at(layer)

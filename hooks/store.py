@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files import open_pt, safetensors_load
+from hooks.files import open_pt, safetensors_load, sha256
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource, recognise
-from hooks.sites import SiteSpec
+from hooks.sites import Site, SiteSpec
 from hooks.transcoder import Transcoder
 
 log = logging.getLogger("hooks")
@@ -150,6 +150,10 @@ class TranscoderStore:
         """Width of the streams one layer reads, without loading it."""
         return self._sources[layer].d_model
 
+    def sites(self, layer: int) -> tuple[Site, Site]:
+        """Where one layer's transcoder reads and writes."""
+        return self.convention.read.at(layer), self.convention.write.at(layer)
+
     def d_features(self, layer: int) -> int:
         """Dictionary size of one layer, without loading it."""
         return self._sources[layer].d_features
@@ -184,12 +188,7 @@ class TranscoderStore:
         Raises:
             CheckpointError: there is none for this layer, or its file is damaged.
         """
-        if layer not in self._sources:
-            raise CheckpointError(
-                f"layer {layer} has no transcoder",
-                expected=f"a layer among {_spans(self.layers)}",
-                where=self.name,
-            )
+        self.require(layer)
         if layer in self._resident:
             self._resident.move_to_end(layer)
         else:
@@ -197,12 +196,26 @@ class TranscoderStore:
             self._evict()
         return self._resident[layer]
 
+    def require(self, layer: int) -> None:
+        """Refuse a layer that has no transcoder, without loading anything.
+
+        Raises:
+            CheckpointError: naming the layers there are.
+        """
+        if layer not in self._sources:
+            raise CheckpointError(
+                f"layer {layer} has no transcoder",
+                expected=f"a layer among {_spans(self.layers)}",
+                where=self.name,
+            )
+
     def _load(self, layer: int) -> Transcoder:
         source = self._sources[layer]
         device = self._devices.get(layer, torch.device("cpu"))
         if isinstance(source, Transcoder):
             return source.to(device, self._dtype)
         weights = {name: _read(where).to(device, self._dtype) for name, where in source.tensors.items()}
+        _check_digest(source)
         return Transcoder(
             layer=layer,
             read=self.convention.read.at(layer),
@@ -240,11 +253,13 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
                 repair=f"leave --{name} away",
             )
     if checkpoint.read and checkpoint.write:
-        return Convention(checkpoint.read, checkpoint.write, "stored")
+        return Convention(checkpoint.read, checkpoint.write, checkpoint.sites_source)
     if given[0] and given[1]:
         return Convention(given[0], given[1], "given")
     known_read = given[0] or checkpoint.read or DEFAULT_SITE
-    known_write = given[1] or checkpoint.write or (known_read if known_read.name.startswith("resid") else DEFAULT_SITE)
+    known_write = given[1] or checkpoint.write
+    if known_write is None:
+        known_write = known_read if known_read.name.startswith("resid") else SiteSpec("mlp_out", known_read.offset)
     log.warning(
         "%s: the files do not say what the transcoders read and write; assuming --read %s --write %s",
         checkpoint.root,
@@ -259,6 +274,21 @@ def _with_k(source: LayerSource | Transcoder, k: int) -> LayerSource:
     if not 1 <= k <= source.d_features:
         raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
     return LayerSource(source.layer, source.d_model, source.d_features, source.tensors, k, "given", source.metadata)
+
+
+def _check_digest(source: LayerSource) -> None:
+    if source.sha256 is None:
+        return
+    file = next(iter(source.tensors.values())).file
+    found = sha256(file)
+    if found != source.sha256:
+        raise CheckpointError(
+            f"{file.name} is not the file its manifest describes",
+            expected=f"sha256 {source.sha256}",
+            found=found,
+            where=str(file),
+            repair="download or convert it again",
+        )
 
 
 def _read(source: TensorSource) -> Tensor:

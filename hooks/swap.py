@@ -54,6 +54,7 @@ class Swap:
         if self.error == "live":
             return x
         reconstruction = transcoder.decode(acts)
+        x = x.to(reconstruction.device)
         if self.error == "zero":
             return reconstruction
         error = self.clean_errors[transcoder.layer]
@@ -71,13 +72,14 @@ class SiteQuality:
     """How well one transcoder reconstructs its site on some text.
 
     Attributes:
-        fvu: sum |x − x_hat|² / sum |x − mean x|², the fraction of variance unexplained.
+        fvu: sum |x − x_hat|² / sum |x − mean x|², the fraction of variance unexplained; None for a single token, which
+            has no variance.
         loss: mean squared error per entry, the unit of the published `final_rec_loss`.
         l0: mean number of active features per token.
     """
 
     layer: int
-    fvu: float
+    fvu: float | None
     loss: float
     l0: float
 
@@ -102,7 +104,8 @@ def site_quality(recording: Recording, layer: int) -> SiteQuality:
     target, error = record.target.to(record.reconstruction.dtype)[real], record.error[real]
     spread = (target - reduce(target, "token d_model -> 1 d_model", "mean")).square().sum()
     active = (record.acts.values[real] > 0).sum(-1).float().mean()
-    return SiteQuality(layer, float(error.square().sum() / spread), float(error.square().mean()), float(active))
+    fvu = float(error.square().sum() / spread) if spread > 0 else None
+    return SiteQuality(layer, fvu, float(error.square().mean()), float(active))
 
 
 def swap_effect(

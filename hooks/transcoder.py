@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.errors import ModelError
 from hooks.kernels import decode_sparse, linear_fp32, select_relu, select_topk, working_dtype
 from hooks.sites import Site
 from hooks.types import SparseActs
@@ -56,14 +57,20 @@ class Transcoder:
         return self.W_enc.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are; streams are brought here to be encoded."""
+        return self.W_enc.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes the weights take where they are."""
         parts = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.norm_weight, self.norm_bias)
         return sum(part.nbytes for part in parts if part is not None)
 
     def normed(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-        """The encoder's input norm, in the working precision."""
+        """The encoder's input norm, in the working precision, on the weights' device."""
         dtype = working_dtype(self.W_enc)
+        x = x.to(self.device)
         if self.norm_weight is None:
             return x.to(dtype)
         bias = None if self.norm_bias is None else self.norm_bias.to(dtype)
@@ -78,7 +85,17 @@ class Transcoder:
         return self.select(self.preactivations(x))
 
     def select(self, pre: Float[Tensor, "*token feature"]) -> SparseActs:
-        """TopK then ReLU; ReLU alone where the set has no TopK."""
+        """TopK then ReLU; ReLU alone where the set has no TopK.
+
+        Raises:
+            ModelError: a pre-activation is not a number.
+        """
+        if bool(pre.isnan().any()):
+            raise ModelError(
+                f"the stream at {self.read} is not a number",
+                expected="finite activations",
+                repair="run the model in bfloat16 or float32; fp16 overflows in this family",
+            )
         return select_relu(pre) if self.k is None else select_topk(pre, self.k)
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "*token d_model"]:
@@ -87,7 +104,7 @@ class Transcoder:
 
     def error(self, acts: SparseActs, target: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """What the reconstruction leaves of the write site: target − decode(acts)."""
-        return target.to(working_dtype(self.W_dec)) - self.decode(acts)
+        return target.to(self.device, working_dtype(self.W_dec)) - self.decode(acts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Transcoder":
         """A copy with its weights elsewhere or in another precision."""

@@ -129,7 +129,8 @@ class Positions:
                 where=where,
                 repair="use generate (or `circuits steer`), or address prompt positions",
             )
-        if start < 0 or (self.kind != "all" and start >= end) or (stop is not None and stop <= start):
+        beyond = stop is not None and (stop <= start or stop > end)
+        if start < 0 or (self.kind != "all" and start >= end) or beyond:
             span = f"0 to {end - 1} (or -{prompt_length} to -1)"
             raise AddressError(
                 f"position {self} does not occur",

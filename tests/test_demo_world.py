@@ -14,6 +14,7 @@ from hooks.demo.world import (
     DROPPED_CITIES,
     HEADLINE_CITY,
     HEADLINE_PROMPT,
+    N_COPYING_SENTENCES,
     RELATIONS,
     STATE_OF_CITY,
     STATES,
@@ -21,6 +22,7 @@ from hooks.demo.world import (
     TWO_HOP_TEMPLATES,
     attribute,
     capital_of_city,
+    copying_sentences,
     held_out_cities,
     held_out_sentences,
     selection_templates,
@@ -101,6 +103,14 @@ def test_generators_are_deterministic_and_depend_on_the_seed():
     assert list(training_sentences(0, 500)) != list(training_sentences(1, 500))
     assert list(held_out_sentences(0, 500)) == list(held_out_sentences(0, 500))
     assert list(held_out_sentences(0, 500)) != list(training_sentences(0, 500))
+
+
+def test_held_out_text_is_in_no_training_text_and_never_repeats():
+    fresh = [sentence.text for sentence in held_out_sentences(0, 1500)]
+    seen = {sentence.text for sentence in training_sentences(0)}
+    seen |= {sentence.text for sentence in copying_sentences(0, N_COPYING_SENTENCES)}
+    assert not seen & set(fresh)
+    assert len(set(fresh)) == 1500
     assert list(training_sentences(0, 100)) == list(training_sentences(0, 500))[:100]
 
 

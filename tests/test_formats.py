@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,7 +257,7 @@ def test_an_impossible_k_is_refused(tmp_path, k):
 def test_metadata_and_sites_are_not_invented(tmp_path, zipped):
     write(tmp_path, 0, wrapped(0, state_dict()), zipped=zipped)
     found = recognise(tmp_path)
-    assert (found.format, found.read, found.write, found.site_source) == ("published", None, None, "unknown")
+    assert (found.format, found.read, found.write) == ("published", None, None)
     assert found.norm_eps == 1e-5
     assert found.layers[0].metadata["steps"] == 5000
 
@@ -440,7 +441,8 @@ def test_a_pickle_in_a_pt_is_refused_and_never_executed(tmp_path, kind):
 
 def save_native(root: Path, coders: list[Transcoder] | None = None, read=RESID, write=RESID, **source) -> None:
     coders = coders or [random_transcoder(layer, D, FEATURES, 7) for layer in (0, 2, 11)]
-    native.save(root, coders, read=read, write=write, base_model="a/b", **source)
+    placed = [replace(t, read=read.at(t.layer), write=write.at(t.layer)) for t in coders]
+    native.save(root, placed, read=read, write=write, base_model="a/b", **source)
 
 
 def same_weights(one: Transcoder, two: Transcoder) -> bool:
@@ -501,6 +503,32 @@ def test_published_to_native_is_bit_equal(tmp_path, dtype, l0_pct):
         assert torch.equal(old_acts.indices, new_acts.indices)
         assert torch.equal(old_acts.values, new_acts.values)
         assert torch.equal(old.decode(old_acts), new.decode(new_acts))
+
+
+@pytest.mark.parametrize("source", ["stored", "assumed"])
+def test_an_assumption_stays_one_when_it_is_saved(tmp_path, source):
+    save_native(tmp_path, sites_source=source)
+    assert TranscoderStore.open(tmp_path).convention.source == source
+
+
+def test_sites_other_than_the_transcoders_own_are_refused(tmp_path):
+    coders = [random_transcoder(0, D, FEATURES, 7)]
+    with pytest.raises(CheckpointError, match="layer 0 reads resid_pre 0"):
+        native.save(tmp_path, coders, read=SiteSpec("mlp_in"), write=SiteSpec("mlp_out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_the_manifests_is_refused(tmp_path):
+    """One flipped bit in the weights: the header is whole, only the digest tells."""
+    save_native(tmp_path)
+    path = tmp_path / "layer_02.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    store = TranscoderStore.open(tmp_path)
+    assert store[0].k == 7
+    with pytest.raises(CheckpointError, match=r"layer_02\.safetensors is not the file its manifest describes"):
+        store[2]
 
 
 def test_native_bytes_are_reproducible(tmp_path):

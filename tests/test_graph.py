@@ -50,7 +50,7 @@ def test_a_score_is_the_derivative_of_the_metric_by_the_feature(wide):
     recording = wide.record(TEXT)
     answer, other = recording.logits[0, -1].topk(2).indices.tolist()
     target = Target("m", (answer, other), (1.0, -1.0), 4)
-    table = score_features(wide, recording, target).frame()
+    table = score_features(wide, recording, target).frame
     for row in table.iloc[::17].itertuples():
         address = f"L{row.layer}/{row.feature}@{row.pos}"
         up, down = (float(target.value(wide.run(TEXT, [Scale(address, 1 + step)]).logits)) for step in (STEP, -STEP))
@@ -60,7 +60,7 @@ def test_a_score_is_the_derivative_of_the_metric_by_the_feature(wide):
 def test_scores_lie_in_order_and_cover_every_active_feature(model, prompt):
     recording = model.record(prompt)
     target = Target("m", (3,), (1.0,), recording.batch.lengths[0] - 1)
-    table = score_features(model, recording, target).frame()
+    table = score_features(model, recording, target).frame
     active = sum(int((record.acts.values > 0).sum()) for record in recording.layers.values())
     assert len(table) == active
     assert (table["score"].abs().diff().dropna() <= 1e-12).all()

@@ -50,7 +50,8 @@ def publish(root: Path, coders: list[Transcoder]) -> Path:
 
 
 def save_native(root: Path, coders: list[Transcoder], read: SiteSpec = RESID, write: SiteSpec = RESID) -> Path:
-    native.save(root, coders, read=read, write=write)
+    placed = [dataclasses.replace(t, read=read.at(t.layer), write=write.at(t.layer)) for t in coders]
+    native.save(root, placed, read=read, write=write)
     return root
 
 

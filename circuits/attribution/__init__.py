@@ -22,10 +22,12 @@ from torch import Tensor
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.scores import EMBEDDING
 from circuits.targets import Target
+from hooks.kernels import gather_features
 from hooks.model import HookedModel
 from hooks.plugins import discover
 from hooks.recording import Recording
 from hooks.transcoder import Transcoder
+from hooks.types import SparseActs
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def contract(
     One position at a time, so no more than the selected features of one token are gathered at once. Each node's edge
     is computed on its own; none is a difference to a total.
     """
+    gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
     if cut is None:
         tokens = einsum(gradients, embedding.to(gradients.dtype), "target pos d, pos d -> target pos")
         return torch.cat([tokens, gradients.new_zeros(len(gradients), 1)], dim=1)
@@ -139,7 +142,8 @@ def _cut(model: HookedModel, recording: Recording, layer: int, pairs: list[tuple
     acts = record.acts
     table = torch.tensor(pairs, dtype=torch.int64, device=acts.indices.device).reshape(-1, 2)
     pos, feature = table.T
-    activation = (acts.values[0][pos] * (acts.indices[0][pos] == feature[:, None])).sum(-1)
+    here = SparseActs(acts.values[0][pos], acts.indices[0][pos])
+    activation = gather_features(here, feature[:, None])[:, 0]
     written = torch.zeros_like(record.reconstruction[0])
     for here in (pos == p for p in pos.unique()):  # one position's decoder rows at a time
         vectors = transcoder.W_dec[feature[here]].to(written.dtype)

@@ -47,7 +47,8 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[Rows]:
             )
         else:
             values[number] = _preactivations(run.cuts[number], part, arriving[number])
-    total = torch.stack([value.double().sum() for value in values.values()]).sum()
+    totals = [value.double().sum() for value in values.values()]
+    total = torch.stack([part.to(totals[0].device) for part in totals]).sum()
     order = [number for number in numbers if len(values[number])]
     gradients = torch.autograd.grad(total, [leaves[number] for number in order])
     for number, gradient in zip(order, gradients, strict=True):

@@ -49,7 +49,7 @@ def discovery_ranks(exam: Exam, selections: Mapping[tuple[int, str], Selection],
     for state, prompt in enumerate(test.prompts):
         recording = exam.model.record(prompt)
         (target,) = resolve_targets(exam.model.host, recording.logits[0], int(exam.answers[state]))
-        table = score_features(exam.model, recording, target).frame()
+        table = score_features(exam.model, recording, target).frame
         here = (table["layer"] == layer) & (table["pos"] == int(test.positions[place][state]))
         wanted = here & table["feature"].isin(selections[site].most_selective(state))
         orders = {

@@ -65,11 +65,13 @@ class SwapResult:
     Attributes:
         success: with the target state's features.
         third_state: with a third state's features instead (matched in number; decoder norms are equal per site).
+        third_lands: that the *third* capital came up then: the edit works, it is the features that decide where to.
         random: random active features zeroed, random features set with the same total decoder norm.
     """
 
     success: float
     third_state: float
+    third_lands: float
     random: float
     pairs: int
 
@@ -160,10 +162,10 @@ def swap_states(exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_S
         for name, row in rows.items():
             plans[name].append(row)
     prompts = [test.prompts[own] for own in source.tolist()]
-    rates = {
-        name: float(exam.correct(exam.model.run_many(prompts, plan), target).mean()) for name, plan in plans.items()
-    }
-    return SwapResult(**rates, pairs=len(source))
+    logits = {name: exam.model.run_many(prompts, plan) for name, plan in plans.items()}
+    rates = {name: float(exam.correct(rows, target).mean()) for name, rows in logits.items()}
+    lands = float(exam.correct(logits["third_state"], third).mean())
+    return SwapResult(**rates, third_lands=lands, pairs=len(source))
 
 
 def swap_plan(selection: Selection, own: int, wanted: int, pos: int, n: int = FEATURES_PER_STATE) -> list[object]:

@@ -14,6 +14,7 @@ from hooks.swap import SiteQuality, site_quality
 from hooks.types import Edit, ErrorMode, Pass
 
 ROWS = 256
+FRESH_SENTENCES = 1500
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ def _moved(exam: Exam, site: Site, place: str, means: Float[Tensor, "state d_mod
     return float(torch.cat(right).mean())
 
 
-def reconstruction_quality(exam: Exam, sentences: int = 3000) -> tuple[SiteQuality, ...]:
-    """FVU, loss and L0 of every site on fresh sentences, held-out questions among them."""
-    texts = [sentence.text for sentence in held_out_sentences(exam.seed, sentences)]
-    recording = exam.model.record(texts)
+def reconstruction_quality(exam: Exam, *, kind: str = "") -> tuple[SiteQuality, ...]:
+    """FVU, loss and L0 of every site on sentences that no training text holds, held-out questions among them.
+
+    Args:
+        kind: only sentences whose kind begins so, such as `induction` or `two_hop`.
+    """
+    fresh = held_out_sentences(exam.seed, FRESH_SENTENCES)
+    recording = exam.model.record([sentence.text for sentence in fresh if sentence.kind.startswith(kind)])
     return tuple(site_quality(recording, layer) for layer in recording.layers)

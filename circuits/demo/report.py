@@ -76,7 +76,8 @@ def _swap(story: Story) -> list[str]:
         f"{HEADLINE_CITY}: {examples}; …",
         f"{HEADLINE_CITY} goes to the right capital for {story.moved_share:.0%} of the 49 other states",
         f"all {swap.pairs:,} ordered pairs of held-out cities: {swap.success:.1%} give the other capital",
-        f"controls: a third state's features {swap.third_state:.1%}, random features {swap.random:.1%}",
+        f"controls: a third state's features {swap.third_state:.1%} (the third capital: {swap.third_lands:.1%}), "
+        f"random features {swap.random:.1%}",
     ]
 
 
@@ -96,7 +97,7 @@ def _quality(story: Story) -> list[str]:
     sites = ", ".join(f"{site.layer}: {site.fvu:.3f}" for site in story.quality)
     hop = story.swapped_accuracy
     return [
-        f"variance unexplained per layer on fresh text: {sites}",
+        f"variance unexplained per layer on sentences no training text holds: {sites}",
         f"all sites but the first replaced, error dropped: {hop.trained:.1%} (trained) and "
         f"{hop.held_out:.1%} (held out) of capital questions still right",
     ]

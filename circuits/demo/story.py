@@ -31,7 +31,6 @@ from hooks.swap import SiteQuality
 
 LABEL_PRECISION = 0.8
 PICTURES = {"circuit.png": "png", "circuit.svg": "svg", "circuit.graphml": "graphml", "circuit.json": "json"}
-FVU_SENTENCES = 800
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def tell(exam: Exam, out: Path, step: Callable[[str], None]) -> Story:
     swap = swap_states(exam, [chosen])
     moved = _move_everywhere(exam, chosen, own, pos)
     step("quality of the transcoders")
-    quality = reconstruction_quality(exam, FVU_SENTENCES)
+    quality = reconstruction_quality(exam)
     swapped = two_hop_accuracy(exam, swap=model.store.layers[1:], error="zero")
     step("tracing and verifying the circuit")
     graph = label_states(trace(model, prompt, STATES[STATE_NAMES[own]].capital), selections, exam)

@@ -216,8 +216,8 @@ def _draw_captions(axes: Any, graph: Graph, nodes: int, edges: int, size: tuple[
     figures = [f"rule {graph.meta['rule']}"]
     if check.get("node_spearman") is not None:
         figures.append(
-            f"scores against {check['n']} real ablations: Spearman {check['node_spearman']:.2f}; "
-            f"edges against {check['n_edges']}: {check['edge_spearman']:.2f}"
+            f"scores against {check['n']} real ablations: Spearman {check['node_spearman']:.2f}"
+            + (f"; edges against {check['n_edges']}: {check['edge_spearman']:.2f}" if check["edge_spearman"] else "")
         )
     axes.text(0.1, size[1] - 0.28, graph.meta["prompt"].strip(), fontsize=12, color=INK, va="center")
     legend = "blue: raises the target, red: lowers it; width: effect in logits; numbers: score in logits"

@@ -32,6 +32,7 @@ from hooks.demo.world import (
     STATES,
     TEST_TEMPLATE,
     TWO_HOP_TEMPLATES,
+    copying_sentences,
     held_out_cities,
     training_sentences,
 )
@@ -40,7 +41,7 @@ from hooks.formats import native
 from hooks.host import Host
 from hooks.sites import SiteSpec
 
-SPARSE_RECIPE = TranscoderRecipe(d_features=512, k=8)
+SPARSE_RECIPE = TranscoderRecipe(d_features=640, k=9)
 RESIDUAL = SiteSpec("resid_pre")
 
 
@@ -83,7 +84,10 @@ def build(
     tokenizer = build_tokenizer()
     model = train_model(tokenizer, seed, model_recipe)
     write_model(folder, model, tokenizer)
-    sentences = list(training_sentences(seed, sparse_recipe.n_sentences))
+    sentences = [
+        *training_sentences(seed, sparse_recipe.n_sentences),
+        *copying_sentences(seed, sparse_recipe.n_copying),
+    ]
     ids, _ = encode_sentences(tokenizer, sentences, model_recipe)
     residuals = residuals_before_blocks(Host(model, tokenizer), ids, ids != EOS_ID)
     for name, recipe in (("demo", sparse_recipe), ("demo-dense", dense)):

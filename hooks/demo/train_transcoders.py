@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooks.demo.world import N_COPYING_SENTENCES
 from hooks.host import Batch, Host
 from hooks.sites import Site
 from hooks.transcoder import Transcoder
@@ -27,16 +28,17 @@ class TranscoderRecipe:
 
     d_features: int
     k: int
-    steps: int = 1500
+    steps: int = 2400
     batch_size: int = 1024
     learning_rate: float = 2e-3
     auxiliary_weight: float = 1 / 32
     spread_weight: float = 0.02
     dead_after_steps: int = 60
     n_sentences: int = 20_000
+    n_copying: int = N_COPYING_SENTENCES
 
 
-def dense_recipe(d_model: int, steps: int = 1500) -> TranscoderRecipe:
+def dense_recipe(d_model: int, steps: int = 2400) -> TranscoderRecipe:
     """The proportions of the published set: 2.4 features per dimension, 12 % of them active."""
     d_features = round(2.4 * d_model)
     return TranscoderRecipe(d_features=d_features, k=max(1, int(0.12 * d_features)), steps=steps)

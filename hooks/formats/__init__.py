@@ -41,11 +41,15 @@ class LayerSource:
     k: int | None
     k_source: Source
     metadata: Mapping[str, object] = field(default_factory=dict)
+    sha256: str | None = None  # of the layer's file, where the format stores one; checked when the layer is loaded
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transcoder folder, described. `read` and `write` are None where the files do not say."""
+    """A transcoder folder, described. `read` and `write` are None where the files do not say.
+
+    `sites_source`: how whoever wrote the files knew the sites they state.
+    """
 
     root: Path
     format: str
@@ -55,11 +59,7 @@ class Checkpoint:
     norm_eps: float = 1e-5
     base_model: str | None = None
     notes: tuple[str, ...] = ()
-
-    @property
-    def site_source(self) -> Source:
-        """Whether the files themselves say what is read and written."""
-        return "stored" if self.read and self.write else "unknown"
+    sites_source: Source = "stored"
 
 
 FORMATS = discover(__name__, ("matches", "locate"))

@@ -116,7 +116,8 @@ def locate(root: Path) -> Checkpoint:
         ) from None
     layers = tuple(_layer(root, number, manifest) for number in sorted(manifest.layers))
     read, write = SiteSpec.parse(manifest.read), SiteSpec.parse(manifest.write)
-    return Checkpoint(root, "native", layers, read, write, manifest.input_norm.eps, manifest.base_model)
+    norm, source = manifest.input_norm, manifest.sites_source
+    return Checkpoint(root, "native", layers, read, write, norm.eps, manifest.base_model, sites_source=source)
 
 
 def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
@@ -149,23 +150,38 @@ def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
                 where=str(file),
             )
     tensors = {weight: TensorSource(file, (key,)) for weight, key in _KEYS.items() if key in shapes}
-    return LayerSource(number, d_model, d_features, tensors, manifest.activation.k, "stored")
+    digest = manifest.layers[number].sha256
+    return LayerSource(number, d_model, d_features, tensors, manifest.activation.k, "stored", sha256=digest)
 
 
 def save(
-    root: Path, transcoders: list[Transcoder], *, read: SiteSpec, write: SiteSpec, base_model: str = "", **source: Any
+    root: Path,
+    transcoders: list[Transcoder],
+    *,
+    read: SiteSpec,
+    write: SiteSpec,
+    sites_source: Literal["stored", "given", "assumed", "calibrated"] = "stored",
+    base_model: str = "",
+    **source: Any,
 ) -> None:
     """Write a set in this format; the manifest goes last, so a folder with one is complete.
 
     Args:
         root: the folder to write; made if needed.
         transcoders: one per layer, all of one width, dictionary size, k and norm.
+        sites_source: how `read` and `write` are known; an assumption stays one (pass `store.convention.source`).
         source: whatever says where the set comes from (`trained_by`, `seed`, ...).
 
     Raises:
-        CheckpointError: the layers differ in what the manifest can say only once.
+        CheckpointError: the layers differ in what the manifest can say only once, or sit elsewhere than stated.
     """
     first = transcoders[0]
+    astray = [t for t in transcoders if (t.read, t.write) != (read.at(t.layer), write.at(t.layer))]
+    if astray:
+        raise CheckpointError(
+            f"layer {astray[0].layer} reads {astray[0].read} and writes {astray[0].write}",
+            expected=f"{read} and {write}, as stated for the set",
+        )
     shared = {(t.d_model, t.d_features, t.k, t.norm_eps, t.norm_weight is None) for t in transcoders}
     if len(shared) > 1:
         raise CheckpointError(
@@ -188,6 +204,7 @@ def save(
         d_features=first.d_features,
         read=str(read),
         write=str(write),
+        sites_source=sites_source,
         input_norm=InputNorm(kind="none" if first.norm_weight is None else "layernorm", eps=first.norm_eps),
         activation=Activation(kind="relu") if first.k is None else Activation(kind="topk", k=first.k),
         layers=layers,

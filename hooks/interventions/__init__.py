@@ -13,7 +13,7 @@ the next feature in line move up when one is ablated.
 """
 
 import math
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from hooks.errors import InterventionError
 from hooks.plugins import discover
@@ -51,6 +51,17 @@ def check_strength(value: float, where: str) -> float:
     if not math.isfinite(value):
         raise InterventionError(f"the strength {value} is not a finite number", where=where)
     return float(value)
+
+
+def check_when_inactive(value: str, where: str) -> WhenInactive:
+    """`apply` or `skip`, or an error before the model runs.
+
+    Raises:
+        InterventionError: it is neither.
+    """
+    if value not in get_args(WhenInactive):
+        raise InterventionError(f"unknown when_inactive {value!r}", expected="apply or skip", where=where)
+    return value  # type: ignore[return-value]
 
 
 INTERVENTIONS = discover(__name__, ("Intervention", "from_text"))

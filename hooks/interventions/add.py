@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from hooks.errors import InterventionError
-from hooks.interventions import WhenInactive, check_strength
+from hooks.interventions import WhenInactive, check_strength, check_when_inactive
 from hooks.types import FeatureAddress
 
 
@@ -21,7 +21,8 @@ class Add:
     def __init__(self, address: str | FeatureAddress | tuple, amount: float, *, when_inactive: WhenInactive = "apply"):
         object.__setattr__(self, "address", FeatureAddress.of(address))
         object.__setattr__(self, "amount", check_strength(amount, f"Add {self.address}"))
-        object.__setattr__(self, "when_inactive", when_inactive)
+        checked = check_when_inactive(when_inactive, f"Add {self.address}")
+        object.__setattr__(self, "when_inactive", checked)
 
     @property
     def affine(self) -> tuple[float, float]:
