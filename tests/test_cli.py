@@ -117,3 +117,12 @@ def test_the_installed_command_runs(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["features"]) == 10
+
+
+def test_undefined_figures_are_null_and_said(capsys, tmp_path):
+    """One verified feature has no correlation; one token has no variance. JSON knows neither NaN nor Infinity."""
+    result = run(capsys, "trace", PROMPT, "--out", str(tmp_path / "g"), "--sample", "1")
+    assert result["verification"]["node_spearman"] is None
+    assert main(["trace", PROMPT, "--out", str(tmp_path / "g"), "--sample", "1"]) == 0
+    assert "undefined" in capsys.readouterr().out
+    assert run(capsys, "swap", "Dallas")["layers"][0]["fvu"] is None

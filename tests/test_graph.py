@@ -220,6 +220,37 @@ def test_a_target_of_several_tokens_is_refused(demo):
         trace(demo, "fact: the capital of the state containing Dallas is", "San Antonio")
 
 
+def test_targets_that_make_no_sense_are_refused(odd):
+    for targets, text in (
+        ([], "no target given"), (["w1", "w1"], "given twice"), (("w1", "w1"), "same token"),
+        (Target("m", (3,), (1.0,), 9), "position 9 does not occur"),
+    ):  # fmt: skip
+        with pytest.raises(TargetError, match=text):
+            trace(odd, TEXT, targets)
+    graph = trace(odd, TEXT, Target("m", (3,), (1.0,), -1), sample=0)
+    assert graph.meta["targets"][0]["pos"] == 4
+
+
+def test_strong_edges_are_kept_and_the_rest_still_counts(model, prompt):
+    """Influence, conservation and remainder are those of all edges, however few are kept."""
+    full = trace(model, prompt, rule="affine", sample=0, node_threshold=1.0, edge_threshold=1.0)
+    few = trace(model, prompt, rule="affine", max_in_edges=5, sample=0, node_threshold=1.0, edge_threshold=1.0)
+    assert few.meta["conservation"] == full.meta["conservation"]
+    assert np.bincount(few.target).max() == 5
+    edges = full.edges_frame().set_index(["source", "target"])["weight"]
+    for row in few.edges_frame().head(50).itertuples():
+        into = full.edges_frame().query("target == @row.target")["weight"].abs()
+        assert abs(row.weight) >= into.nlargest(5).min() * (1 - 1e-9)
+        assert edges[row.source, row.target] == row.weight
+    assert few.meta["kept_weight"] < full.meta["kept_weight"] == pytest.approx(1.0)
+
+
+def test_the_complete_graph_has_every_active_feature(model, prompt):
+    graph = trace(model, prompt, max_nodes=None, sample=0, node_threshold=1.0, edge_threshold=1.0)
+    assert graph.meta["selection"]["selected"] == graph.meta["selection"]["active_features"]
+    assert graph.meta["selection"]["covered_score"] == pytest.approx(1.0)
+
+
 def test_what_cannot_be_traced_is_refused(odd):
     with pytest.raises(UserError, match="unknown attribution rule"):
         trace(odd, TEXT, rule="magic")

@@ -201,3 +201,48 @@ def test_a_bf16_model_stays_bf16_and_its_logits_are_not_rounded_to_it():
     assert (run.logits != run.logits.bfloat16()).float().mean() > 0.9
     assert (run.baseline - model.host.model(run.batch.ids).logits[0]).abs().max() < 0.05
     assert not torch.equal(run.logits, run.baseline)
+
+
+def test_a_stream_that_is_not_a_number_names_layer_and_repair(odd):
+    bad = Edit(Site("resid_pre", 0), lambda x, at: x * torch.nan)
+    batch = odd.host.batch(["w1 w2"])
+    edits = [bad, *odd.edits(batch, [[Ablate("L0/1")]])]
+    with pytest.raises(ModelError, match="resid_pre 0 is not a number"):
+        odd.host.forward(batch, edits)
+
+
+def test_token_ids_may_come_as_tensors(odd):
+    ids = odd.host.batch(["w1 w2 w3"]).ids
+    expected = odd.run("w1 w2 w3")
+    for prompt in (ids[0].tolist(), ids[0], ids):
+        assert torch.equal(odd.run(prompt).baseline, expected.baseline)
+        assert torch.equal(odd.record(prompt).logits[0], expected.baseline)
+    answer = expected.baseline[-1].argmax()
+    assert expected.effect(answer) == expected.effect(int(answer)) == expected.effect()
+
+
+def test_a_target_against_itself_measures_nothing_and_is_refused(odd):
+    with pytest.raises(TargetError, match="same token"):
+        odd.run("w1 w2").effect(5, 5)
+
+
+def test_single_positions_give_the_same_logits(odd):
+    batch = odd.host.batch(["w1 w2 w3", "w4 w5"])
+    whole = odd.host.forward(batch)
+    assert torch.equal(odd.host.forward_at(batch, batch.last), whole[torch.arange(2), batch.last])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_offloaded_model_gives_the_same_results():
+    """accelerate keeps such weights on the meta device between uses."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = random_hooked()
+    moved = random_qwen2()
+    accelerate.cpu_offload(moved, execution_device=torch.device("cpu"))
+    model = HookedModel.from_model(moved, word_tokenizer(), list(plain.store))
+    feature = int(plain.record("w1 w2 w3").layers[1].acts.indices[0, -1, 0])
+    plan = [Ablate(f"L1/{feature}@-1")]
+    torch.testing.assert_close(model.run("w1 w2 w3", plan).logits, plain.run("w1 w2 w3", plan).logits)
+    assert (
+        model.generate("w1 w2 w3", plan, max_new_tokens=3).ids == plain.generate("w1 w2 w3", plan, max_new_tokens=3).ids
+    )

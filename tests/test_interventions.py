@@ -10,6 +10,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError, InterventionError
+from hooks.interventions import check_when_inactive
 from hooks.sites import SiteSpec
 from hooks.swap import check_modes
 from hooks.types import Edit
@@ -211,6 +212,7 @@ def test_every_convention_edits_at_its_write_site(read, write):
         ([Ablate("L9/0")], AddressError, "layer 9 has no transcoder"),
         ([Ablate("L1/99999")], AddressError, "there is no feature 99999"),
         ([Ablate("L1/0@77")], AddressError, "does not occur"),
+        ([Ablate("L1/0@2:99")], AddressError, "does not occur"),
         ([Ablate("L1/0@new")], AddressError, "generates none"),
         ([Ablate("L1/0"), Clamp("L1/0@-1", 1.0)], InterventionError, "meet"),
         ([Clamp("L1/0@0:2", 1.0), Clamp("L1/0@1", 1.0)], InterventionError, "meet"),
@@ -234,6 +236,11 @@ def test_strengths_are_finite(value):
     for make in (Clamp, Scale, Add):
         with pytest.raises(InterventionError, match="finite"):
             make("L1/0", value)
+
+
+def test_when_inactive_is_named_too():
+    with pytest.raises(InterventionError, match="unknown when_inactive"):
+        check_when_inactive("Skip", "Add L1/0")
 
 
 def test_modes_are_named_not_guessed(model, prompt):

@@ -489,3 +489,39 @@ def test_a_norm_eps_of_the_set_is_used():
     with tempfile.TemporaryDirectory() as folder:
         save_native(Path(folder), [dataclasses.replace(random_transcoder(0, 8), norm_eps=1e-2)])
         assert TranscoderStore.open(folder)[0].norm_eps == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("read", "write"), [("mlp_out", "mlp_in"), ("mlp_in", "resid_pre"), ("resid_post", "resid_mid")]
+)
+def test_a_write_site_before_the_read_site_is_refused(tmp_path, saved, read, write):
+    root = publish(tmp_path / "set", coders(0, 1))
+    with pytest.raises(CheckpointError, match="before it reads"):
+        HookedModel.load(saved, root, read=read, write=write)
+
+
+def test_an_mlp_read_site_alone_assumes_the_mlps_output(tmp_path, caplog):
+    store = TranscoderStore.open(publish(tmp_path / "set", coders(0)), read="mlp_in")
+    assert str(store.convention.write) == "mlp_out"
+    assert store.convention.source == "assumed"
+
+
+def test_planning_and_live_swaps_load_nothing(tmp_path, saved):
+    root = publish(tmp_path / "set", coders(0, 1, 3))
+    model = HookedModel.load(saved, root, read="resid_pre", write="resid_pre")
+    assert not model.store._resident
+    model.run(PROMPT, swap="all", error="live")
+    assert not model.store._resident
+    model.run(PROMPT, [Ablate("L1/3@-1")])
+    assert list(model.store._resident) == [1]
+
+
+def test_a_budget_holds_while_all_sites_are_swapped(tmp_path, saved):
+    root = publish(tmp_path / "set", coders(0, 1, 3))
+    one = TranscoderStore.open(root, read="resid_pre", write="resid_pre")[0].nbytes
+    sites = {"read": "resid_pre", "write": "resid_pre"}
+    tight = HookedModel.load(saved, root, budget_bytes=one, **sites)
+    roomy = HookedModel.load(saved, root, **sites)
+    swapped = tight.run(PROMPT, swap="all", error="zero")
+    assert torch.equal(swapped.logits, roomy.run(PROMPT, swap="all", error="zero").logits)
+    assert len(tight.store._resident) == 1

@@ -1,11 +1,15 @@
 """The check is itself checked: it measures what it says, on a sample that is spread, with its noise known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from test_interventions import strongest
+from worlds import random_hooked
 
 from circuits import Target, trace, verify
+from circuits.nodes import FEATURE
 from circuits.verify import correlation, measure_edges, measure_nodes, rank_correlation, stratified
 from hooks import Ablate, UserError
 from hooks.types import Edit
@@ -98,6 +102,27 @@ def test_a_graph_of_another_model_is_refused(demo, demo_dense):
     graph = trace(demo, "fact: the capital of the state containing Dallas is", sample=0)
     with pytest.raises(UserError, match="another model"):
         verify(demo_dense, graph)
+
+
+def test_a_graph_with_wrong_scores_is_found_out(model, prompt, graph):
+    """The check reads the graph's own scores: permuted among its features, they no longer predict anything."""
+    order = np.arange(graph.n_nodes)
+    features = graph.index.rows(FEATURE)
+    order[features] = np.random.default_rng(0).permutation(features)
+    wrong = replace(graph, score=graph.score[order])
+    assert abs(verify(model, wrong, n=200).node_spearman) < 0.35
+    assert verify(model, graph, n=200).node_spearman > 0.5
+
+
+def test_a_graph_of_a_changed_model_is_refused(odd):
+    graph = trace(odd, "w1 w2 w3", sample=0)
+    changed = random_hooked()
+    verify(changed, graph, n=5)  # the same numbers elsewhere in memory
+    for layer in changed.host.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    del changed.__dict__["fingerprint"]
+    with pytest.raises(UserError, match="another model"):
+        verify(changed, graph)
 
 
 def test_the_check_can_fail(model, prompt, graph):
