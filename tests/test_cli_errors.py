@@ -160,7 +160,7 @@ WRONG = {
     "new tokens without generation": ([*ABLATE, "--feature", "L0/1@new"], ["@new", "circuits steer"]),
     "swapped layer out of range": (
         ["swap", PROMPT, "--layers", "0,99"],
-        ["layer 99", "expected: a layer among 0-"],
+        ["layer 99", "expected: layers among 0-"],
     ),
     "shown layer out of range": ([*FEATURES, "--layers", "99"], ["99", "expected: "]),
     # interventions
