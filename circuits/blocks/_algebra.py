@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
-from jaxtyping import Bool, Float, Int
+from einops import einsum, rearrange, reduce
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -114,7 +114,7 @@ class Pulled:
     Attributes:
         pos: each target's position t'.
         direct: g_mid, the part that reaches the input through the skip connection, at t'.
-        query: W_Qᵀ q̄ as a gradient on n1, at t' (None where the pattern is frozen).
+        q_bar: gradient on the queries before bias and rotation, at t' (None where the pattern is frozen).
         v_bar, k_bar: per source position; k_bar is None where the pattern is frozen. Zero after t'.
     """
 
@@ -270,8 +270,3 @@ def _unrotate(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation's transpose."""
     first, second = (g * sin).chunk(2, dim=-1)
     return g * cos + torch.cat([second, -first], dim=-1)
-
-
-def later_positions(length: int, pos: Int[Tensor, " target"]) -> Bool[Tensor, "target pos"]:
-    """True where a source position lies after the target's: no gradient can reach it."""
-    return torch.arange(length, device=pos.device) > repeat(pos, "j -> j 1")
