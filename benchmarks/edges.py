@@ -6,6 +6,8 @@
 and all edges between them are computed, in fp32 on 2 threads. The alternative is the faster form of `_plain_block`.
 Both start behind their forward pass (`*_forward_s`), which `ratio_with_forward` counts; `ours_cold_s` counts it too,
 and the images of the dictionary in value and key space, which depend on weights alone and are made once per layer.
+`products_s` is the time of our matrix products alone, on random numbers of the same shapes: what no arrangement of the
+same arithmetic can go below.
 """
 
 import argparse
@@ -91,9 +93,30 @@ def compare(model: HookedModel, sizes: Sizes, rule: str, repeats: int) -> dict[s
         "ratio_with_forward": whole[0] / whole[1],
         **median,
         "ours_cold_s": cold,
+        "products_s": bare_products(sizes, rule, sizes.tokens, repeats),
         "alternative": str(form),
         "max_rel_diff": max(differences),
     }
+
+
+def bare_products(sizes: Sizes, rule: str, tokens: int, repeats: int) -> float:
+    """Seconds of the matrix products that the targets' gradients, the dictionary and the sources' images need."""
+    shape, exact = sizes.shape, rule == "exact"
+    d, ff, features = shape.d_model, shape.d_ff, shape.features
+    targets, probes = sizes.targets, sizes.targets + exact * tokens  # where norms respond, the stream is a probe too
+    shapes = [(targets, d, ff)] + [(targets, ff, d)] * (1 + exact)  # down projection; up, and gate
+    shapes += [(targets, d, shape.heads * shape.head_dim)] * (1 + exact)  # output projection, and queries
+    shapes += [(probes, d, features)]
+    first = [-(-t * targets // tokens) for t in range(tokens)]  # targets at or after each position of sources
+    shapes += [(targets - start, shape.kv_heads * shape.head_dim, shape.k) for start in first for _ in range(1 + exact)]
+    numbers = {size: torch.randn(size) for pair in shapes for size in ((pair[0], pair[1]), (pair[2], pair[1]))}
+    pairs = [(numbers[rows, inner], numbers[columns, inner].T) for rows, inner, columns in shapes]
+
+    def work() -> None:
+        for left, right in pairs:
+            left @ right
+
+    return statistics.median(clock(work) for _ in range(repeats + 1))
 
 
 def _take_turns(run: LocalRun, sizes: Sizes, rule: str, form: Form, times: dict[str, list[float]]) -> float:
@@ -121,6 +144,8 @@ def flat(model: HookedModel, sizes: Sizes, repeats: int) -> dict[str, Any]:
         found[name] = interleaved(works, repeats)
         found[f"{name}_spread"] = max(found[name].values()) / min(found[name].values())
         say(f"{name}: " + ", ".join(f"{T} tokens {seconds:.2f} s" for T, seconds in found[name].items()))
+    found["products"] = {str(T): bare_products(sizes, "exact", T, repeats) for T in sizes.lengths}
+    found["products_spread"] = max(found["products"].values()) / min(found["products"].values())
     return found
 
 

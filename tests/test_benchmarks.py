@@ -31,11 +31,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
 def test_edges_are_equal_to_those_of_plain_autograd(run):
     found = run("edges", "--repeats", "1", "--threads", "1")
     for rule in ("exact", "affine"):
-        names = {"ratio", "ratio_with_forward", "ours_s", "ours_cold_s", "ours_forward_s", "alternative_s"}
+        names = {
+            "ratio",
+            "ratio_with_forward",
+            "ours_s",
+            "ours_cold_s",
+            "ours_forward_s",
+            "alternative_s",
+            "products_s",
+        }
         assert names <= set(found[rule])
         assert found[rule]["ratio"] == pytest.approx(found[rule]["alternative_s"] / found[rule]["ours_s"])
     assert found["equal"]["max_rel_diff"] < 1e-5  # fp32 on a tiny block
-    assert set(found["flat"]["vjp"]) == set(found["flat"]["rows"]) == {"4", "8"}
+    assert set(found["flat"]["vjp"]) == set(found["flat"]["rows"]) == set(found["flat"]["products"]) == {"4", "8"}
     assert found["machine"]["torch"] == torch.__version__
 
 

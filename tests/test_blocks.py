@@ -47,9 +47,9 @@ def block(request):
 
 def full_gradient(w, record, pulled, rule) -> torch.Tensor:
     """The factored form multiplied out: [target pos d_model]."""
-    on_n1 = pulled.v_bar @ w.W_V
-    if pulled.k_bar is not None:
-        on_n1 = on_n1 + pulled.k_bar @ w.W_K
+    on_n1 = pulled.v_bar() @ w.W_V
+    if pulled.k_bar() is not None:
+        on_n1 = on_n1 + pulled.k_bar() @ w.W_K
         rows = torch.arange(len(pulled.pos))
         on_n1 = on_n1.index_put((rows, pulled.pos), pulled.q_bar @ w.W_Q, accumulate=True)
     out = norm_transposed(on_n1, w.g1, record.x, record.s1, rule)

@@ -310,7 +310,7 @@ def test_one_gradient_everywhere_is_the_sum_of_its_positions(block, rule):  # no
     apart = spread(w, record, pulled, rule)
     found, v_bar = through_attention_everywhere(w, record, rows, rule)
     torch.testing.assert_close(found, apart, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(v_bar, pulled.v_bar, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(v_bar, pulled.v_bar(), rtol=1e-11, atol=1e-13)
     together, _ = through_attention_everywhere(w, record, gradients[None], rule)
     torch.testing.assert_close(together[0], apart.sum(0), rtol=1e-11, atol=1e-13)
 

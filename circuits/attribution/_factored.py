@@ -1,35 +1,24 @@
 """Edges without an autograd graph: gradients walk down the recorded blocks, and every feeding cut is met on the way.
 
 Where the next feeder is the whole stream one block below, which is every pair of neighbouring cuts of the same-site
-convention, no gradient is ever formed at a source's position. The target's cotangent u_j is pulled back in factored
-form (`blocks`), every source vector y at position t is projected once onto the same small spaces, and they meet in
-the middle:
-
-    e_ij = a_i { s1_t (v̄_jt · W_V γy + k̄_jt · W_K γy) + [t = t'] y · (g_mid + s1 γ W_Qᵀ q̄) − s1_t (y·x̂_t)/d · dot_jt }
-
-with γ the first norm's gain, x̂ the normed stream and dot_jt the projection of x̂_t in place of y; the last term, k̄ and q̄
-fall away where the rule freezes norms or attention. Everything that crosses positions passes n_kv · d_head numbers, so
-an edge costs a dot product of that size, and a target the same whatever the number of sources. The images W_V γ d_i
-and W_K γ d_i do not depend on the prompt; once half of a dictionary is asked for, all are kept (`store.derived`).
+convention, no gradient is ever formed at a source's position (`_middle`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NoReturn
 
 import torch
-from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut, LocalRun, Rows, contract, contract_here, stretches
+from circuits.attribution import Cut, LocalRun, Rows, contract, contract_here
 from circuits.attribution._ends import constants, ends, target_ends
+from circuits.attribution._middle import Projected, meet, project
 from circuits.attribution._stack import (
     MIDDLE,
     READABLE,
     WRITABLE,
-    Block,
     Front,
     Point,
     Stack,
@@ -40,18 +29,15 @@ from circuits.attribution._stack import (
     walk,
 )
 from circuits.attribution._tokens import token_rows
-from circuits.blocks import BLOCKS, BlockRecord, Pulled, Rule
+from circuits.blocks import BLOCKS, Rule
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
-from hooks.kernels import linear_fp32, matmul_rounded, working_dtype
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 
 MOST_AT_ONCE, ENTRIES_AT_ONCE = 1024, 1 << 25  # targets, and entries of a block of edges
 STREAM_ENTRIES = 1 << 26  # of gradients held at every position at once
-GATHERED = 80  # products with a decoder row that take as long as gathering it (measured: 2 cores and d_model 5120)
 
 
 def all_edges(run: LocalRun, rule: Rule) -> Iterator[Rows] | None:
@@ -174,157 +160,6 @@ def way_to(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Way:
 
 def _place(cut: Cut | None) -> Point:
     return (0, 0) if cut is None else joins_at(cut.transcoder.write)
-
-
-# -- in the middle -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Vectors that stand at every position: rest, error, bias, and last the normed stream x̂; and their images.
-
-    Attributes:
-        along: y · x̂ / d_model of each, how far it lies along the stream it is part of.
-    """
-
-    vectors: Float[Tensor, "field pos d_model"]
-    values: Float[Tensor, "field pos keyvalue"]
-    keys: Float[Tensor, "field pos keyvalue"] | None
-    along: Float[Tensor, "field pos"]
-
-
-@dataclass(frozen=True)
-class Projected:
-    """The images of a cut's nodes in a block's value and key spaces.
-
-    Attributes:
-        values, keys: W_V γ d_i and W_K γ d_i of some features; no keys where the rule holds the pattern.
-        which: the row of each node.
-    """
-
-    values: Float[Tensor, "feature keyvalue"]
-    keys: Float[Tensor, "feature keyvalue"] | None
-    which: Int[Tensor, " node"]
-    fields: Fields
-
-    @property
-    def tables(self) -> tuple[Float[Tensor, "feature keyvalue"], Float[Tensor, "feature keyvalue"] | None]:
-        """The images, values first."""
-        return self.values, self.keys
-
-
-def project(store: TranscoderStore, cut: Cut, block: Block, rule: Rule) -> Projected:
-    """Everything about the sources that no target changes."""
-    w, record = block.weights, block.record
-    gain, W_dec = w.g1.to(record.x.dtype), cut.transcoder.W_dec
-    weights = {"values": w.W_V} if rule.attention == "frozen" else {"values": w.W_V, "keys": w.W_K}
-    which, images = cut.feature, {}
-    whole = 2 * int(torch.bincount(cut.feature, minlength=1).count_nonzero()) > len(W_dec)
-    if not whole:
-        feature, which = cut.feature.unique(return_inverse=True)
-    for name, weight in weights.items():
-
-        def image(rows: Tensor, weight: Tensor = weight) -> Tensor:
-            return matmul_rounded(rows.to(gain.dtype) * gain, weight.T)
-
-        if whole:  # the static table pays off
-            images[name] = store.derived(cut.layer, name, (weight, w.g1), partial(_table, image, W_dec, weight.dtype))
-        else:
-            images[name] = image(W_dec[feature])
-    unit = record.x * record.s1
-    bias = repeat(cut.bias.to(unit), "d -> pos d", pos=len(unit))
-    vectors = torch.stack([cut.rest.to(unit), cut.error.to(unit), bias, unit])
-    seen = [matmul_rounded(vectors * gain, weight.T) for weight in weights.values()]
-    fields = Fields(vectors, seen[0], seen[1] if len(seen) > 1 else None, (vectors * unit).mean(-1))
-    return Projected(images["values"], images.get("keys"), which, fields)
-
-
-def _table(
-    image: Callable[[Tensor], Tensor], W_dec: Float[Tensor, "feature d_model"], dtype: torch.dtype
-) -> Float[Tensor, "feature keyvalue"]:
-    """The images of a whole dictionary in the precision of the model's weights, some rows at a time."""
-    rows = max(1, (1 << 24) // W_dec.shape[1])
-    return torch.cat([image(part).to(dtype) for part in W_dec.split(rows)])
-
-
-def _with_dictionary(
-    W_dec: Float[Tensor, "feature d_model"], nodes: int, rows: Float[Tensor, "row d_model"]
-) -> Float[Tensor, "row feature"] | None:
-    """Every feature's d_i · row at once, where that is cheaper than gathering the decoder row of every node."""
-    if rows.dtype != working_dtype(W_dec) or GATHERED * nodes < len(rows) * len(W_dec):
-        return None
-    return linear_fp32(rows, W_dec, None)
-
-
-def meet(cut: Cut, block: Block, projected: Projected, pulled: Pulled, rule: Rule) -> Float[Tensor, "target source"]:
-    """Edges of a one-block step, columns: features, rest, error, bias."""
-    w, record, fields = block.weights, block.record, projected.fields
-    rows, length = torch.arange(len(pulled.pos), device=pulled.pos.device), pulled.v_bar.shape[1]
-    crossing = _products(pulled, fields)
-    same, dot = pulled.direct, None
-    if pulled.q_bar is not None:
-        on_query = matmul_rounded(pulled.q_bar, w.W_Q) * w.g1.to(same.dtype)
-        crossing[-1, rows, pulled.pos] += (on_query * fields.vectors[-1, pulled.pos]).sum(-1)
-        same = same + record.s1[pulled.pos] * on_query
-    if rule.norms == "exact":  # how the first norm answers to a change along the stream
-        dot = crossing[-1]
-        crossing = crossing - dot * rearrange(fields.along[:, :length], "field pos -> field 1 pos")
-    crossing = crossing[:-1] * record.s1[:, 0]
-    crossing[:, rows, pulled.pos] += einsum(same, fields.vectors[:-1, pulled.pos], "j d, field j d -> field j")
-    count, whole = len(cut.pos), len(cut.rest)
-    out = same.new_zeros(len(same), count + 2 * whole + 1)
-    out[:, count : count + length], out[:, count + whole : count + whole + length] = crossing[0], crossing[1]
-    out[:, -1] = crossing[2].sum(1)
-    _put_features(out, cut, record, projected, pulled, same, dot)
-    return out
-
-
-def _products(pulled: Pulled, fields: Fields) -> Float[Tensor, "field target pos"]:
-    """What passes the values and the keys from each field, before the first norm's scale."""
-    length = pulled.v_bar.shape[1]
-    out = einsum(pulled.v_bar, fields.values[:, :length], "j t c, field t c -> field j t")
-    if pulled.k_bar is not None and fields.keys is not None:
-        out = out + einsum(pulled.k_bar, fields.keys[:, :length], "j t c, field t c -> field j t")
-    return out
-
-
-def _put_features(
-    out: Float[Tensor, "target source"],
-    cut: Cut,
-    record: BlockRecord,
-    projected: Projected,
-    pulled: Pulled,
-    same: Float[Tensor, "target d_model"],
-    dot: Float[Tensor, "target pos"] | None,
-) -> None:
-    """Fill the first columns: one position of sources at a time; only targets at or after it, which stand together.
-
-    A node's vector meets the gradients at its own position, and the normed stream there, along which it lies.
-    """
-    length, W_dec = pulled.v_bar.shape[1], cut.transcoder.W_dec
-    first = torch.searchsorted(pulled.pos, torch.arange(length + 1, device=pulled.pos.device)).tolist()
-    scale = record.s1[:, 0].tolist()
-    probes, beside = same, 0
-    if dot is not None:
-        order = torch.cat([pulled.pos, torch.arange(length, device=pulled.pos.device)]).argsort(stable=True)
-        probes, beside = torch.cat([same, projected.fields.vectors[-1, :length]])[order], 1
-    products = _with_dictionary(W_dec, len(cut.pos), probes)
-    for t, nodes in stretches(cut.pos, length):
-        later, feature, which = slice(first[t], None), cut.feature[nodes], projected.which[nodes]
-        edges = matmul_rounded(pulled.v_bar[later, t], projected.values.index_select(0, which).T)
-        if pulled.k_bar is not None and projected.keys is not None:
-            edges += matmul_rounded(pulled.k_bar[later, t], projected.keys.index_select(0, which).T)
-        here = slice(first[t] + beside * t, first[t + 1] + beside * (t + 1))
-        if products is not None:
-            met = products[here].index_select(1, feature)
-        else:
-            met = probes[here] @ W_dec.index_select(0, feature).to(probes.dtype).T
-        if dot is not None:
-            edges -= dot[later, t, None] * (met[-1] / probes.shape[1])
-            met = met[:-1]
-        edges *= scale[t]
-        edges[: len(met)] += met
-        out[later, nodes] = edges * cut.activation[nodes].to(edges.dtype)
 
 
 # -- gradients of the metric in the plain model --------------------------------------------------------------------

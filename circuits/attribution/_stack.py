@@ -198,17 +198,22 @@ def _past_attention(block: Block, front: Front, held: bool) -> Front:
         return replace(front, point=point)
     if front.here is not None:
         pulled = through_attention(w, record, front.here, front.pos, rule)
-        constant = front.constant + value_bias(w, pulled.v_bar, rule)
+        constant = front.constant + value_bias(w, pulled.v_bar_sum, rule)
         return replace(front, point=point, here=None, pulled=pulled, block=block, constant=constant)
     full, v_bar = through_attention_everywhere(w, record, front.everywhere, rule)
-    return replace(front, point=point, full=full, constant=front.constant + value_bias(w, v_bar, rule))
+    return replace(
+        front,
+        point=point,
+        full=full,
+        constant=front.constant + value_bias(w, reduce(v_bar, "target pos keyvalue -> target keyvalue", "sum"), rule),
+    )
 
 
-def value_bias(w: BlockWeights, v_bar: Float[Tensor, "target pos keyvalue"], rule: Rule) -> Float[Tensor, " target"]:
+def value_bias(w: BlockWeights, v_bar: Float[Tensor, "target keyvalue"], rule: Rule) -> Float[Tensor, " target"]:
     """What the value bias contributes when the pattern is held: it reaches every target as a constant.
 
     Under a live pattern the rule does not conserve, and constants are not attributed.
     """
     if w.b_V is None or rule.attention == "exact":
         return v_bar.new_zeros(len(v_bar))
-    return reduce(v_bar, "target pos keyvalue -> target keyvalue", "sum") @ w.b_V.to(v_bar.dtype)
+    return v_bar @ w.b_V.to(v_bar.dtype)

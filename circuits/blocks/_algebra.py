@@ -129,6 +129,10 @@ class BlockRecord:
         return replace(self, q=self.q.upto(length), k=self.k.upto(length), pattern=pattern, **cut)
 
 
+ALL = slice(None)
+_OVER_GROUP = "j kv group s, j kv group h -> j s kv h"
+
+
 @dataclass(frozen=True)
 class Pulled:
     """Cotangents of some targets, pulled back to a block's input in factored form.
@@ -137,14 +141,48 @@ class Pulled:
         pos: each target's position t'.
         direct: g_mid, the part that reaches the input through the skip connection, at t'.
         q_bar: gradient on the queries before bias and rotation, at t' (None where the pattern is frozen).
-        v_bar, k_bar: per source position; k_bar is None where the pattern is frozen. Zero after t'.
+        heads: p, the gradient on each head's output at t'.
+        pattern: A, each target's row.
+        scores: s̄, the gradient on that row's scores (None where the pattern is frozen).
     """
 
+    w: BlockWeights
+    record: BlockRecord
+    rule: Rule
     pos: Int[Tensor, " target"]
     direct: Float[Tensor, "target d_model"]
     q_bar: Float[Tensor, "target query"] | None
-    v_bar: Float[Tensor, "target pos keyvalue"]
-    k_bar: Float[Tensor, "target pos keyvalue"] | None
+    heads: Float[Tensor, "target n_kv group d_head"]
+    pattern: Float[Tensor, "target n_kv group pos"]
+    scores: Float[Tensor, "target n_kv group pos"] | None
+
+    @property
+    def length(self) -> int:
+        """Source positions there are."""
+        return self.pattern.shape[-1]
+
+    def v_bar(self, targets: slice = ALL, at: slice = ALL) -> Float[Tensor, "target pos keyvalue"]:
+        """v̄ of some targets at some source positions; zero after t'."""
+        found = einsum(self.pattern[targets, ..., at], self.heads[targets], _OVER_GROUP)
+        return rearrange(found, "j s kv h -> j s (kv h)")
+
+    def k_bar(self, targets: slice = ALL, at: slice = ALL) -> Float[Tensor, "target pos keyvalue"] | None:
+        """k̄ likewise; None where the pattern is frozen."""
+        if self.scores is None:
+            return None
+        found = einsum(self.scores[targets, ..., at], self._queries[targets], _OVER_GROUP)
+        return rearrange(on_key(self.w, self.record, found, at, self.rule), "j s kv h -> j s (kv h)")
+
+    @property
+    def v_bar_sum(self) -> Float[Tensor, "target keyvalue"]:
+        """v̄ summed over all source positions."""
+        weight = reduce(self.pattern, "j kv group s -> j kv group", "sum")
+        found = einsum(weight, self.heads, "j kv group, j kv group h -> j kv h")
+        return rearrange(found, "j kv h -> j (kv h)")
+
+    @cached_property
+    def _queries(self) -> Float[Tensor, "target n_kv group d_head"]:
+        return rearrange(self.record.q.out, "t (kv group) h -> t kv group h", group=self.w.group)[self.pos]
 
 
 def record_block(
@@ -218,20 +256,21 @@ def through_attention(
 ) -> Pulled:
     """Gradients at x_mid, each at one position → their factored form at the block's input."""
     p = rearrange(_transposed(g_mid, w.W_O), "j (kv group h) -> j kv group h", kv=w.n_kv, group=w.group)
-    weight = rearrange(r.pattern[:, :, pos], "kv group j s -> j kv group s")
-    v_bar = einsum(weight, p, "j kv group s, j kv group h -> j s kv h")
-    flat_v = rearrange(v_bar, "j s kv h -> j s (kv h)")
+    pattern = rearrange(r.pattern[:, :, pos], "kv group j s -> j kv group s")
     if rule.attention == "frozen":
-        return Pulled(pos, g_mid, None, flat_v, None)
-    q_bar, k_bar = _through_softmax(w, r, p, weight, pos, rule)
-    return Pulled(pos, g_mid, q_bar, flat_v, k_bar)
+        return Pulled(w, r, rule, pos, g_mid, None, p, pattern, None)
+    scores = _through_softmax(w, r, p, pattern)
+    to_q = einsum(scores, r.k.out, "j kv group s, s kv h -> j kv group h")
+    q_bar = on_query(w, r, rearrange(to_q, "j kv group h -> j (kv group) h"), pos, rule)
+    return Pulled(w, r, rule, pos, g_mid, rearrange(q_bar, "j head h -> j (head h)"), p, pattern, scores)
 
 
 def spread(w: BlockWeights, r: BlockRecord, pulled: Pulled, rule: Rule) -> Float[Tensor, "target pos d_model"]:
     """The factored form multiplied out: the gradient at every position of the block's input."""
-    on_n1 = _transposed(pulled.v_bar, w.W_V)
-    if pulled.k_bar is not None and pulled.q_bar is not None:
-        on_n1 = on_n1 + _transposed(pulled.k_bar, w.W_K)
+    on_n1 = _transposed(pulled.v_bar(), w.W_V)
+    k_bar = pulled.k_bar()
+    if k_bar is not None and pulled.q_bar is not None:
+        on_n1 = on_n1 + _transposed(k_bar, w.W_K)
         rows = torch.arange(len(on_n1), device=on_n1.device)
         on_n1 = on_n1.index_put((rows, pulled.pos), _transposed(pulled.q_bar, w.W_Q), accumulate=True)
     out = norm_transposed(on_n1, w.g1, r.x, r.s1, rule)
@@ -270,20 +309,11 @@ def _through_softmax(
     w: BlockWeights,
     r: BlockRecord,
     p: Float[Tensor, "target n_kv group d_head"],
-    weight: Float[Tensor, "target n_kv group pos"],
-    pos: Int[Tensor, " target"],
-    rule: Rule,
-) -> tuple[Float[Tensor, "target query"], Float[Tensor, "target pos keyvalue"]]:
-    """Gradients on q (at t') and k (everywhere) before bias and rotation."""
+    pattern: Float[Tensor, "target n_kv group pos"],
+) -> Float[Tensor, "target n_kv group pos"]:
+    """s̄, gradients on the scores of each target's row."""
     a = einsum(p, r.v, "j kv group h, s kv h -> j kv group s")
-    centred = a - reduce(weight * a, "j kv group s -> j kv group 1", "sum")
-    s_bar = weight * centred / math.sqrt(w.d_head)
-    q = rearrange(r.q.out, "t (kv group) h -> t kv group h", group=w.group)
-    to_q = einsum(s_bar, r.k.out, "j kv group s, s kv h -> j kv group h")
-    to_k = einsum(s_bar, q[pos], "j kv group s, j kv group h -> j s kv h")
-    q_bar = on_query(w, r, rearrange(to_q, "j kv group h -> j (kv group) h"), pos, rule)
-    k_bar = on_key(w, r, to_k, slice(None), rule)
-    return rearrange(q_bar, "j head h -> j (head h)"), rearrange(k_bar, "j s kv h -> j s (kv h)")
+    return pattern * (a - reduce(pattern * a, "j kv group s -> j kv group 1", "sum")) / math.sqrt(w.d_head)
 
 
 def on_query(
