@@ -16,7 +16,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
         "assemble", "select", "agreement", "scatter", "verify", "supernodes", "decompose", "trace", "cases", "curves",
-        "rankings", "evaluate", "export", "demo", "cli",
+        "rankings", "evaluate", "export", "demo", "commands", "cli",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}
@@ -69,7 +69,7 @@ OWNERS = {  # pattern in the code → files that may contain it
     r"register_forward_|register_full_backward": {"hooks/host.py", "hooks/demo/train_model.py"},  # noise in training
     r"torch\.load\(": {"hooks/files.py"},
     r"\bpickle\.(load|dump)|torch\.save\(": set(),
-    r"(?<!\.)\bprint\(": {"circuits/cli.py", "hooks/demo/build.py"},
+    r"(?<!\.)\bprint\(": {"circuits/cli.py", "circuits/commands/_output.py", "hooks/demo/build.py"},
     r"safetensors\.torch|safe_open": {"hooks/files.py"},
     r"from __future__ import annotations": set(),
 }

@@ -1,0 +1,51 @@
+"""What is printed, and how numbers and tables look as text."""
+
+import argparse
+import resource
+import sys
+from typing import Any
+
+import pandas as pd
+import torch
+
+from hooks.readout import RankedToken
+
+Result = dict[str, Any]
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(args: argparse.Namespace, text: str) -> None:
+    """The result for people; nothing under `--json`."""
+    if not args.json:
+        print(text)
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A table as text."""
+    return frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+
+
+def ranked(tokens: list[RankedToken]) -> str:
+    """Tokens with their probabilities, on one line."""
+    return ", ".join(f"{item.token!r} {item.prob:.3f}" for item in tokens)
+
+
+def standing_line(name: str, standing: Any, metric: float) -> str:
+    """One row of a before-and-after table."""
+    return f"{name:<13} {standing.logit:9.3f} {standing.prob:8.4f} {standing.rank:6d} {metric:14.3f}"
+
+
+def figure(value: float | None) -> str:
+    """Three digits, or the word undefined."""
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: the device's if there is one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

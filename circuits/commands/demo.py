@@ -1,0 +1,49 @@
+"""`circuits demo`: tell the story and write the report and the circuit."""
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from circuits.commands._options import command
+from circuits.commands._output import Result, say, show
+from circuits.demo import report
+from circuits.demo.questions import Exam
+from circuits.demo.story import PICTURES, tell
+from hooks.demo import TRANSCODERS
+from hooks.files import check_writable, write_text
+from hooks.model import HookedModel
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    demo = command(commands, "demo", run, "the whole story on the embedded model", model=False)
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the report and the circuit")
+    demo.add_argument("--transcoders", choices=sorted(TRANSCODERS), default="demo", help="embedded set")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Tell the story and write the report and the circuit."""
+    for name in ("report.md", *PICTURES):
+        check_writable(args.out / name)
+    started = time.perf_counter()
+    say("measuring; about half a minute on two cores")
+    model = HookedModel.load("demo", args.transcoders)
+    story = tell(Exam.of(model), args.out, lambda text: say(f"  {text} …"))
+    seconds = time.perf_counter() - started
+    write_text(args.out / "report.md", report.markdown(story, seconds))
+    files = [*story.files, args.out / "report.md"]
+    show(args, report.terminal(story) + f"written to {args.out}/: {', '.join(path.name for path in files)}")
+    return {
+        "prompt": story.prompt,
+        "two_hop": asdict(story.two_hop),
+        "swap_success": story.swap.success,
+        "control_success": max(story.swap.third_state, story.swap.random),
+        "controls": {"third_state": story.swap.third_state, "random": story.swap.random},
+        "ablation": asdict(story.ablation),
+        "fvu": [site.fvu for site in story.quality],
+        "verification": story.graph.meta["verification"],
+        "files": [str(path) for path in files],
+        "seconds": seconds,
+    }
