@@ -73,12 +73,12 @@ def _settled(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
     """Median seconds of each, taken in turn, so that a busy moment hits all of them."""
     seen: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            seen[name].append(clock(work))
+            seen[name].append(clock(work, device))
     return {name: statistics.median(times) for name, times in seen.items()}
 
 

@@ -107,6 +107,29 @@ def held(host: Host, clean: Held) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_attention(host: Host, attend: Callable[[int], Function]) -> Iterator[None]:
+    """Let every block's attention be a function of the caller's, by layer, inside the `with`.
+
+    Each is called as transformers calls its own: (module, query, key, value, mask, scaling=…), queries and keys
+    rotated, keys and values not repeated over the group; it returns (output [batch pos head d_head], None).
+    `plain_attention` is what would have been called.
+
+    Raises:
+        UserError: the model's attention is of another kind, or held already.
+    """
+    names = _names(host, "attention")
+    with _replaced(host, {name: attend(layer) for layer, name in enumerate(names)}):
+        yield
+
+
+def plain_attention(host: Host, layer: int) -> Function:
+    """transformers' own attention function of one block, as it was before any `with`."""
+    module: Any = host.layers[layer].self_attn
+    name = str(module.config._attn_implementation)
+    return _plain_attention(module, name.removeprefix("held_"))
+
+
 # -- where the parts are -------------------------------------------------------------------------------------------
 
 

@@ -1,51 +1,48 @@
 """Token by token, with a key/value cache, edits at absolute positions.
 
 An edit that hits position t changes the keys and values that later tokens see, and the cache keeps them, so a run with
-cache equals one that recomputes everything. Edits are attached once for the whole generation.
+cache equals one that recomputes everything. Hooks are attached for the length of one pass, never between two: whoever
+holds a half-read stream has the plain model.
+
+prompts → rows of tokens, padded on the left → pass → logits → one more token per row → pass → …
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from hooks.errors import PromptError, UserError
-from hooks.host import Attached, Batch, Host
-from hooks.types import Edit
+from hooks.errors import ModelError, PromptError, UserError
+from hooks.host import Batch, Host
+from hooks.observe import Observer
+from hooks.sampling import Sampling, TextPieces
+from hooks.types import Edit, SparseActs
 
-Step = Callable[[list[int]], Tensor]
-"""New tokens so far → logits of the next one."""
+Reason = Literal["length", "end", "stop"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy.
+class Token:
+    """One new token, as it comes.
 
-    Raises:
-        UserError: a value is out of range.
+    Attributes:
+        text: what can be shown now. Empty while a character is incomplete or a stop string may have begun; the pieces
+            of a generation join to its text.
+        logprob: log-probability that the edited model gave it, in nats, at temperature 1.
+        position: its place behind the row's first token.
+        reason: why it is the last one; None if it is not.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise UserError(
-                f"cannot sample with temperature {self.temperature} and top_p {self.top_p}",
-                expected="temperature at least 0, top_p above 0 and at most 1",
-            )
-
-    def pick(self, logits: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
-        """The next token."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        probs, order = (logits.double() / self.temperature).softmax(-1).sort(descending=True, stable=True)
-        probs = probs.where(probs.cumsum(-1) - probs < self.top_p, torch.zeros_like(probs))
-        return int(order[torch.multinomial(probs.cpu(), 1, generator=generator)])
+    id: int
+    text: str
+    logprob: float
+    position: int
+    reason: Reason | None
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,150 @@ class Generated:
 
     Attributes:
         prompt: ids of the prompt.
-        ids: ids of the new tokens, the end token included if it came.
-        text: the new tokens as text.
+        ids: ids of the new tokens, the end token or what belongs to a stop string included if it came.
+        text: the new tokens as text, cut in front of a stop string.
         logits: what each new token was chosen from.
+        reason: what ended it: `length`, the model's `end` token, or a `stop` string.
+        features: per observed layer, the features of every token, prompt and new.
     """
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
     text: str
     logits: Float[Tensor, "new vocab"]
+    reason: Reason = "length"
+    features: Mapping[int, SparseActs] = field(default_factory=dict)
+
+    @property
+    def logprobs(self) -> Float[Tensor, " new"]:
+        """Log-probability that the edited model gave each new token, in nats, at temperature 1."""
+        chosen = torch.tensor(self.ids, dtype=torch.int64, device=self.logits.device)[:, None]
+        return self.logits.double().log_softmax(-1).gather(-1, chosen)[:, 0]
+
+
+def left_pads(batch: Batch) -> tuple[int, ...]:
+    """Padding in front of each row where rows are padded on the left, so that they grow at the same end."""
+    return tuple(batch.ids.shape[1] - length for length in batch.lengths)
+
+
+class Decoding:
+    """Rows of tokens that grow, and what the cache holds of them.
+
+    Attributes:
+        rows: the tokens of each row, padding in front included.
+        pads: padding in front of each row; edits count columns, so positions are shifted by as much.
+        edits: attached for each pass; to change them, `crop` to the first column where they differ.
+    """
+
+    def __init__(self, host: Host, batch: Batch, edits: Sequence[Edit], *, use_cache: bool = True):
+        self._host, self._use_cache = host, use_cache
+        self.lengths, self.pads = batch.lengths, left_pads(batch)
+        # any token will do as padding; the row's own first one is sure to be harmless
+        real = [row[:length] for row, length in zip(batch.ids.tolist(), batch.lengths, strict=True)]
+        self.rows = [row[:1] * pad + row for row, pad in zip(real, self.pads, strict=True)]
+        self.edits = list(edits)
+        self._cache = self._empty()
+
+    def _empty(self) -> DynamicCache | None:
+        return DynamicCache(config=self._host.model.config) if self._use_cache else None  # type: ignore[arg-type]
+
+    @property
+    def cached(self) -> int:
+        """Columns whose keys and values are kept."""
+        return self._cache.get_seq_length() if self._cache is not None else 0
+
+    def logits(self) -> Float[Tensor, "batch vocab"]:
+        """What comes next in every row, after feeding the columns that the cache does not hold yet."""
+        self.crop(len(self.rows[0]) - 1)  # the last token has to be read for its logits
+        feed = torch.tensor([row[self.cached :] for row in self.rows])
+        try:
+            with self._host.attached(self.edits) as session, torch.no_grad():
+                return session.step(feed, self._cache, self.lengths, self.pads)
+        except BaseException:  # an interrupted pass leaves some layers' caches longer than others
+            self._cache = self._empty()
+            raise
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """One more token per row."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.append(token)
+
+    def crop(self, columns: int) -> None:
+        """Forget keys and values from this column on."""
+        if self._cache is None or columns >= self.cached:
+            return
+        sliding = any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
+        if columns <= 0 or sliding:  # a sliding window has dropped what would be needed again
+            self._cache = self._empty()
+        else:
+            self._cache.crop(columns - self.cached)
+
+
+class Row:
+    """One row's new tokens, chosen without a look at the other rows."""
+
+    def __init__(self, host: Host, sampling: Sampling, generator: torch.Generator, stops: tuple[str, ...], room: int):
+        self._ends, self._room = host.end_tokens, room
+        self._sampling, self._generator = sampling, generator
+        self._pieces = TextPieces(host.text, stops)
+        self.ids: list[int] = []
+        self.text: list[str] = []
+        self.reason: Reason | None = None
+
+    def take(self, logits: Float[Tensor, " vocab"]) -> int:
+        """Choose the next token.
+
+        Raises:
+            ModelError: a logit is not a number, so there is nothing to choose from.
+        """
+        peak = float(logits.max())  # NaN if there is one
+        if not math.isfinite(peak):
+            raise ModelError(
+                f"the logits behind {len(self.ids)} new tokens are not finite",
+                found=str(peak),
+                repair="weaken the interventions, or run the model in bfloat16 or float32 (fp16 overflows easily)",
+            )
+        token = self._sampling.pick(logits, self._generator)
+        self.ids.append(token)
+        piece = self._pieces.take(token)
+        if self._pieces.stopped:
+            self.reason = "stop"
+        elif token in self._ends:
+            self.reason = "end"
+        elif len(self.ids) == self._room:
+            self.reason = "length"
+        if self.reason:
+            piece += self._pieces.rest()
+        self.text.append(piece)
+        return token
+
+
+def advance(decoding: Decoding, rows: Sequence[Row]) -> Iterator[Float[Tensor, "batch vocab"]]:
+    """Pass by pass until every row is done; yields what the tokens just appended were chosen from.
+
+    A row that is done goes on with its last token repeated, and nobody looks at it: nothing of it reaches the others.
+    """
+    while any(row.reason is None for row in rows):
+        logits = decoding.logits()
+        decoding.append([row.ids[-1] if row.reason else row.take(logits[i]) for i, row in enumerate(rows)])
+        yield logits
+
+
+def check_length(host: Host, length: int, max_new_tokens: int) -> None:
+    """Refuse what cannot fit, before the model runs.
+
+    Raises:
+        UserError: not a single token is wanted.
+        PromptError: prompt and new tokens together exceed the context.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"cannot generate {max_new_tokens} tokens", expected="at least 1")
+    if length + max_new_tokens > host.max_positions:
+        raise PromptError(
+            f"{length} prompt tokens and {max_new_tokens} new ones do not fit",
+            expected=f"at most {host.max_positions} together, the model's context",
+            repair="lower --max-new-tokens or shorten the prompt",
+        )
 
 
 def generate(
@@ -71,50 +203,47 @@ def generate(
     edits: Sequence[Edit],
     *,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
+    stops: tuple[str, ...] = (),
+    observer: Observer | None = None,
     use_cache: bool = True,
-) -> Generated:
-    """Continue one prompt.
+) -> list[Generated]:
+    """Continue every prompt of a batch, each as if it were alone. `edits` count columns, see `left_pads`.
 
     Raises:
-        PromptError: prompt and new tokens together exceed the context.
+        UserError: not one sampling per prompt.
+        PromptError: a prompt and its new tokens together exceed the context.
+        ModelError: the model's logits are not numbers.
     """
-    length = batch.lengths[0]
-    if length + max_new_tokens > host.max_positions:
-        raise PromptError(
-            f"{length} prompt tokens and {max_new_tokens} new ones do not fit",
-            expected=f"at most {host.max_positions} together, the model's context",
-            repair="lower --max-new-tokens or shorten the prompt",
-        )
-    generator = torch.Generator().manual_seed(sampling.seed)
-    rows: list[Tensor] = []
-    ids: list[int] = []
-    with host.attached(edits) as session, torch.no_grad():
-        step = _cached(session, host, batch) if use_cache else _uncached(session, batch)
-        while len(ids) < max_new_tokens:
-            rows.append(step(ids))
-            ids.append(sampling.pick(rows[-1], generator))
-            if ids[-1] in host.end_tokens:
-                break
-    prompt = tuple(batch.ids[0].tolist())
-    logits = torch.stack(rows) if rows else torch.zeros(0, host.d_vocab)
-    return Generated(prompt, tuple(ids), host.text(ids), logits)
+    check_length(host, max(batch.lengths), max_new_tokens)
+    samplings = [sampling] * len(batch.lengths) if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != len(batch.lengths):
+        raise UserError(f"{len(samplings)} samplings for {len(batch.lengths)} prompts", expected="one, or one each")
+    watching = observer.edits() if observer else []
+    decoding = Decoding(host, batch, [*watching, *edits], use_cache=use_cache)
+    rows = [Row(host, own, seeded(own), stops, max_new_tokens) for own in samplings]
+    passes = list(advance(decoding, rows))
+    if observer:
+        decoding.logits()  # the last tokens have been chosen, but not read
+    out = []
+    for i, row in enumerate(rows):
+        pad, length = decoding.pads[i], batch.lengths[i]
+        end = pad + length + len(row.ids)
+        logits = torch.stack([logits[i] for logits in passes[: len(row.ids)]])
+        features = observer.features(i, pad, end) if observer else {}
+        prompt = tuple(decoding.rows[i][pad : pad + length])
+        out.append(Generated(prompt, tuple(row.ids), "".join(row.text), logits, row.reason or "length", features))
+    return out
 
 
-def _cached(session: Attached, host: Host, batch: Batch) -> Step:
-    cache = DynamicCache(config=host.model.config)  # type: ignore[arg-type]
-
-    def step(ids: list[int]) -> Float[Tensor, " vocab"]:
-        feed: Int[Tensor, "1 pos"] = torch.tensor([ids[-1:]]) if ids else batch.ids
-        return session.step(feed, cache, batch.lengths[0])[0]
-
-    return step
+def stream(decoding: Decoding, row: Row) -> Iterator[Token]:
+    """The new tokens of a single row, as they come. Whoever stops reading leaves nothing attached."""
+    for logits in advance(decoding, [row]):
+        token = row.ids[-1]
+        logprob = float(logits[0].double().log_softmax(-1)[token])
+        yield Token(token, row.text[-1], logprob, len(decoding.rows[0]) - 1, row.reason)
 
 
-def _uncached(session: Attached, batch: Batch) -> Step:
-    def step(ids: list[int]) -> Float[Tensor, " vocab"]:
-        whole = torch.cat([batch.ids, torch.tensor([ids], dtype=torch.int64)], dim=1)
-        grown = Batch(whole, (whole.shape[1],), batch.strings)
-        return session.run(grown, prompt_lengths=batch.lengths)[0, -1]
-
-    return step
+def seeded(sampling: Sampling) -> torch.Generator:
+    """A row's random numbers: they depend on the seed alone, not on the other rows."""
+    return torch.Generator().manual_seed(sampling.seed)

@@ -8,14 +8,15 @@ import contextlib
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from hooks.errors import ModelError, PromptError, TargetError, first_line
@@ -128,10 +129,20 @@ class Host:
         the unembedding is not a plain matrix in memory (quantised, offloaded), the model's own module is called.
         """
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        half = type(head) is nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16)
-        if not half or head.weight.is_meta or hidden.requires_grad:
+        if not _plain_matrix(head) or head.weight.dtype.itemsize > 2 or hidden.requires_grad:
             return head(hidden)
         return linear_fp32(hidden.to(head.weight.device), head.weight, head.bias)
+
+    def unembed_rows(
+        self, hidden: Float[Tensor, "*token d_model"], tokens: Sequence[int]
+    ) -> Float[Tensor, "*token target"]:
+        """Logits of a few tokens of the vocabulary alone; where the unembedding is no plain matrix, of all."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        rows = list(tokens)
+        if not _plain_matrix(head) or getattr(head, "_hf_hook", None) is not None:
+            return self.unembed(hidden)[..., rows]
+        bias = None if head.bias is None else head.bias[rows]
+        return linear_fp32(hidden.to(head.weight.device), head.weight[rows], bias)
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -158,6 +169,30 @@ class Host:
             )
         self._note_unknown(prompt, ids)
         return ids
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the tokenizer's chat template, up to where the assistant's answer begins.
+
+        Args:
+            messages: what the user says; or a whole conversation, `[{"role": "user", "content": "…"}, …]`.
+
+        Raises:
+            PromptError: it is empty, the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if not messages or (isinstance(messages, str) and not messages.strip()):
+            raise PromptError("the prompt is empty", expected="at least one message", found=repr(messages))
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise PromptError(
+                "the tokenizer has no chat template",
+                expected="an instruct model's tokenizer",
+                repair="leave --chat away; the prompt is then taken as it stands",
+            )
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        try:
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program of the model's makers and raises what it likes
+            raise PromptError("the chat template refuses the messages", found=first_line(error)) from None
+        return [int(i) for i in ids]
 
     def _note_unknown(self, prompt: Prompt, ids: list[int]) -> None:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
@@ -303,6 +338,19 @@ class Host:
         return self.forward(batch, edits), seen
 
 
+def _plain_matrix(head: nn.Module) -> bool:
+    """Whether a module is `x @ weight.T` with a weight that is there as it is, not quantised or offloaded."""
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.is_meta
+
+
+def stored_tensors(tensor: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]:
+    """The plain tensors that hold a parameter's numbers: itself, or the integers and scales of a quantised one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in stored_tensors(getattr(tensor, name))]
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: what accelerate says for offloaded ones, else where its weights are."""
     for part in module.modules():
@@ -342,13 +390,34 @@ class Attached:
         return self._host.decoder(input_ids=batch.ids.to(device), use_cache=False, **mask).last_hidden_state
 
     def step(
-        self, ids: Int[Tensor, "batch pos"], cache: DynamicCache, prompt_length: int
+        self,
+        ids: Int[Tensor, "batch column"],
+        cache: DynamicCache | None,
+        prompt_lengths: Sequence[int],
+        pads: tuple[int, ...] = (),
     ) -> Float[Tensor, "batch vocab"]:
-        """The next tokens' logits, after feeding `ids` behind what `cache` holds."""
-        self.current = Pass(cache.get_seq_length(), [prompt_length] * len(ids))
-        ids = ids.to(self._host.device)
-        hidden = self._host.decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        """The next tokens' logits, after feeding `ids` behind what `cache` holds; without a cache, `ids` is everything.
+
+        Args:
+            pads: padding in front of each row, if there is any. Nothing attends to it, and positions are counted
+                from behind it.
+        """
+        first = cache.get_seq_length() if cache is not None else 0
+        self.current = Pass(first, list(prompt_lengths), pads=pads)
+        device = self._host.device
+        masks = {name: tensor.to(device) for name, tensor in _padding(first, ids.shape[1], pads).items()}
+        hidden = self._host.decoder(
+            input_ids=ids.to(device), past_key_values=cache, use_cache=cache is not None, **masks
+        ).last_hidden_state
         return self._host.unembed(hidden[:, -1])
+
+
+def _padding(first: int, count: int, pads: tuple[int, ...]) -> dict[str, Int[Tensor, "batch column"]]:
+    """Mask and positions for columns `first .. first+count−1` of rows with padding in front; nothing without any."""
+    if not any(pads):
+        return {}
+    columns, pad = torch.arange(first + count), torch.tensor(pads)[:, None]
+    return {"attention_mask": (columns >= pad).long(), "position_ids": (columns[first:] - pad).clamp(min=0)}
 
 
 def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> list[Any]:

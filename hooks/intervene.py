@@ -7,7 +7,9 @@ earlier layers included, and the result is cast to the model's precision once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, SupportsIndex
 
 import torch
 from einops import rearrange
@@ -45,6 +47,27 @@ class LayerTable:
         entry, pos = inside.nonzero(as_tuple=True)
         return entry, self.rows[entry] * count + pos
 
+    def touched(self, at: Pass, count: int) -> "_Hits | None":
+        """The same with everything an edit needs; None if no token is touched.
+
+        While decoding the same entries are touched step after step: what was laid out for them is used again.
+        """
+        if count > 1:
+            return _Hits.of(self, *self.hits(at, count))
+        entries = tuple(e for e, (start, stop) in enumerate(self._spans) if start <= at.first < stop)
+        if entries not in self._laid_out:
+            entry = torch.tensor(entries, dtype=torch.int64)
+            self._laid_out[entries] = _Hits.of(self, entry, self.rows[entry])
+        return self._laid_out[entries]
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(zip(self.start.tolist(), self.stop.tolist(), strict=True))
+
+    @cached_property
+    def _laid_out(self) -> "dict[tuple[int, ...], _Hits | None]":
+        return {}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +98,29 @@ def as_interventions(items: Sequence[object]) -> list[FeatureIntervention]:
     return out
 
 
+def lists_per_row(interventions: Sequence[object], rows: int) -> list[Sequence[object]]:
+    """One list of interventions for every row of a batch, or already one list per row.
+
+    Raises:
+        InterventionError: there are lists, but not one per row.
+    """
+    lists = [item for item in interventions if _is_list(item)]
+    if not lists:
+        return [interventions] * rows
+    if len(lists) < len(interventions) or len(lists) != rows:
+        raise InterventionError(
+            f"{len(lists)} lists of interventions for {rows} prompts",
+            expected="one list for all prompts, or a list of lists, one per prompt",
+            found=f"{len(interventions) - len(lists)} interventions beside them" * (len(lists) < len(interventions)),
+        )
+    return lists  # type: ignore[return-value]
+
+
+def _is_list(item: object) -> bool:
+    """A list of interventions; a tuple that begins with a number is itself one."""
+    return isinstance(item, list) or (isinstance(item, tuple) and not (item and isinstance(item[0], SupportsIndex)))
+
+
 def make_plan(
     store: TranscoderStore,
     per_row: Sequence[Sequence[object]],
@@ -82,6 +128,7 @@ def make_plan(
     *,
     new_tokens: int = 0,
     mask: MaskMode = "frozen",
+    pads: Sequence[int] = (),
 ) -> Plan:
     """Check everything and lay it out as tables.
 
@@ -89,6 +136,7 @@ def make_plan(
         per_row: the interventions of each prompt of the batch.
         new_tokens: how many tokens will be generated behind each prompt.
         mask: see `hooks.types.MaskMode`.
+        pads: padding in front of each row, if there is any; the tables count columns, padding included.
 
     Raises:
         AddressError: an address names what does not exist.
@@ -100,10 +148,11 @@ def make_plan(
         for item in checked:
             _check_address(store, item.address, length, new_tokens)
         _check_overlaps(checked, length)
+        pad = pads[row] if pads else 0
         for item in checked:
-            start, stop = item.address.positions.bounds(length)
-            entry = (row, item, start, NEVER if stop is None else stop)
-            by_layer.setdefault(item.address.layer, []).append(entry)
+            for start, stop in item.address.positions.spans(length):
+                entry = (row, item, start + pad, NEVER if stop is None else stop + pad)
+                by_layer.setdefault(item.address.layer, []).append(entry)
     return Plan({layer: _table(entries) for layer, entries in sorted(by_layer.items())}, mask)
 
 
@@ -140,17 +189,16 @@ def _check_address(store: TranscoderStore, address: FeatureAddress, length: int,
 def _check_overlaps(items: Sequence[FeatureIntervention], length: int) -> None:
     taken: dict[tuple[int, int], list[tuple[int, int, FeatureAddress]]] = {}
     for item in items:
-        start, stop = item.address.positions.bounds(length)
-        span = (start, NEVER if stop is None else stop)
+        spans = [(a, NEVER if b is None else b) for a, b in item.address.positions.spans(length)]
         others = taken.setdefault((item.address.layer, item.address.feature), [])
         for first, last, other in others:
-            if span[0] < last and first < span[1]:
+            if any(start < last and first < stop for start, stop in spans):
                 raise InterventionError(
                     f"two interventions meet at {item.address} and {other}",
                     expected="at most one intervention per feature and token",
                     repair="narrow the positions of one of them, or merge them",
                 )
-        others.append((*span, item.address))
+        others += [(*span, item.address) for span in spans]
 
 
 def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> list[Edit]:
@@ -186,12 +234,7 @@ def _layer_edits(
     def write(x: Tensor, at: Pass) -> Tensor:
         seen: _Seen = at.memo.pop(key)
         out = swap.base(store[layer], seen.acts, x, at).to(x.device) if swap and seen.acts is not None else x
-        if seen.delta is not None:
-            flat = rearrange(out, "batch pos d -> (batch pos) d")
-            tokens = seen.tokens.to(x.device)
-            edited = flat[tokens].to(seen.delta.dtype) + seen.delta.to(x.device)
-            out = flat.index_copy(0, tokens, edited.to(flat.dtype)).view_as(out)
-        return out.to(x.dtype)
+        return (out if seen.delta is None else _added(out, seen.tokens, seen.delta)).to(x.dtype)
 
     read_site, write_site = store.sites(layer)
     if read_site == write_site:
@@ -199,60 +242,114 @@ def _layer_edits(
     return [Edit(read_site, read), Edit(write_site, write)]
 
 
+def _added(
+    x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, " token"], delta: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """x with the vectors added at some tokens, rounded once; the other tokens keep their bits."""
+    flat, delta = x.flatten(0, 1), delta.to(x.device)
+    if len(flat) == len(tokens):
+        return (flat.to(delta.dtype) + delta).to(x.dtype).view_as(x)
+    tokens = tokens.to(x.device)
+    edited = flat[tokens].to(delta.dtype) + delta
+    return flat.index_copy(0, tokens, edited.to(flat.dtype)).view_as(x)
+
+
 def _deltas(
     store: TranscoderStore, layer: int, table: LayerTable | None, mask: MaskMode, x: Tensor, at: Pass
 ) -> tuple[Tensor, Tensor | None]:
     """sum_i (new_i − a_i) d_i for every token with an edited feature; only those tokens are encoded."""
-    nothing = torch.zeros(0, dtype=torch.int64)
     if table is None:
-        return nothing, None
-    entry, flat = table.hits(at, x.shape[1])
-    if not len(entry):
-        return nothing, None
+        return _NO_TOKENS, None
+    touched = table.touched(at, x.shape[1])
+    if touched is None:
+        return _NO_TOKENS, None
     transcoder = store[layer]
-    home = transcoder.device
-    x, entry, flat = x.to(home), entry.to(home), flat.to(home)
-    tokens, where = flat.unique(return_inverse=True)
-    entries = _Hits(table, entry, where)
-    stream = rearrange(x, "batch pos d -> (batch pos) d")[tokens]
-    pre = transcoder.preactivations(stream)
-    acts = transcoder.select(pre)
-    delta = torch.zeros(len(tokens), transcoder.d_model, dtype=working_dtype(transcoder.W_dec), device=home)
-    if mask == "live":
-        acts_after = _reselect(transcoder, pre, entries)
-        delta = delta + transcoder.decode(acts_after) - transcoder.decode(acts)
-        acts = acts_after
-    change = entries.change(acts).to(delta.dtype)
-    rows = transcoder.W_dec[entries.features].to(delta.dtype)
-    return tokens, delta.index_add(0, where, rearrange(change, "hit -> hit 1") * rows)
+    hits = touched.on(transcoder.device)
+    pre = transcoder.preactivations(hits.stream(x.to(transcoder.device)))
+    if mask == "frozen":
+        old, base = transcoder.activations(pre, hits.where, hits.features), None
+    else:
+        acts, after = transcoder.select(pre), _reselect(transcoder, pre, hits)
+        old, base = hits.gather(after), transcoder.decode(after) - transcoder.decode(acts)
+    change = hits.change(old).to(working_dtype(transcoder.W_dec))
+    vectors = change[:, None] * transcoder.W_dec[hits.features].to(change.dtype)
+    return hits.tokens, hits.summed(vectors, base)
+
+
+_NO_TOKENS = torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class _Hits:
-    """Entries of a table paired with the encoded tokens they touch."""
+    """Entries of a table paired with the tokens they touch.
 
-    table: LayerTable
-    entry: Int[Tensor, " hit"]
+    Attributes:
+        tokens: flat indices of the touched tokens, ascending.
+        where: which of them each hit is at.
+        in_order: whether hit h is at token h, one each.
+    """
+
+    tokens: Int[Tensor, " token"]
     where: Int[Tensor, " hit"]
+    features: Int[Tensor, " hit"]
+    factor: Float[Tensor, " hit"]
+    shift: Float[Tensor, " hit"]
+    skip_inactive: Bool[Tensor, " hit"]
+    in_order: bool
 
-    def _column(self, name: str) -> Tensor:
-        column: Tensor = getattr(self.table, name)
-        return column.to(self.entry.device)[self.entry]
+    @classmethod
+    def of(cls, table: LayerTable, entry: Int[Tensor, " hit"], flat: Int[Tensor, " hit"]) -> "_Hits | None":
+        if not len(entry):
+            return None
+        tokens, where = flat.unique(return_inverse=True)
+        in_order = torch.equal(where, torch.arange(len(tokens)))
+        features, factor, shift = table.features[entry], table.factor[entry], table.shift[entry]
+        return cls(tokens, where, features, factor, shift, table.skip_inactive[entry], in_order)
 
-    @property
-    def features(self) -> Int[Tensor, " hit"]:
-        return self._column("features")
+    def on(self, device: torch.device) -> "_Hits":
+        """The same where it is needed; moved once."""
+        if device not in self._copies:
+            columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+            moved: dict[str, Any] = {name: value.to(device) for name, value in columns.items()}
+            self._copies[device] = replace(self, **moved)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, "_Hits"]:
+        return {self.tokens.device: self}
 
     @property
     def ablated(self) -> Bool[Tensor, " hit"]:
-        return (self._column("factor") == 0) & (self._column("shift") == 0)
+        return (self.factor == 0) & (self.shift == 0)
 
-    def change(self, acts: SparseActs) -> Float[Tensor, " hit"]:
-        """new − old per hit, from the activations of the touched tokens."""
+    def stream(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "token d_model"]:
+        flat = x.flatten(0, 1)
+        return flat if len(flat) == len(self.tokens) else flat[self.tokens]
+
+    def gather(self, acts: SparseActs) -> Float[Tensor, " hit"]:
+        """The activation of each hit's feature."""
         picked = SparseActs(acts.values[self.where], acts.indices[self.where])
-        old = gather_features(picked, rearrange(self.features, "hit -> hit 1"))[:, 0].double()
-        new = self._column("factor") * old + self._column("shift")
-        return torch.where(self._column("skip_inactive") & (old == 0), torch.zeros_like(old), new - old)
+        return gather_features(picked, rearrange(self.features, "hit -> hit 1"))[:, 0]
+
+    def change(self, old: Float[Tensor, " hit"]) -> Float[Tensor, " hit"]:
+        """new − old per hit."""
+        old = old.double()
+        new = self.factor * old + self.shift
+        return torch.where(self.skip_inactive & (old == 0), 0, new - old) if self.some_skip else new - old
+
+    @cached_property
+    def some_skip(self) -> bool:
+        return bool(self.skip_inactive.any())
+
+    def summed(
+        self, vectors: Float[Tensor, "hit d_model"], base: Float[Tensor, "token d_model"] | None
+    ) -> Float[Tensor, "token d_model"]:
+        """The hits' vectors added up per token, on top of `base`."""
+        if base is None and self.in_order:
+            return vectors
+        if base is None:
+            base = vectors.new_zeros(len(self.tokens), vectors.shape[1])
+        return base.index_add(0, self.where, vectors)
 
 
 def _reselect(transcoder: Transcoder, pre: Float[Tensor, "token feature"], hits: _Hits) -> SparseActs:

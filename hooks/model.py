@@ -1,13 +1,12 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
-import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import huggingface_hub
 import pandas as pd
@@ -15,18 +14,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.bridge import Passes, boot, fwd_hooks
+from hooks.candidates import Change, active_features, changed
 from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
-from hooks.generation import Generated, Sampling, generate
-from hooks.host import Batch, Host, Prompt, tap
-from hooks.intervene import make_edits, make_plan
+from hooks.feature_cache import FeatureCache
+from hooks.generation import Generated, Token, check_length, generate, left_pads
+from hooks.hold import Hold, HoldLike, check_hold, holding
+from hooks.host import Batch, Host, Prompt, stored_tensors, tap
+from hooks.intervene import lists_per_row, make_edits, make_plan
+from hooks.lens import LensHook, lens_edits
+from hooks.observe import Observed, Observer, observed_layers
+from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, effect
 from hooks.recording import Recording, record
-from hooks.sites import Site, SiteSpec, branches_off, module_at
+from hooks.sampling import Sampling, stop_strings
+from hooks.session import Session
+from hooks.sites import Site, SiteSpec, module_at
+from hooks.steering import Comparison, Setting, compare_steering
 from hooks.store import TranscoderStore
+from hooks.strength import Strength
 from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
+from hooks.sweep import Sweep, sweep
 from hooks.transcoder import Transcoder
-from hooks.types import Edit, ErrorMode, MaskMode, Pass
+from hooks.types import Edit, ErrorMode, FeatureAddress, MaskMode
 
 log = logging.getLogger("hooks")
 
@@ -163,7 +175,8 @@ class HookedModel:
         precision they are held."""
         digest = hashlib.sha256()
         first, last = self.store[self.store.layers[0]], self.store[self.store.layers[-1]]
-        own = [p.detach().reshape(-1)[-16:] for p in self.host.model.parameters() if not p.is_meta]
+        parts = (part for p in self.host.model.parameters() if not p.is_meta for part in stored_tensors(p.detach()))
+        own = [part.reshape(-1)[-16:] for part in parts]
         for part in (*own, first.W_enc[:2], last.W_dec[-2:]):
             digest.update(str(tuple(part.shape)).encode())
             digest.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
@@ -175,6 +188,30 @@ class HookedModel:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
         chosen = None if layers is None else self._layers(layers)
         return record(self.host, self.store, self.host.batch(_listed(prompts)), chosen)
+
+    def feature_cache(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        layers: Sequence[int] | None = None,
+        sites: Sequence[str] = ("resid_pre", "resid_mid", "resid_post"),
+    ) -> FeatureCache:
+        """One pass as a mapping from TransformerLens names to features, reconstructions, errors and residuals.
+
+        Args:
+            layers: whose features are kept; all that have a transcoder by default.
+            sites: kept at every block of the model.
+
+        Memory: batch × pos × (d_model + 2 k) numbers per layer with features, an error d_model more while it is in use;
+        and d_model per site and block, where `resid_post L` is the same tensor as `resid_pre L+1`; the logits, vocab.
+
+        Raises:
+            UserError: there is no such site or layer.
+        """
+        chosen = self.store.layers if layers is None else self._layers(layers)
+        kept = [SiteSpec.parse(name).at(layer) for layer in range(self.host.n_layers) for name in sites]
+        kept += [site for layer in chosen for site in self.store.sites(layer)]
+        batch = self.host.batch(_listed(prompts))
+        return FeatureCache(record(self.host, self.store, batch, chosen, streams=list(dict.fromkeys(kept))))
 
     def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
         """The strongest features of each token, a table.
@@ -217,6 +254,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        hold: HoldLike = "nothing",
+        lens_hooks: Sequence[LensHook] = (),
     ) -> Run:
         """One prompt, plain and with interventions.
 
@@ -225,14 +264,20 @@ class HookedModel:
             swap: layers whose sites are replaced by their reconstruction: `"all"`, a list, or None for delta form.
             error: what becomes of the reconstruction error at replaced sites.
             mask: whether TopK selects again when a feature is ablated.
+            hold: what stands at its clean value in both runs: parts (`"attention"`, `("attention", "norms")`), or a
+                `Hold` with outputs of modules.
+            lens_hooks: TransformerLens `(name, fn(activation, hook))` pairs, behind the interventions of their site.
 
         Raises:
-            UserError: anything does not exist or contradicts; nothing has run then.
+            UserError: anything does not exist or contradicts; nothing has run then. While running: what a lens hook
+                returns is no activation.
         """
-        batch = self.host.batch([prompt])
+        chosen, batch = self._hold(hold, swap), self.host.batch([prompt])
         edits = self._edits(batch, [interventions], swap, error, mask)
-        baseline = self.host.forward(batch)[0]
-        logits = self.host.forward(batch, edits)[0] if edits else baseline
+        edits += lens_edits(lens_hooks, self.host.n_layers)
+        with holding(self.host, batch, chosen) as clean:
+            baseline = self.host.forward(batch, clean)[0]
+            logits = self.host.forward(batch, [*clean, *edits])[0] if edits else baseline
         return Run(batch, baseline, logits, self.host)
 
     def run_many(
@@ -243,17 +288,76 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        hold: HoldLike = "nothing",
+        lens_hooks: Sequence[LensHook] = (),
     ) -> Float[Tensor, "batch vocab"]:
         """Logits at the last token of many prompts, each with its own interventions, in packed passes."""
+        chosen, by_lens = self._hold(hold, swap), lens_edits(lens_hooks, self.host.n_layers)
         plans = [()] * len(prompts) if interventions is None else interventions
         out = []
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
             edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask)
-            out.append(self.host.forward_at(batch, batch.last, edits))
+            with holding(self.host, batch, chosen) as clean:
+                out.append(self.host.forward_at(batch, batch.last, [*clean, *edits, *by_lens]))
         return torch.cat(out)
 
+    @overload
+    def generate(self, prompt: Prompt, interventions: Sequence[object] = (), **options: Any) -> Generated: ...
+
+    @overload
     def generate(
+        self, prompt: Sequence[Prompt], interventions: Sequence[object] = (), **options: Any
+    ) -> list[Generated]: ...
+
+    def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        interventions: Sequence[object] = (),
+        *,
+        max_new_tokens: int = 32,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
+        stop: str | Sequence[str] = (),
+        observe: Observed = (),
+        use_cache: bool = True,
+        lens_hooks: Sequence[LensHook] = (),
+    ) -> Generated | list[Generated]:
+        """Continue one prompt, or several in one batch, token by token. Each row is what it would be alone.
+
+        Args:
+            interventions: of every row, or a list of lists, one per row.
+            sampling: of every row, or one per row; a row's random numbers depend on its own seed only.
+            stop: texts that end a row; its text is cut in front of them.
+            observe: layers, or `"all"`, whose features at every token come back in `Generated.features`.
+            lens_hooks: as in `run`; while tokens are generated a function gets [batch, 1, d_model].
+
+        Raises:
+            UserError: as `run`; and `error="frozen"`, which is not defined for new tokens, an empty stop string, more
+                tokens than fit into the context; nothing has run then. While running: logits that are not numbers.
+        """
+        prompts = _listed(prompt)
+        batch = self.host.batch(prompts)
+        check_length(self.host, max(batch.lengths), max_new_tokens)
+        per_row = lists_per_row(interventions, len(prompts))
+        edits = self._generation_edits(batch, per_row, swap, error, mask, max_new_tokens)
+        edits += lens_edits(lens_hooks, self.host.n_layers)
+        layers = observed_layers(self.store, observe)
+        out = generate(
+            self.host,
+            batch,
+            edits,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stops=stop_strings(stop),
+            observer=Observer(self.store, layers) if layers else None,
+            use_cache=use_cache,
+        )
+        return out[0] if _is_one(prompt) else out
+
+    def stream(
         self,
         prompt: Prompt,
         interventions: Sequence[object] = (),
@@ -263,23 +367,170 @@ class HookedModel:
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        use_cache: bool = True,
-    ) -> Generated:
-        """Continue a prompt under interventions, token by token.
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Token]:
+        """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
+
+        Example:
+            for token in model.stream(prompt, [Clamp("L3/118", 8.0)]):
+                print(token.text, end="", flush=True)
 
         Raises:
-            UserError: as `run`; and `error="frozen"`, which is not defined for new tokens.
+            UserError: as `generate`, at once and not with the first token.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"cannot generate {max_new_tokens} tokens", expected="at least 1")
+        session = self.session(
+            prompt, interventions, swap=swap, error=error, mask=mask, sampling=sampling, new_tokens=max_new_tokens
+        )
+        return session.stream(max_new_tokens, stop=stop)
+
+    def session(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[object] = (),
+        *,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        new_tokens: int | None = None,
+    ) -> Session:
+        """A generation that can be stopped, steered otherwise and gone on with, keeping the cache.
+
+        Args:
+            new_tokens: how many will follow at most; positions beyond are refused. By default what the context holds.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        batch = self.host.batch([prompt])
+        if new_tokens is not None:
+            check_length(self.host, batch.lengths[0], new_tokens)
+        room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
+
+        def make(items: Sequence[object]) -> list[Edit]:
+            return self._generation_edits(batch, [items], swap, error, mask, room)
+
+        return Session(self.host, batch, make, interventions, sampling)
+
+    def _generation_edits(
+        self,
+        batch: Batch,
+        per_row: Sequence[Sequence[object]],
+        swap: str | Sequence[int] | None,
+        error: ErrorMode,
+        mask: MaskMode,
+        new_tokens: int,
+    ) -> list[Edit]:
         if swap is not None and error == "frozen":
             raise UserError(
                 "a frozen error exists for the prompt only, not for generated tokens",
                 repair="use live or zero",
             )
+        return self._edits(batch, per_row, swap, error, mask, new_tokens)
+
+    def steer(
+        self, prompt: Prompt, interventions: Sequence[object], *, texts: Sequence[Prompt] = (), **setting: Any
+    ) -> Comparison:
+        """Continue a prompt plain and steered, side by side, with every token's probability under both models.
+
+        Args:
+            interventions: `hooks.strength.Steer`, whose strength may be relative, or anything `run` accepts.
+            texts: where typical activations are measured beside the prompt.
+            setting: fields of `hooks.steering.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
+
+        Raises:
+            UserError: as `generate`; or a strength cannot be read or measured.
+        """
+        return compare_steering(self, prompt, interventions, setting=Setting(**setting), texts=texts)
+
+    def dose(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[object],
+        strengths: str | Sequence[float | str | Strength],
+        *,
+        target: str | SupportsIndex | None = None,
+        against: str | SupportsIndex | None = None,
+        texts: Sequence[Prompt] = (),
+        **setting: Any,
+    ) -> DoseResponse:
+        """The same at every strength of a grid, which each `Steer` without a strength takes; see `steer` and
+        `hooks.dose.dose_response`."""
+        return dose_response(
+            self,
+            prompt,
+            interventions,
+            strengths,
+            target=target,
+            against=against,
+            setting=Setting(**setting),
+            texts=texts,
+        )
+
+    def effects(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[object],
+        target: str | SupportsIndex | None = None,
+        against: str | SupportsIndex | None = None,
+        **options: Any,
+    ) -> Effects:
+        """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
+        options and errors as in `hooks.paths.effects`: position, hold, receivers.
+
+        Example:
+            model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
+        """
         batch = self.host.batch([prompt])
-        edits = self._edits(batch, [interventions], swap, error, mask, max_new_tokens)
-        return generate(self.host, batch, edits, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
+        return effects(self.host, self.store, batch, interventions, target, against, **options)
+
+    def sweep(
+        self,
+        prompt: Prompt,
+        groups: Sequence[Sequence[object]] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        change: Change = Change(),  # noqa: B008 (frozen)
+        target: str | SupportsIndex | None = None,
+        against: str | SupportsIndex | None = None,
+        **options: Any,
+    ) -> Sweep:
+        """Measure the effect of many interventions on the next token, each exact; thousands cost little more than one.
+
+        Args:
+            groups: sets of interventions, each run on its own; None: every active feature of the prompt, one by one, at
+                some `layers` and `positions`, with what `change` says.
+            target, against: tokens of the metric logit(target) − logit(against); the clean run's two best by default.
+            options: see `hooks.sweep.sweep`.
+
+        Raises:
+            UserError: as `hooks.sweep.sweep`, and as `Change`.
+        """
+        batch = self.host.batch([prompt])
+        if groups is None:
+            chosen = None if layers is None else self._layers(layers)
+            recording = record(self.host, self.store, batch, chosen)
+            groups = changed(active_features(recording, chosen, positions), change, recording)
+        own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
+        return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
+
+    def path_effect(
+        self,
+        prompt: Prompt,
+        sender: object,
+        receiver: str | FeatureAddress | tuple,
+        through: Through = "all",
+        **options: Any,
+    ) -> PathEffect:
+        """What an edit does to a feature along the skip connection and the named modules only, and what that feature
+        then does to the logits; exact meaning, options and errors in `hooks.paths.path_effects`.
+
+        Example:
+            model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")
+        """
+        batch = self.host.batch([prompt])
+        return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
 
     def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
         """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
@@ -297,9 +548,10 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        new_tokens: int = 0,
     ) -> list[Edit]:
-        """The edits of a batch, one list of interventions per row, for `host.forward`."""
-        return self._edits(batch, interventions, swap, error, mask)
+        """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
+        return self._edits(batch, interventions, swap, error, mask, new_tokens)
 
     def _edits(
         self,
@@ -311,7 +563,8 @@ class HookedModel:
         new_tokens: int = 0,
     ) -> list[Edit]:
         check_modes(error, mask, swapping=swap is not None)
-        plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask)
+        pads = left_pads(batch) if new_tokens else ()
+        plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask, pads=pads)
         return make_edits(self.store, plan, self._swap(batch, swap, error))
 
     def _swap(self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode) -> Swap | None:
@@ -324,6 +577,10 @@ class HookedModel:
             clean = {layer: seen.error for layer, seen in recording.layers.items()}
         return Swap(layers, error, clean)
 
+    def _hold(self, hold: HoldLike, swap: str | Sequence[int] | None) -> Hold:
+        replaced = [] if swap is None else [self.store.sites(layer)[1] for layer in self._layers(swap)]
+        return check_hold(hold, self.host.n_layers, replaced)
+
     def _layers(self, layers: str | Sequence[int]) -> tuple[int, ...]:
         if layers == "all":
             return self.store.layers
@@ -335,39 +592,36 @@ class HookedModel:
 
     # -- TransformerLens ---------------------------------------------------------------------------------------
 
-    def fwd_hooks(self, interventions: Sequence[object]) -> list[tuple[str, Any]]:
-        """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)`.
+    def fwd_hooks(
+        self,
+        interventions: Sequence[object] = (),
+        *,
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        max_new_tokens: int = 0,
+    ) -> list[tuple[str, Any]]:
+        """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)` of this model's bridge.
 
-        Every row of the input gets all the interventions; the whole input is the prompt, without padding.
+        Every row of the input gets all the interventions. Positions count a row's real tokens, padding excluded, also
+        while `bridge.generate` goes on token by token, with its cache or without.
+
+        Args:
+            swap, error, mask: as in `run`; no frozen error, since a hook knows no clean run.
+            max_new_tokens: how many tokens may follow the prompt; 0 is a single pass, and every pass a new prompt.
 
         Raises:
-            UserError: the set writes resid_mid, which a bridge hook cannot replace: its `hook_resid_mid` is the branch
-                into the MLP, and the stream passes by.
+            UserError: as `run`. While the bridge runs: positions that do not occur in what it is given, padding that
+                no attention mask shows, more tokens than announced, or a pass of another bridge.
         """
-        if branches_off(self.store.convention.write.at(0)):
-            raise UserError(
-                "an edit of resid_mid cannot be expressed as a TransformerBridge hook", repair="use model.run"
-            )
-        plan = make_plan(self.store, [interventions], [self.host.max_positions])
-        memo: dict[Any, Any] = {}
-        made: dict[tuple[int, int], list[Edit]] = {}  # the same edits serve every hook of a pass
+        check_modes(error, mask, swapping=swap is not None)
+        replaced = None if swap is None else Swap(self._layers(swap), error)
+        options: dict[str, Any] = {"swap": replaced, "mask": mask, "max_new_tokens": max_new_tokens}
+        return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, **options)
 
-        def edits(rows: int, count: int) -> list[Edit]:
-            if (rows, count) not in made:
-                made.clear()
-                made[rows, count] = make_edits(
-                    self.store, make_plan(self.store, [interventions] * rows, [count] * rows)
-                )
-            return made[rows, count]
-
-        def hook(number: int) -> Any:
-            def function(act: Tensor, hook: Any) -> Tensor:
-                rows, count = act.shape[:2]
-                return edits(rows, count)[number].apply(act, Pass(0, [count] * rows, memo))
-
-            return function
-
-        return [(edit.site.lens_name, hook(number)) for number, edit in enumerate(make_edits(self.store, plan))]
+    @cached_property
+    def _bridge_passes(self) -> Passes:
+        return Passes()
 
     @cached_property
     def bridge(self) -> Any:
@@ -376,16 +630,7 @@ class HookedModel:
         Raises:
             ModelError: transformer-lens is not installed.
         """
-        try:
-            from transformer_lens.model_bridge import TransformerBridge
-        except ImportError:
-            raise ModelError("transformer-lens is not installed", repair="pip install 'qwen-circuits[lens]'") from None
-        model = self.host.model
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        twin = copy.deepcopy(model, memo=shared)
-        dtype = next(model.parameters()).dtype
-        name = str(getattr(model.config, "_name_or_path", "") or self.name)
-        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=self.host.tokenizer, dtype=dtype)
+        return boot(self.host, self._bridge_passes, self.name)
 
 
 def self_test(host: Host, store: TranscoderStore) -> None:
@@ -494,6 +739,8 @@ def _device(device: str) -> torch.device:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Tensor) or (len(prompts) and isinstance(prompts[0], SupportsIndex)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    return [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str | Tensor) or bool(len(prompts) and isinstance(prompts[0], SupportsIndex))

@@ -4,12 +4,14 @@ This is the only file that knows hook names and HF module paths (docs/architectu
 
 | site | TransformerLens name | HF module |
 |---|---|---|
-| resid_pre L | `blocks.L.hook_resid_pre` | input of `model.layers[L]` |
+| resid_pre L | `blocks.L.hook_resid_pre`, `.hook_in` | input of `model.layers[L]` |
 | resid_mid L | `blocks.L.hook_resid_mid` | input of `layers[L].post_attention_layernorm` |
 | mlp_in L | `blocks.L.mlp.hook_in` | input of `layers[L].mlp` |
-| mlp_out L | `blocks.L.hook_mlp_out` | output of `layers[L].mlp` |
-| attn_out L | `blocks.L.hook_attn_out` | output of `layers[L].self_attn` |
-| resid_post L | `blocks.L.hook_resid_post` | output of `layers[L]` |
+| mlp_out L | `blocks.L.hook_mlp_out`, `.mlp.hook_out` | output of `layers[L].mlp` |
+| attn_out L | `blocks.L.hook_attn_out`, `.attn.hook_out` | output of `layers[L].self_attn` |
+| resid_post L | `blocks.L.hook_resid_post`, `.hook_out` | output of `layers[L]` |
+
+`blocks.L.ln2.hook_in` is no other name of resid_mid: a TransformerBridge hook there edits a branch of the stream.
 """
 
 import re
@@ -30,15 +32,16 @@ class _Place:
     end: End
     depth: int  # order inside one block
     whole_stream: bool  # the site is the residual stream itself, so replacing it cuts every path
+    alias: str = ""  # the other TransformerLens name, if there is one
 
 
 _PLACES = {
-    "resid_pre": _Place("blocks.{layer}.hook_resid_pre", "", "input", 0, True),
-    "attn_out": _Place("blocks.{layer}.hook_attn_out", "self_attn", "output", 1, False),
+    "resid_pre": _Place("blocks.{layer}.hook_resid_pre", "", "input", 0, True, "blocks.{layer}.hook_in"),
+    "attn_out": _Place("blocks.{layer}.hook_attn_out", "self_attn", "output", 1, False, "blocks.{layer}.attn.hook_out"),
     "resid_mid": _Place("blocks.{layer}.hook_resid_mid", "post_attention_layernorm", "input", 2, True),
     "mlp_in": _Place("blocks.{layer}.mlp.hook_in", "mlp", "input", 3, False),
-    "mlp_out": _Place("blocks.{layer}.hook_mlp_out", "mlp", "output", 4, False),
-    "resid_post": _Place("blocks.{layer}.hook_resid_post", "", "output", 5, True),
+    "mlp_out": _Place("blocks.{layer}.hook_mlp_out", "mlp", "output", 4, False, "blocks.{layer}.mlp.hook_out"),
+    "resid_post": _Place("blocks.{layer}.hook_resid_post", "", "output", 5, True, "blocks.{layer}.hook_out"),
 }
 SITE_NAMES = tuple(_PLACES)
 
@@ -108,6 +111,17 @@ class Site:
 
 
 EMBEDDING = Site("resid_pre", 0)
+
+
+def lens_sites(n_layers: int) -> dict[str, Site]:
+    """Every TransformerLens hook name that is a site of a model with so many layers, aliases included."""
+    return {
+        lens.format(layer=layer): Site(name, layer)
+        for layer in range(n_layers)
+        for name, place in _PLACES.items()
+        for lens in (place.lens, place.alias)
+        if lens
+    }
 
 
 def branches_off(site: Site) -> bool:

@@ -4,16 +4,17 @@ The published encoder is `enc.0 = nn.LayerNorm(d_model)` (mean-centred, eps 1e-5
 the code on its model card (add `enc.0.bias`, ReLU, TopK) computes other features.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.errors import ModelError
-from hooks.kernels import decode_sparse, linear_fp32, select_relu, select_topk, working_dtype
+from hooks.kernels import decode_sparse, gather_selected, linear_fp32, select_relu, select_topk, working_dtype
 from hooks.sites import Site
 from hooks.types import SparseActs
 
@@ -90,13 +91,27 @@ class Transcoder:
         Raises:
             ModelError: a pre-activation is not a number.
         """
-        if bool(pre.isnan().any()):
+        self._require_numbers(pre)
+        return select_relu(pre) if self.k is None else select_topk(pre, self.k)
+
+    def activations(
+        self, pre: Float[Tensor, "token feature"], token: Int[Tensor, " hit"], feature: Int[Tensor, " hit"]
+    ) -> Float[Tensor, " hit"]:
+        """Single activations, as `select` has them, without a selection: feature `feature[h]` at token `token[h]`.
+
+        Raises:
+            ModelError: a pre-activation is not a number.
+        """
+        self._require_numbers(pre)
+        return gather_selected(pre, token, feature, self.k)
+
+    def _require_numbers(self, pre: Float[Tensor, "*token feature"]) -> None:
+        if pre.numel() and math.isnan(pre.detach().max()):  # the maximum is no number if any entry is none
             raise ModelError(
                 f"the stream at {self.read} is not a number",
                 expected="finite activations",
                 repair="run the model in bfloat16 or float32; fp16 overflows in this family",
             )
-        return select_relu(pre) if self.k is None else select_topk(pre, self.k)
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "*token d_model"]:
         """The reconstruction of the write site."""

@@ -1,9 +1,10 @@
 """The small frozen values everything else speaks in: sparse activations, feature addresses, edits."""
 
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,17 +50,19 @@ class SparseActs:
 class Positions:
     """Which tokens an intervention touches. Positions count the real tokens of a row, padding excluded.
 
-    An index or a slice bound that is negative counts from the end of the *prompt*, also while generating. A slice
-    with an open end goes on into the generated tokens; `new` is exactly those; `all` is every token.
+    An index, a slice bound or a mark that is negative counts from the end of the *prompt*, also while generating. A
+    slice with an open end goes on into the generated tokens; `prompt` ends where they begin, `new` is exactly those;
+    `all` is every token. A mask names single tokens, `marks`, in ascending order.
     """
 
-    kind: Literal["index", "slice", "all", "new"]
+    kind: Literal["index", "slice", "mask", "all", "prompt", "new"]
     start: int | None = None
     stop: int | None = None
+    marks: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Positions":
-        """Read `all`, `new`, an index, or `a:b` with either bound left out.
+        """Read `all`, `prompt`, `new`, an index, `a:b` with either bound left out, or a mask `{a,b,c}`.
 
         Raises:
             AddressError: none of these.
@@ -67,53 +70,94 @@ class Positions:
         text = text.strip()
         if any(len(number) > 9 for number in re.findall(r"\d+", text)):
             raise AddressError(f"the position {text!r} is beyond any prompt")
-        if text in ("all", "new"):
+        if text in ("all", "prompt", "new"):
             return cls(text)  # type: ignore[arg-type]
         if re.fullmatch(r"-?\d+", text):
             return cls("index", int(text))
         match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
         if match:
-            return cls("slice", *(int(bound) if bound else None for bound in match.groups()))
+            start, stop = (int(bound) if bound else None for bound in match.groups())
+            return cls("slice", start, stop)
+        if re.fullmatch(r"\{\s*-?\d+\s*(,\s*-?\d+\s*)*\}", text):
+            return cls._mask([int(number) for number in text[1:-1].split(",")])
         raise AddressError(
             f"cannot read the position {text!r}",
-            expected="an index such as 3 or -1, a slice such as 2:5, `all` or `new`",
+            expected="an index such as 3 or -1, a slice such as 2:5, a mask such as {0,3,5}, `all`, `prompt` or `new`",
         )
 
     @classmethod
-    def of(cls, value: "int | slice | str | Positions") -> "Positions":
-        """Accept what Python users have at hand: an int, a slice, text, or a `Positions`."""
+    def of(cls, value: "int | slice | str | Collection[Any] | Positions") -> "Positions":
+        """Accept what Python users have at hand: an int, a slice, text, a `Positions`; for a mask, indices, or one
+        bool per position, as a list, a set, an array or a tensor.
+
+        Raises:
+            AddressError: it cannot be read, or a mask marks no token.
+        """
         if isinstance(value, Positions):
             return value
         if isinstance(value, slice):
             if value.step not in (None, 1):
                 raise AddressError(f"a position slice cannot have a step, found {value}")
             return cls("slice", value.start, value.stop)
-        if isinstance(value, int):
-            return cls("index", value)
-        return cls.parse(value)
+        if isinstance(value, str):
+            return cls.parse(value)
+        if isinstance(value, SupportsIndex) and not getattr(value, "shape", ()):
+            return cls("index", operator.index(value))
+        items: Any = value
+        return cls._mask(items.tolist() if hasattr(items, "tolist") else list(items))
+
+    @classmethod
+    def _mask(cls, items: list[Any]) -> "Positions":
+        bools = [item for item in items if isinstance(item, bool)]
+        if len(bools) == len(items):
+            items = [place for place, hit in enumerate(items) if hit]
+        if not items or 0 < len(bools) < len(items) or not all(isinstance(item, SupportsIndex) for item in items):
+            raise AddressError(
+                f"the mask {items} marks no token" if not items else "cannot read the position mask",
+                expected="indices such as {0, 3, 5}, or one bool per position with at least one True",
+            )
+        return cls("mask", marks=tuple(sorted({operator.index(item) for item in items})))
 
     def bounds(self, prompt_length: int) -> tuple[int, int | None]:
-        """First position, and the one after the last (None: no end), for a prompt of this length."""
+        """First position, and the one after the last (None: no end), for a prompt of this length. What lies between
+        two marks of a mask lies within these bounds too: `spans` leaves it out."""
 
         def absolute(bound: int) -> int:
             return bound + prompt_length if bound < 0 else bound
 
         if self.kind == "all":
             return 0, None
+        if self.kind == "prompt":
+            return 0, prompt_length
         if self.kind == "new":
             return prompt_length, None
+        if self.kind == "mask":
+            marks = [absolute(mark) for mark in self.marks]
+            return min(marks), max(marks) + 1
         if self.kind == "index":
             assert self.start is not None
             return absolute(self.start), absolute(self.start) + 1
         start = 0 if self.start is None else absolute(self.start)
         return start, None if self.stop is None else absolute(self.stop)
 
+    def spans(self, prompt_length: int) -> list[tuple[int, int | None]]:
+        """The positions as pieces without a gap, ascending: one, except for a mask."""
+        if self.kind != "mask":
+            return [self.bounds(prompt_length)]
+        out: list[tuple[int, int | None]] = []
+        for mark in sorted({mark + prompt_length if mark < 0 else mark for mark in self.marks}):
+            first = out.pop()[0] if out and out[-1][1] == mark else mark
+            out.append((first, mark + 1))
+        return out
+
     def mask(self, first: int, count: int, prompt_length: int) -> Bool[Tensor, " pos"]:
         """Which of the positions `first .. first+count-1` are meant."""
-        start, stop = self.bounds(prompt_length)
         here = torch.arange(first, first + count)
-        hit = here >= start
-        return hit if stop is None else hit & (here < stop)
+        hit = torch.zeros(count, dtype=torch.bool)
+        for start, stop in self.spans(prompt_length):
+            inside = here >= start
+            hit |= inside if stop is None else inside & (here < stop)
+        return hit
 
     def check(self, prompt_length: int, new_tokens: int, where: str) -> None:
         """Refuse positions that can never occur in a run of this length.
@@ -144,6 +188,8 @@ class Positions:
             return str(self.start)
         if self.kind == "slice":
             return f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
+        if self.kind == "mask":
+            return f"{{{','.join(map(str, self.marks))}}}"
         return self.kind
 
 
@@ -198,14 +244,16 @@ class Pass:
     """Where a running forward pass stands; made anew for every pass, and gone after it.
 
     Attributes:
-        first: absolute position of the first token of this pass (0, or the cache length while decoding).
+        first: column of the first token of this pass (0, or the cache length while decoding).
         prompt_lengths: real tokens of the prompt, per row; generated tokens come behind them.
         memo: what an edit at a read site leaves for its partner at the write site.
+        pads: padding in front of each row; empty where there is none. Column c of a row is position c − pad.
     """
 
     first: int
     prompt_lengths: list[int]
     memo: dict[Any, Any] = field(default_factory=dict)
+    pads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -119,3 +119,39 @@ def test_without_time_cases_are_listed_as_left_out(run):
     found = run("gpu_graph", "--limit", "0")
     assert found["cases"] == []
     assert len(found["left_out"]) == 4
+
+
+def test_kernels_against_the_dense_way(run):
+    found = run("kernel_speed", "--repeats", "1", "--threads", "1")
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.02)):  # bf16: 8 bits, and ties at the threshold
+        assert found[precision]["bandwidth_gb_per_s"] > 0
+        for tokens in ("1", "32"):
+            case = found[precision][tokens]
+            seconds = case["seconds"]
+            assert case["ratio"] == pytest.approx(seconds["dense_whole"] / seconds["ours_whole"])
+            assert set(case["gb_per_s"]) == set(case["share_of_floor"]) == {"encode", "decode", "whole"}
+            assert case["rel_diff"] < tolerance
+
+
+def test_bytes_that_kernels_must_read_by_hand(run):
+    from _worlds import random_model
+    from kernel_speed import TINY, least_bytes
+
+    from hooks import SparseActs
+
+    (coder, *_) = random_model(TINY).store
+    acts = SparseActs(torch.ones(2, 2), torch.tensor([[0, 5], [5, 9]]))  # three different rows
+    assert least_bytes(coder, acts) == {"encode": 4 * 96 * 40, "decode": 4 * 3 * 40, "whole": 4 * 99 * 40}
+
+
+def test_steered_decoding_on_a_small_shape(run):
+    found = run("gpu_steer", "--tokens", "2")
+    assert set(found["decode"]) == {"plain", "steered", "observed", "replaced"}
+    for case in found["decode"].values():
+        assert case["share_of_floor"] == pytest.approx(case["floor_seconds"] / case["seconds_per_token"])
+    floors = [found["decode"][mode]["floor_seconds"] for mode in ("plain", "steered", "replaced")]
+    assert floors == sorted(floors)
+    assert found["sweep"]["ablations"] == 10
+    assert found["encode"]["sites"] == 2
+    assert found["load"]["bytes"] > 2 * 4 * 96 * 40
+    assert found["eager"]["plain_tokens_per_s"] > 0

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
         "errors", "plugins", "sites", "types", "kernels", "transcoder", "files", "formats", "store", "readout",
-        "host", "freeze", "recording", "swap", "interventions", "intervene", "generation", "demo", "model",
+        "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe", "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session",
+        "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "model", "layer_step", "decode",
     ],
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
-        "assemble", "select", "agreement", "scatter", "verify", "supernodes", "decompose", "trace", "cases", "curves",
+        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "verify", "supernodes", "decompose", "trace", "cases", "curves",
         "rankings", "evaluate", "export", "demo", "commands", "cli",
     ],
 }  # fmt: skip
@@ -66,7 +67,9 @@ def test_imports_inside_functions_are_heavy_optional_packages(path: Path) -> Non
 
 OWNERS = {  # pattern in the code → files that may contain it
     r"hook_resid_|\.hook_in\b|hook_mlp_out|hook_attn_out": {"hooks/sites.py"},
-    r"register_forward_|register_full_backward": {"hooks/host.py", "hooks/demo/train_model.py"},  # noise in training
+    r"register_forward_|register_full_backward": {  # looks at the bridge's twin; noise in training
+        "hooks/host.py", "hooks/bridge.py", "hooks/demo/train_model.py",
+    },
     r"torch\.load\(": {"hooks/files.py"},
     r"\bpickle\.(load|dump)|torch\.save\(": set(),
     r"(?<!\.)\bprint\(": {"circuits/cli.py", "circuits/commands/_output.py", "hooks/demo/build.py"},

@@ -1,4 +1,8 @@
+import itertools
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,7 +11,9 @@ from hooks.types import FeatureAddress, Positions
 
 PARTS = st.one_of(
     st.just("all"),
+    st.just("prompt"),
     st.just("new"),
+    st.sets(st.integers(-9, 9), min_size=1, max_size=4).map(lambda marks: f"{{{','.join(map(str, marks))}}}"),
     st.integers(-9, 9).map(str),
     st.tuples(st.integers(-9, 9) | st.just(""), st.integers(-9, 9) | st.just("")).map(lambda p: f"{p[0]}:{p[1]}"),
 )
@@ -36,21 +42,41 @@ def test_masks_of_pieces_join_to_the_mask_of_the_whole(part, prompt, new, split)
     [
         ("0", [0]), ("-1", [3]), ("3", [3]), ("1:3", [1, 2]), ("-2:", [2, 3, 4, 5]), (":2", [0, 1]),
         ("all", [0, 1, 2, 3, 4, 5]), ("new", [4, 5]), ("4", [4]), (":-1", [0, 1, 2]), (":", [0, 1, 2, 3, 4, 5]),
+        ("prompt", [0, 1, 2, 3]), ("{0,3,5}", [0, 3, 5]), ("{ -1, 3 ,4}", [3, 4]), ("{2}", [2]),
     ],
 )  # fmt: skip
 def test_positions_of_a_prompt_of_four_and_two_new_tokens(text, hits):
     """-1 is the prompt's last token also while generating; an open slice goes on into the new tokens."""
-    mask = Positions.parse(text).mask(0, 6, 4)
-    assert mask.nonzero()[:, 0].tolist() == hits
+    positions = Positions.parse(text)
+    assert positions.mask(0, 6, 4).nonzero()[:, 0].tolist() == hits
+    spans = positions.spans(4)
+    assert [p for start, stop in spans for p in range(start, 6 if stop is None else stop)] == hits
+    assert all(stop is not None and stop < start for (_, stop), (start, _) in itertools.pairwise(spans))  # a gap
 
 
-@pytest.mark.parametrize("text", ["", "L3", "3/118", "L3/118@", "L3/118@x", "L3/-1", "L3/118@1:2:3", "l3/118"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "L3",
+        "3/118",
+        "L3/118@",
+        "L3/118@x",
+        "L3/-1",
+        "L3/118@1:2:3",
+        "l3/118",
+        "L3/118@{}",
+        "L3/118@{1,}",
+        "L3/118@{1:2}",
+        "L3/118@1,2",
+    ],
+)
 def test_malformed_addresses_are_refused(text):
     with pytest.raises(AddressError, match="expected"):
         FeatureAddress.parse(text)
 
 
-@pytest.mark.parametrize("text", ["4", "-5", "4:", "2:2", "3:1", "new"])
+@pytest.mark.parametrize("text", ["4", "-5", "4:", "2:2", "3:1", "new", "{0,4}", "{-5,0}"])
 def test_positions_that_never_occur_in_a_prompt_of_four_are_refused(text):
     with pytest.raises(AddressError):
         Positions.parse(text).check(4, 0, "L0/0")
@@ -67,3 +93,34 @@ def test_python_forms_are_accepted():
     assert FeatureAddress.of((3, slice(2, None), 118)) == FeatureAddress.parse("L3/118@2:")
     with pytest.raises(AddressError, match="step"):
         Positions.of(slice(0, 4, 2))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [3, 0, -1, 3], {0, 3, -1}, (-1, 0, 3), np.array([0, 3, -1]), torch.tensor([3, -1, 0]), "{0,3,-1}",
+    ],
+)  # fmt: skip
+def test_a_mask_is_a_set_of_indices(mask):
+    assert FeatureAddress.of((3, mask, 118)) == FeatureAddress.parse("L3/118@{-1,0,3}")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_or_one_bool_per_position(kind):
+    assert Positions.of(kind([True, False, False, True])) == Positions.parse("{0,3}")
+
+
+def test_single_numbers_of_other_libraries_are_indices():
+    assert Positions.of(np.int64(3)) == Positions.of(torch.tensor(3)) == Positions.parse("3")
+
+
+@pytest.mark.parametrize("mask", [[], [False, False], set()])
+def test_a_mask_marks_something(mask):
+    with pytest.raises(AddressError, match="marks no token"):
+        Positions.of(mask)
+
+
+@pytest.mark.parametrize("mask", [[True, 2], [0.5], ["1"]])
+def test_a_mask_is_bools_or_indices(mask):
+    with pytest.raises(AddressError, match="cannot read the position mask"):
+        Positions.of(mask)

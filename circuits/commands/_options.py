@@ -39,7 +39,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text, as one argument")
 
 
-def add_target(parser: argparse.ArgumentParser, *, top: bool = True) -> None:
+def add_target(parser: argparse._ActionsContainer, *, top: bool = True) -> None:
     """The token to measure."""
     parser.add_argument("--target", help="the token to measure (default: the model's own answer)")
     parser.add_argument("--against", metavar="TOKEN", help="the other token of the metric (default: the best other)")
@@ -59,7 +59,7 @@ def add_changing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_many(parser: argparse.ArgumentParser, flag: str, metavar: str, help: str, *, required: bool = False) -> None:
+def add_many(parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, required: bool = False) -> None:
     """An option that takes several values and may be repeated."""
     parser.add_argument(
         flag,

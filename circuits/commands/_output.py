@@ -18,10 +18,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(args: argparse.Namespace, text: str) -> None:
-    """The result for people; nothing under `--json`."""
+def show(args: argparse.Namespace, text: str, end: str = "\n") -> None:
+    """The result for people, at once also where a line goes on; nothing under `--json`."""
     if not args.json:
-        print(text)
+        print(text, end=end, flush=not end)
 
 
 def table(frame: pd.DataFrame) -> str:

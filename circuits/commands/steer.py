@@ -1,41 +1,242 @@
-"""`circuits steer`: generate plain and steered, side by side."""
+"""`circuits steer`: generate plain and steered, side by side, at one strength or over a grid of them."""
 
 import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from circuits.commands._options import add_changing, add_many, add_prompt, command, intervention, load
-from circuits.commands._output import Result, show
+import pandas as pd
+
+from circuits.commands._options import (
+    add_changing,
+    add_many,
+    add_prompt,
+    add_target,
+    command,
+    intervention,
+    load,
+)
+from circuits.commands._output import Result, show, table
+from circuits.dose_plot import dose_plot
+from circuits.scatter import check_suffix
+from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
+from hooks.files import check_writable
+from hooks.host import Prompt
 from hooks.interventions import INTERVENTIONS
+from hooks.model import HookedModel
+from hooks.sampling import Sampling
+from hooks.steering import Comparison, Scored, Setting, compare, prepare
+from hooks.strength import Resolved, Steer
 
 
 def add(commands: Any) -> None:
     """Its options."""
     steer = command(commands, "steer", run, "generate with features held at chosen values")
     add_prompt(steer)
-    add_many(steer, "--set", "ADDR=VALUE", "hold a feature at a value, for example L3/118=8.0 or L3/118@new=8.0")
+    add_many(
+        steer,
+        "--set",
+        "ADDR=VALUE",
+        "hold a feature at a value, for example L3/118=8.0 or L3/118@new=8.0; x2 is twice its typical activation, 0.1r "
+        "what makes it write a tenth of the residual norm",
+    )
     add_many(steer, "--do", "NAME:ADDR[=VALUE]", f"any intervention: {', '.join(INTERVENTIONS)}; scale:L3/118=2.0")
-    steer.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default 16")
+    steer.add_argument(
+        "--when-inactive", choices=("apply", "skip"), help="where a feature is inactive (default: apply)"
+    )
+    steer.add_argument("--texts", type=Path, metavar="FILE", help="one text a line, for typical activations as well")
+    steer.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     add_changing(steer)
+    group = steer.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default 16")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
+    add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
+    sweep = steer.add_argument_group("sweep over strengths")
+    sweep.add_argument(
+        "--strengths",
+        metavar="GRID",
+        help="strengths for every --set ADDR without a value: 0,2,4 or 0:8:5 or x0,x1,x2 (--strengths=-2,0,2)",
+    )
+    sweep.add_argument("--plot", type=Path, metavar="FILE", help="effect and fluency against strength, png or svg")
+    add_target(sweep, top=False)
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Generate plain and steered, side by side."""
-    plan = [intervention(f"clamp:{text}") for text in args.set] + [intervention(text) for text in args.do]
-    if not plan:
-        raise UserError("nothing to steer with", expected="--set ADDR=VALUE or --do NAME:ADDR=VALUE")
+    """Generate plain and steered; show both, and how likely either model finds every token."""
+    plan = _plan(args)
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    setting = Setting(args.max_new_tokens, sampling, tuple(args.stop), args.swap, args.error, args.mask)
+    _check_sweep(args)
+    texts = _texts(args.texts)
     model = load(args)
-    steered = model.generate(
-        args.prompt,
-        plan,
-        max_new_tokens=args.max_new_tokens,
-        swap=args.swap,
-        error=args.error,
-        mask=args.mask,
-    )
-    baseline = model.generate(args.prompt, max_new_tokens=args.max_new_tokens)
-    show(args, f"baseline: {args.prompt}{baseline.text}\nsteered:  {args.prompt}{steered.text}")
-    return {
-        "baseline": {"text": baseline.text, "ids": list(baseline.ids)},
-        "steered": {"text": steered.text, "ids": list(steered.ids)},
+    ids = model.host.chat(args.prompt) if args.chat else None
+    prompt: Prompt = args.prompt if ids is None else ids
+    said = {
+        "sampling": asdict(sampling) | {"max_new_tokens": args.max_new_tokens, "stop": list(args.stop)},
+        "prompt_tokens": list(model.host.batch([prompt]).strings[0]),
+        "chat": args.chat,
+        "swap": args.swap,
+        "error": args.error,
+        "mask": args.mask,
     }
+    if args.strengths is not None:
+        return _sweep(args, model, prompt, plan, setting, texts) | said
+    (resolved,) = prepare(model, prompt, [plan], setting, texts)
+    whole = args.prompt if ids is None else model.host.text(ids)  # special tokens shown
+    show(args, "\n".join(map(_line, resolved)))
+    show(args, f"steered:  {whole}", end="")
+    found = compare(model, prompt, resolved, setting, watch=lambda piece: show(args, piece, end=""))
+    show(args, f"\nbaseline: {whole}{found.baseline.text}\n\n{_side_by_side(found)}\n\n{_fluency(found)}")
+    return {
+        "baseline": _json(found.baseline),
+        "steered": _json(found.steered),
+        "cost": found.cost,
+        "first_difference": found.first_difference,
+        "interventions": [_described(item) for item in resolved],
+        **said,
+    }
+
+
+def _plan(args: argparse.Namespace) -> list[Any]:
+    items: list[Any] = [Steer.parse(text) for text in args.set]
+    for text in args.do:
+        name, _, rest = text.partition(":")
+        items.append(Steer.parse(rest, name) if name in ("clamp", "add") else intervention(text))
+    if not items:
+        raise UserError("nothing to steer with", expected="--set ADDR=VALUE or --do NAME:ADDR=VALUE")
+    if not args.when_inactive:
+        return items
+    chosen = {"when_inactive": args.when_inactive}
+    return [replace(item, **chosen) if "when_inactive" in vars(item) else item for item in items]
+
+
+def _check_sweep(args: argparse.Namespace) -> None:
+    """What is wrong with a sweep is said before a model is loaded."""
+    if args.strengths is not None:
+        grid(args.strengths)
+    for name in ("plot", "target", "against"):
+        if args.strengths is None and getattr(args, name) is not None:
+            raise UserError(f"--{name} belongs to a sweep, and --strengths is not given", repair="--strengths 0,2,4,8")
+    if args.plot:
+        check_suffix(args.plot)
+        check_writable(args.plot)
+
+
+def _texts(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the texts {path}", found=str(error), where="--texts") from None
+    if not lines:
+        raise UserError(f"there are no texts in {path}", expected="one text a line", where="--texts")
+    return lines
+
+
+def _sweep(
+    args: argparse.Namespace,
+    model: HookedModel,
+    prompt: Prompt,
+    plan: Sequence[object],
+    setting: Setting,
+    texts: Sequence[str],
+) -> Result:
+    found = dose_response(
+        model, prompt, plan, args.strengths, target=args.target, against=args.against, setting=setting, texts=texts
+    )
+    if args.plot:
+        dose_plot(found, args.plot)
+    show(args, _sweep_text(found))
+    last = found.doses[-1]
+    return {
+        "baseline": _json(found.baseline),
+        "steered": _json(last.scored),
+        "target": found.target,
+        "against": found.against,
+        "metric": found.metric,
+        "unit": found.unit,
+        "doses": [
+            {
+                "strength": str(dose.strength),
+                "values": dict(dose.values),
+                "effect": {"delta_logit": dose.effect.delta_logit, "delta_metric": dose.effect.delta_metric}
+                | asdict(dose.effect.edited)
+                | {"metric": dose.effect.metric_after},
+                **_json(dose.scored),
+            }
+            for dose in found.doses
+        ],
+        "interventions": [_described(item) for item in last.interventions],
+        "plot": None if args.plot is None else str(args.plot),
+    }
+
+
+def _sweep_text(found: DoseResponse) -> str:
+    lines = list(dict.fromkeys(_line(item, short=True) for dose in found.doses[:1] for item in dose.interventions))
+    shown = found.frame().drop(columns=["amount", "logit", "delta_logit"])
+    lines += [
+        f"logit({found.target!r}) − logit({found.against!r}) at the first new token, strength in {found.unit}",
+        f"not steered: {found.metric:.4g}; {found.baseline.text!r}, perplexity {found.baseline.perplexity:.4g}",
+        table(shown.assign(text=shown["text"].map(repr))),
+    ]
+    return "\n".join(lines)
+
+
+def _line(item: Resolved, short: bool = False) -> str:
+    """One intervention, with the number its strength came to and where that is from."""
+    name = type(item.intervention).__name__.lower()
+    factor, shift = item.intervention.affine
+    if item.value is None:
+        return f"{name} {item.intervention.address}: a → {factor:g} · a {shift:+g}"
+    origin = f" ({item.source if short else f'{item.strength}: {item.source}'})" if item.source else ""
+    return f"{name} {item.intervention.address}{'' if short else f' = {item.value:.4g}'}{origin}"
+
+
+def _described(item: Resolved) -> dict[str, Any]:
+    factor, shift = item.intervention.affine
+    return {
+        "name": type(item.intervention).__name__.lower(),
+        "address": str(item.intervention.address),
+        "strength": None if item.strength is None else str(item.strength),
+        "value": item.value,
+        "source": item.source,
+        "when_inactive": item.intervention.when_inactive,
+        "factor": factor,
+        "shift": shift,
+    }
+
+
+def _json(scored: Scored) -> dict[str, Any]:
+    return {
+        "text": scored.text,
+        "ids": list(scored.ids),
+        "tokens": list(scored.tokens),
+        "logprobs": {"plain": scored.plain.tolist(), "steered": scored.steered.tolist()},
+        "mean_logprob": {"plain": scored.mean_plain, "steered": scored.mean_steered},
+        "perplexity": scored.perplexity if math.isfinite(scored.perplexity) else None,
+    }
+
+
+def _side_by_side(found: Comparison) -> str:
+    """Both texts token by token, each with its probability under the plain and under the steered model."""
+    halves = []
+    for name, scored in (("baseline", found.baseline), ("steered", found.steered)):
+        probs = [[f"{p:.3g}" for p in column.exp().tolist()] for column in (scored.plain, scored.steered)]
+        tokens = [repr(token) for token in scored.tokens]
+        halves.append(pd.DataFrame(dict(zip((f"{name} text", "p plain", "p steered"), (tokens, *probs), strict=True))))
+    return pd.concat(halves, axis=1).fillna("").to_string(index=False)
+
+
+def _fluency(found: Comparison) -> str:
+    steered, baseline = found.steered, found.baseline
+    return (
+        f"read by the plain model: steered text {steered.mean_plain:.3f} nats per token (perplexity "
+        f"{steered.perplexity:.4g}), baseline {baseline.mean_plain:.3f} ({baseline.perplexity:.4g}); "
+        f"cost in fluency {found.cost:.3f} nats per token"
+    )

@@ -1,0 +1,161 @@
+"""`circuits sweep`: the effect of many interventions, one by one, each exact."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from circuits.commands._options import (
+    add_many,
+    add_prompt,
+    add_target,
+    command,
+    count,
+    intervention,
+    load,
+)
+from circuits.commands._output import Result, say, show, table
+from circuits.scatter import check_suffix
+from circuits.sweep_plot import sweep_plot
+from hooks.candidates import KINDS, Change, active_features, changed, doses, pairs
+from hooks.errors import OutputError, UserError
+from hooks.files import check_writable
+from hooks.model import HookedModel
+from hooks.sweep import METRICS, SUFFIXES, Sweep
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    sweep = command(commands, "sweep", run, "change features one by one and measure what each does to the next token")
+    add_prompt(sweep)
+    what = sweep.add_argument_group("what is changed (default: every active feature of the prompt)")
+    what.add_argument("--layer", type=int, nargs="+", action="extend", metavar="L", help="features of these layers")
+    what.add_argument("--position", type=int, nargs="+", action="extend", metavar="T", help="at these tokens")
+    add_many(what, "--group", "ADDR[+ADDR…]", "features changed together, for example L3/118@-1+L4/7")
+    what.add_argument("--pairs", action="store_true", help="every two of the groups together as well")
+    what.add_argument("--change", choices=KINDS, default="zero", help="what becomes of a feature (default zero)")
+    what.add_argument("--value", type=float, metavar="X", help="of scale and set")
+    add_many(what, "--reference", "PROMPT", "prompts that mean and resample take activations from")
+    what.add_argument("--dose", metavar="ADDR", help="hold one feature at each of --values")
+    what.add_argument("--values", metavar="A,B,…", help="numbers, or FROM:TO:COUNT")
+    add_target(sweep, top=False)
+    sweep.add_argument("--at", type=int, default=-1, metavar="T", help="the token whose successor is measured")
+    sweep.add_argument("--metrics", nargs="+", choices=METRICS, default=["delta", "delta_logit"], help="columns")
+    sweep.add_argument("--top", type=count, default=20, metavar="N", help="strongest effects to show (default 20)")
+    sweep.add_argument("--out", type=Path, metavar="FILE", help=f"the whole table: {', '.join(SUFFIXES)}")
+    sweep.add_argument("--plot", type=Path, metavar="FILE", help="effects by layer and position, png or svg")
+    sweep.add_argument("--tokens-at-once", type=count, metavar="N", help="positions per batch (default: what fits)")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Plan, sweep, write."""
+    _check_files(args)
+    _check_contradictions(args)
+    values = None if args.dose is None else _grid(args.values)
+    model = load(args)
+    groups = _groups(args, model, values)
+    say(f"{len(groups)} runs")
+    found = model.sweep(
+        args.prompt,
+        groups,
+        target=args.target,
+        against=args.against,
+        position=args.at,
+        metrics=args.metrics,
+        tokens_at_once=args.tokens_at_once,
+        progress=not args.json,
+    )
+    if args.out:
+        found.save(args.out)
+    if args.plot:
+        sweep_plot(found, args.plot)
+    show(args, _text(args, model, found))
+    return _result(model, found)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    if args.out:
+        if args.out.suffix.lower() not in SUFFIXES:
+            raise OutputError(f"unknown table format {args.out.suffix!r}", expected=" or ".join(SUFFIXES))
+        check_writable(args.out)
+    if args.plot:
+        check_suffix(args.plot)
+        check_writable(args.plot)
+
+
+def _check_contradictions(args: argparse.Namespace) -> None:
+    every = args.layer or args.position
+    if args.dose and (args.group or every or args.pairs or args.reference or args.change != "zero"):
+        raise UserError("--dose says all that is changed", expected="--dose ADDR --values A,B,… and nothing beside")
+    if (args.dose is None) != (args.values is None):
+        raise UserError("--dose and --values belong together", expected="--dose ADDR --values A,B,…")
+    if args.group and every:
+        raise UserError("--group and --layer or --position each say what is changed", expected="one of them")
+    if args.pairs and not args.group:
+        raise UserError("--pairs needs --group", repair="name the features to pair; all active ones would be millions")
+
+
+def _groups(args: argparse.Namespace, model: HookedModel, values: list[float] | None) -> list[Any]:
+    if values is not None:
+        return doses(args.dose, values)
+    reference = model.record(args.reference) if args.reference else None
+    change = Change(args.change, args.value, reference)
+    recording = model.record([args.prompt], args.layer)
+    if not args.group:
+        return changed(active_features(recording, args.layer, args.position), change, recording)
+    named = [[intervention(f"ablate:{text}").address for text in group.split("+")] for group in args.group]
+    groups = [[item for [item] in changed(addresses, change, recording)] for addresses in named]
+    return [*groups, *pairs(groups)] if args.pairs else groups
+
+
+def _grid(text: str) -> list[float]:
+    """Numbers between commas, or FROM:TO:COUNT.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        if ":" in text:
+            low, high, number = text.split(":")
+            steps = int(number)
+            out = [float(low) + (float(high) - float(low)) * step / max(1, steps - 1) for step in range(steps)]
+        else:
+            out = [float(part) for part in text.split(",")]
+    except ValueError:
+        out = []
+    if not out or not all(math.isfinite(value) for value in out):
+        raise UserError(f"cannot read the values {text!r}", expected="numbers such as 0,2.5,5 or 0:10:11")
+    return out
+
+
+def _result(model: HookedModel, found: Sweep) -> Result:
+    rows = [
+        {name: None if pd.isna(value) else value for name, value in row.items()}
+        for row in found.table.to_dict("records")
+    ]
+    question = found.question
+    return {
+        "rows": rows,
+        "noise_floor": found.noise_floor,
+        "baseline": dict(found.baseline),
+        "target": {"token": model.host.string(question.target), "id": question.target},
+        "against": {"token": model.host.string(question.against), "id": question.against},
+        "passes": found.passes,
+    }
+
+
+def _text(args: argparse.Namespace, model: HookedModel, found: Sweep) -> str:
+    question, base = found.question, found.baseline
+    own, other = model.host.string(question.target), model.host.string(question.against)
+    shown = found.table if args.dose else found.ranked().head(args.top)
+    unresolved = int((~found.table["resolved"]).sum())
+    lines = [
+        f"logit({own!r}) − logit({other!r}) behind {found.tokens[question.pos]!r}: {base['metric']:.3f}, "
+        f"probability {base['prob']:.3f}, rank {base['rank']:.0f}",
+        table(shown.drop(columns=["layer", "pos", "feature"])),
+        f"{len(found.table)} effects in {found.passes} batches; noise floor {found.noise_floor:.1e} logits, "
+        f"{unresolved} below it",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""A sweep as a picture: where the strong effects are, by layer and position, and which features they belong to.
+
+A cell holds the effect of largest magnitude among the features at that layer and position, with its sign; a cell in
+which none rises above the noise floor stays grey. The bars beside it are the strongest single effects.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from circuits.scatter import INK, QUIET, RIGHT, WRONG, check_suffix
+from hooks.errors import OutputError, UserError
+from hooks.files import replacing
+from hooks.sweep import Sweep
+
+BARS = 15  # of the ranking
+LONGEST = 12  # characters of a token that are written
+CELL, BAR_SIDE, LEAST = 0.34, 3.6, 3.4  # inches
+
+
+def sweep_plot(sweep: Sweep, path: Path) -> None:
+    """Write a picture, PNG or SVG by its suffix, whole or not at all. The same sweep gives the same bytes.
+
+    Raises:
+        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        UserError: no group of the sweep is one feature at one position.
+    """
+    check_suffix(path)
+    single = sweep.table.dropna(subset=["layer", "pos"])
+    if not len(single):
+        raise UserError("there is no map of this sweep", expected="groups of one feature at one position")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
+    kind = path.suffix.lower()[1:]
+    layers, cells = _cells(single, len(sweep.tokens))
+    width, height = max(LEAST, CELL * cells.shape[1] + 1.6), max(LEAST, CELL * len(layers) + 1.6)
+    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(width + BAR_SIDE, height), dpi=160, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(width, BAR_SIDE))
+        _map(figure, left, cells, layers, sweep)
+        _ranking(right, sweep)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _cells(table: pd.DataFrame, length: int) -> tuple[list[int], Float[np.ndarray, "layer pos"]]:
+    """The effect of largest magnitude in each cell; NaN where none is resolved or none was swept."""
+    layers = sorted({int(layer) for layer in table["layer"]})
+    cells = np.full((len(layers), length), np.nan)
+    shown = table[table["resolved"] & (table["delta"] != 0)]
+    for layer, pos, delta in zip(shown["layer"], shown["pos"], shown["delta"], strict=True):
+        at = layers.index(int(layer)), int(pos)
+        if not abs(cells[at]) >= abs(delta):
+            cells[at] = delta
+    return layers, cells
+
+
+def _map(figure: Any, axes: Any, cells: Float[np.ndarray, "layer pos"], layers: list[int], sweep: Sweep) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("effect", [WRONG, "#ffffff", RIGHT]).with_extremes(bad="#e6e6e6")
+    most = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
+    drawn = axes.imshow(cells, origin="lower", aspect="auto", cmap=colours, vmin=-most, vmax=most)
+    tokens = [_short(token) for token in sweep.tokens]
+    axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=7, color=INK)
+    axes.set_yticks(range(len(layers)), [f"L{layer}" for layer in layers], fontsize=7, color=INK)
+    axes.set_title("strongest single effect", fontsize=8, color=INK, loc="left")
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.015)
+    bar.ax.tick_params(labelsize=6.5, colors=INK)
+    bar.set_label("change of the logit difference", fontsize=7, color=INK)
+    bar.outline.set_visible(False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _ranking(axes: Any, sweep: Sweep) -> None:
+    top = sweep.ranked().head(BARS)
+    values = top["delta"].to_numpy()
+    places = np.arange(len(top))[::-1]
+    axes.barh(places, values, height=0.66, color=[RIGHT if value >= 0 else WRONG for value in values])
+    axes.axvspan(-sweep.noise_floor, sweep.noise_floor, color=QUIET, alpha=0.35, linewidth=0)
+    axes.axvline(0, color=INK, linewidth=0.6)
+    names = [name if len(name) < 30 else name[:28] + "…" for name in top["name"]]
+    axes.set_yticks(places, names, fontsize=7, color=INK)
+    axes.tick_params(axis="x", labelsize=6.5, colors=INK)
+    axes.set_title("ranking", fontsize=8, color=INK, loc="left")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _short(token: str) -> str:
+    text = token.strip() or repr(token)[1:-1]
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -1,0 +1,236 @@
+"""Our edits as hooks of a TransformerBridge.
+
+interventions → fwd_hooks → (name, function) pairs → bridge.run_with_hooks, bridge.generate
+
+The bridge wraps a twin of the model that shares every tensor; the model itself stays as it is. A TransformerLens hook
+sees a tensor and nothing of the pass it belongs to. So the twin's decoder notes what every pass is given, and our hooks
+read there where they stand: how many tokens are cached, and where the padding is.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hooks.errors import ModelError, UserError
+from hooks.host import Host
+from hooks.intervene import Plan, make_edits, make_plan
+from hooks.sites import Site, branches_off
+from hooks.store import TranscoderStore
+from hooks.swap import Swap
+from hooks.types import Edit, MaskMode, Pass
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What one pass of the bridge's model is given.
+
+    Attributes:
+        ids: None where embeddings are given.
+        first: columns that the cache holds.
+        count: columns of this pass.
+        mask: over cached and new columns, None where nothing is masked.
+    """
+
+    ids: Int[Tensor, "batch column"] | None
+    rows: int
+    first: int
+    count: int
+    mask: Tensor | None
+
+    def padding(self, pad_token: int | None) -> tuple[tuple[int, ...], list[int]]:
+        """Columns of padding in front of each row, and real tokens per row.
+
+        Raises:
+            UserError: it cannot be told.
+        """
+        columns = self.first + self.count
+        if self.mask is None:
+            self._check_unmasked(pad_token)
+            return (0,) * self.rows, [columns] * self.rows
+        if self.mask.shape != (self.rows, columns):
+            raise UserError(
+                "this attention mask does not say where the padding is",
+                expected=f"shape {self.rows} × {columns}, 1 at real tokens",
+                found=" × ".join(map(str, self.mask.shape)),
+            )
+        real = self.mask.bool().cpu()
+        pads, lengths = real.int().argmax(-1), real.sum(-1)
+        here = torch.arange(columns)
+        block = (here >= pads[:, None]) & (here < (pads + lengths)[:, None])
+        if not bool((real == block).all() and (lengths > 0).all()):
+            raise UserError("the attention mask has gaps", expected="padding only in front of and behind each prompt")
+        return tuple(pads.tolist()), lengths.tolist()
+
+    def _check_unmasked(self, pad_token: int | None) -> None:
+        if self.ids is None or pad_token is None or self.rows == 1:
+            return
+        padded = self.ids == pad_token
+        if any(bool(padded[:, end].any() and not padded[:, end].all()) for end in (0, -1)):
+            raise UserError(
+                "some rows begin or end with the padding token, and no attention mask says whether it is padding",
+                repair="pass attention_mask=, or a list of texts with padding_side='left'",
+            )
+
+
+class Passes:
+    """Notes what the bridge's model is given, pass by pass."""
+
+    def __init__(self) -> None:
+        self.current: Incoming | None = None
+        self._shared: list[nn.Parameter] = []
+
+    def watch(self, decoder: Any) -> None:
+        """Look at every call of a transformers decoder from now on."""
+        self._shared = list(decoder.norm.parameters())
+        decoder.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        self.current = None
+        # compatibility mode folds norms into weights of its own: another mlp_in, and other logits
+        if any(now is not then for now, then in zip(decoder.norm.parameters(), self._shared, strict=True)):
+            return
+        ids = args[0] if args else given.get("input_ids")
+        entry = given["inputs_embeds"] if ids is None else ids
+        cache = given.get("past_key_values")
+        first = 0 if cache is None else int(cache.get_seq_length())
+        self.current = Incoming(ids, entry.shape[0], first, entry.shape[1], given.get("attention_mask"))
+
+
+def boot(host: Host, passes: Passes, name: str) -> Any:
+    """A TransformerBridge on a twin of the model that shares every parameter and buffer.
+
+    Raises:
+        ModelError: transformer-lens is not installed.
+    """
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        raise ModelError("transformer-lens is not installed", repair="pip install 'qwen-circuits[lens]'") from None
+    model = host.model
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin: Any = copy.deepcopy(model, memo=shared)
+    passes.watch(twin.model)
+    name = str(getattr(model.config, "_name_or_path", "") or name)
+    dtype = next(model.parameters()).dtype
+    return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=host.tokenizer, dtype=dtype)
+
+
+def fwd_hooks(
+    host: Host,
+    store: TranscoderStore,
+    passes: Passes,
+    interventions: Sequence[object],
+    *,
+    swap: Swap | None = None,
+    mask: MaskMode = "frozen",
+    max_new_tokens: int = 0,
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """See `hooks.model.HookedModel.fwd_hooks`."""
+    if swap and swap.error == "frozen":
+        raise UserError("bridge hooks know no clean run, so they have no frozen error", repair="use live or zero")
+
+    def make(came: Incoming) -> tuple[list[Edit], Pass]:
+        pads, lengths = came.padding(getattr(host.tokenizer, "pad_token_id", None))
+        rows = [interventions] * came.rows
+        plan = make_plan(store, rows, lengths, new_tokens=max_new_tokens, mask=mask, pads=pads)
+        return make_edits(store, plan, swap), Pass(0, lengths, pads=pads)
+
+    # what exists is checked now; where it stands can only be checked when a prompt is there
+    room = [host.max_positions]
+    plans = [make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=mask) for item in interventions]
+    tables = {layer: table for plan in plans for layer, table in plan.tables.items()}
+    running = _Running(passes, make, max_new_tokens)
+    pairs: list[tuple[str, Callable[..., Tensor]]] = []
+    for number, edit in enumerate(make_edits(store, Plan(tables, mask), swap)):
+        pairs += _pairs(running, number, edit.site)
+    return pairs
+
+
+def _pairs(running: "_Running", number: int, site: Site) -> list[tuple[str, Callable[..., Tensor]]]:
+    """One hook per edit; two where the bridge's hook edits a branch of the stream.
+
+    There the block adds the MLP's output to the stream it kept, so the change is added once more to what it puts out.
+    """
+    branch = branches_off(site)
+
+    def here(act: Tensor, hook: Any) -> Tensor:
+        out = running.edit(number, act)
+        if branch:
+            running.left[number] = None if out is act else out.to(_wide(act)) - act.to(_wide(act))
+        return out
+
+    def behind(act: Tensor, hook: Any) -> Tensor:
+        change = running.left.pop(number, None)
+        return act if change is None else (act.to(_wide(act)) + change.to(act.device)).to(act.dtype)
+
+    pairs: list[tuple[str, Callable[..., Tensor]]] = [(site.lens_name, here)]
+    if branch:
+        pairs.append((Site("resid_post", site.layer).lens_name, behind))
+    return pairs
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Running:
+    """The edits behind one list of hooks: planned when a prompt comes in, kept while its new tokens follow."""
+
+    def __init__(self, passes: Passes, make: Callable[[Incoming], tuple[list[Edit], Pass]], max_new_tokens: int):
+        self._passes, self._make, self._room = passes, make, max_new_tokens
+        self._came: Incoming | None = None
+        self._prompt: Incoming | None = None
+        self._edits: list[Edit] = []
+        self._at = Pass(0, [])
+        self._done: set[int] = set()
+        self.left: dict[int, Tensor | None] = {}
+
+    def edit(self, number: int, act: Tensor) -> Tensor:
+        """Apply one edit where the bridge stands.
+
+        Raises:
+            UserError: that cannot be told, or is no place these hooks were made for.
+        """
+        if act.ndim == 2:  # remove_batch_dim=True
+            return self.edit(number, act[None])[0]
+        came = self._passes.current
+        if came and came is not self._came:
+            self._begin(came)
+        if came is None or act.shape[:2] != (came.rows, came.count) or number in self._done:
+            raise UserError(
+                "these hooks do not fit the pass they are called in",
+                expected="a pass of this model's bridge, its weights unprocessed, each hook attached once",
+                repair="run them on model.bridge; compatibility mode with no_processing=True only",
+            )
+        self._done.add(number)
+        return self._edits[number].apply(act, self._at)
+
+    def _begin(self, came: Incoming) -> None:
+        if came.first == 0 and not self._goes_on(came):
+            self._edits, self._at = self._make(came)
+            self._prompt = came
+        beyond = came.first + came.count - self._room - (self._prompt.count if self._prompt else 0)
+        if self._prompt is None or self._prompt.rows != came.rows or beyond > 0:
+            raise UserError(
+                "a pass goes on behind cached tokens that these hooks do not know",
+                expected=f"a prompt, and at most {self._room} new tokens behind it",
+                found=f"tokens behind {came.first} cached ones",
+                repair="fwd_hooks(..., max_new_tokens=N), attached before the prompt is read",
+            )
+        self._came, self._done = came, set()
+        self._at = Pass(came.first, self._at.prompt_lengths, pads=self._at.pads)
+        self.left.clear()
+
+    def _goes_on(self, came: Incoming) -> bool:
+        """Whether a pass without a cache is the last prompt with new tokens behind it."""
+        prompt = self._prompt
+        if prompt is None or prompt.rows != came.rows or not prompt.count < came.count <= prompt.count + self._room:
+            return False
+        if came.ids is None or prompt.ids is None:
+            return came.ids is None and prompt.ids is None
+        return torch.equal(came.ids[:, : prompt.count], prompt.ids)

@@ -1,0 +1,190 @@
+"""A sweep over strengths: what is said at each, what it does to a target's logit, and what it costs in fluency."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import pandas as pd
+import torch
+
+from hooks.errors import InterventionError, TargetError, UserError
+from hooks.generation import Generated
+from hooks.host import Prompt
+from hooks.readout import Effect, effect
+from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
+from hooks.strength import UNITS, Resolved, Steer, Strength
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One strength of a sweep.
+
+    Attributes:
+        strength: as it stands in the grid.
+        interventions: with numbers.
+        values: what the strength came to, as an activation, at each address that took it.
+        effect: on the target, for the first new token.
+        scored: the continuation.
+    """
+
+    strength: Strength
+    interventions: tuple[Resolved, ...]
+    values: Mapping[str, float]
+    effect: Effect
+    scored: Scored
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """A sweep over strengths.
+
+    Attributes:
+        target, against: the metric is logit(target) − logit(against), for the first new token.
+        baseline: the plain continuation; both of its readings are the plain model's.
+        metric: of the plain model.
+    """
+
+    prompt: tuple[str, ...]
+    target: str
+    against: str
+    baseline: Scored
+    metric: float
+    doses: tuple[Dose, ...]
+
+    @property
+    def unit(self) -> str:
+        """What the strengths count."""
+        return UNITS[self.doses[0].strength.kind]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per dose: strength, the number it came to at each address that took it, effect, fluency, text."""
+        return pd.DataFrame([_row(dose) for dose in self.doses])
+
+
+def _row(dose: Dose) -> dict[str, object]:
+    return {
+        "strength": str(dose.strength),
+        "amount": dose.strength.amount,
+        **dose.values,
+        "logit": dose.effect.edited.logit,
+        "prob": dose.effect.edited.prob,
+        "rank": dose.effect.edited.rank,
+        "metric": dose.effect.metric_after,
+        "delta_logit": dose.effect.delta_logit,
+        "delta_metric": dose.effect.delta_metric,
+        "mean_plain": dose.scored.mean_plain,
+        "perplexity": dose.scored.perplexity,
+        "text": dose.scored.text,
+    }
+
+
+def dose_response(
+    model: Steerable,
+    prompt: Prompt,
+    interventions: Sequence[object],
+    strengths: str | Sequence[float | str | Strength],
+    *,
+    target: str | SupportsIndex | None = None,
+    against: str | SupportsIndex | None = None,
+    setting: Setting = Setting(),  # noqa: B008 (frozen)
+    texts: Sequence[Prompt] = (),
+) -> DoseResponse:
+    """The same experiment at every strength of a grid.
+
+    Args:
+        interventions: each `Steer` without a strength takes the grid's; everything else stays as it is.
+        strengths: see `grid`.
+        target, against: tokens of the metric; by default the plain model's answer against its second best.
+
+    Raises:
+        InterventionError: nothing takes the strengths.
+        UserError: as `compare_steering`, `grid` and `Run.effect`.
+    """
+    doses = grid(strengths)
+    takes = [isinstance(item, Steer) and item.strength is None for item in interventions]
+    if not any(takes):
+        raise InterventionError(
+            "nothing takes the strengths of the grid",
+            expected="at least one ADDRESS without =VALUE",
+            repair="leave the value away where the grid is to be put in",
+        )
+    token, other = (None if word is None else model.host.token_id(word) for word in (target, against))
+    if token is not None and token == other:
+        raise TargetError("target and against are the same token", found=repr(model.host.string(token)))
+    plans = [[item.given(dose) if isinstance(item, Steer) else item for item in interventions] for dose in doses]
+    resolved = prepare(model, prompt, plans, setting, texts)
+    steered = _generate_rows(model, model.host.tokenize(prompt), [numbers(items) for items in resolved], setting)
+    baseline = model.generate(prompt, **setting.plain)
+    answer = _answer(baseline, token, other)
+    effects = [effect(baseline.logits[0], one.logits[0], answer, other) for one in steered]
+    said = [baseline, *steered]
+    plain = log_probabilities(model, baseline.prompt, [one.ids for one in said], None, setting)
+    read = [scored(model.host, one.text, one.ids, row, one.logprobs) for one, row in zip(said, plain, strict=True)]
+    values = [_values(items, takes) for items in resolved]
+    return DoseResponse(
+        prompt=model.host.strings(baseline.prompt),
+        target=model.host.string(effects[0].target),
+        against=model.host.string(effects[0].against),
+        baseline=read[0],
+        metric=effects[0].metric_before,
+        doses=tuple(Dose(*row) for row in zip(doses, resolved, values, effects, read[1:], strict=True)),
+    )
+
+
+def _generate_rows(
+    model: Steerable, prompt: list[int], plans: Sequence[Sequence[object]], setting: Setting
+) -> list[Generated]:
+    out: list[Generated] = []
+    for start in range(0, len(plans), ROWS_PER_PASS):
+        some = plans[start : start + ROWS_PER_PASS]
+        out += model.generate([prompt] * len(some), some, **setting.plain, **setting.changing)
+    return out
+
+
+def grid(values: str | Sequence[float | str | Strength]) -> tuple[Strength, ...]:
+    """A grid of strengths of one kind: numbers or text, or as text `0,2,4`, or `0:8:5` for five evenly spaced ones.
+
+    Raises:
+        UserError: there are none, or they count different things.
+        InterventionError: one cannot be read.
+    """
+    parts = _split(values) if isinstance(values, str) else [Strength.of(value) for value in values]
+    if not parts:
+        raise UserError("the grid of strengths is empty", expected="strengths such as 0,2,4, x0,x1,x2 or 0r:0.4r:5")
+    kinds = list(dict.fromkeys(part.kind for part in parts))
+    if len(kinds) > 1:
+        raise UserError(
+            f"the grid mixes {' and '.join(UNITS[kind] for kind in kinds)}", expected="strengths of one kind"
+        )
+    return tuple(parts)
+
+
+def _split(text: str) -> list[Strength]:
+    if ":" not in text:
+        return [Strength.parse(part.strip(), where=text) for part in text.split(",")] if text.strip() else []
+    parts = text.split(":")
+    if len(parts) != 3 or not re.fullmatch(r"\d{1,4}", parts[2]) or int(parts[2]) < 2:
+        raise UserError(f"cannot read the grid {text!r}", expected="FROM:TO:COUNT with COUNT from 2 up, as 0:8:5")
+    first, last = (Strength.parse(part, where=text) for part in parts[:2])
+    if first.kind != last.kind:
+        return [first, last]  # refused for mixing kinds
+    steps = torch.linspace(first.amount, last.amount, int(parts[2]), dtype=torch.float64).tolist()
+    return [Strength(step, first.kind) for step in steps]
+
+
+def _values(items: Sequence[Resolved], takes: Sequence[bool]) -> dict[str, float]:
+    """What the dose came to, by address."""
+    return {
+        str(item.intervention.address): item.value
+        for item, took in zip(items, takes, strict=True)
+        if took and item.value is not None
+    }
+
+
+def _answer(baseline: Generated, token: int | None, other: int | None) -> int:
+    """The target: the plain answer unless named."""
+    answer = int(baseline.logits[0].argmax()) if token is None else token
+    if answer == other:
+        raise TargetError("target and against are the same token")
+    return answer

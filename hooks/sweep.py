@@ -1,0 +1,323 @@
+"""The effect of thousands of interventions on one prompt, each exact, in staggered passes (`suffix`).
+
+groups of interventions → a checked plan → rows that join where they first differ → metrics at one position → a table
+
+A group is run as one variant: one feature, a pair, or any set. Every batch carries rows in which nothing is changed:
+effects are differences to their mean, and their spread is the noise floor.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from hooks.errors import OutputError, UserError
+from hooks.files import replacing
+from hooks.host import Batch, Host, execution_device
+from hooks.intervene import LayerTable, as_interventions, make_plan
+from hooks.interventions import FeatureIntervention
+from hooks.readout import best_other
+from hooks.store import TranscoderStore
+from hooks.suffix import Clean, out_of_memory, record_clean
+from hooks.variants import Work, lay_out, live_groups, run_groups
+
+SUFFIXES = (".parquet", ".csv", ".json")
+METRICS = ("delta", "delta_logit", "delta_prob", "kl", "rank")
+CONTROLS = 8  # rows in which nothing is changed, in every batch
+TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured: logit(target) − logit(against) at a position, and what else `metrics` names."""
+
+    target: int
+    against: int
+    pos: int
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measured effects.
+
+    Attributes:
+        table: one row per group, in the order given: `name`; `layer`, `pos`, `feature`, `activation` of groups of one
+            feature (its clean activation, or its largest where the group spans positions); a column per metric;
+            `resolved`.
+        noise_floor: three standard deviations of `delta` in rows in which nothing is changed.
+        baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
+        tokens: of the prompt.
+        passes: batches that were run.
+    """
+
+    table: pd.DataFrame
+    noise_floor: float
+    baseline: Mapping[str, float]
+    question: Question
+    tokens: tuple[str, ...]
+    passes: int
+
+    def save(self, path: Path) -> None:
+        """Write the table whole or not at all: parquet, CSV or JSON by the suffix.
+
+        Raises:
+            OutputError: another suffix, the place cannot be written to, or pyarrow is not installed.
+        """
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            raise OutputError(f"unknown table format {path.suffix!r}", expected=" or ".join(SUFFIXES), where=str(path))
+        with replacing(path) as temporary:
+            if suffix == ".csv":
+                self.table.to_csv(temporary, index=False)
+            elif suffix == ".json":
+                self.table.to_json(temporary, orient="records", indent=1)
+            else:
+                try:
+                    self.table.to_parquet(temporary, index=False)
+                except ImportError:
+                    raise OutputError("parquet needs pyarrow", repair="pip install 'qwen-circuits[parquet]'") from None
+
+    def ranked(self) -> pd.DataFrame:
+        """Strongest effect first; equal ones in the order given."""
+        order = self.table["delta"].abs().sort_values(ascending=False, kind="stable").index
+        return self.table.loc[order].reset_index(drop=True)
+
+
+def sweep(
+    host: Host,
+    store: TranscoderStore,
+    batch: Batch,
+    groups: Sequence[Sequence[object]],
+    *,
+    target: int | None = None,
+    against: int | None = None,
+    position: int = -1,
+    metrics: Sequence[str] = ("delta", "delta_logit"),
+    tokens_at_once: int | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """Run every group of interventions on one prompt and measure what it does to the next token behind a position.
+
+    Args:
+        groups: what each variant changes; delta form, TopK not run again (`mask="frozen"`).
+        target, against: token ids; the clean run's answer and its best other by default.
+        metrics: any of `METRICS`. The first two need two rows of the unembedding, the others all of it.
+        tokens_at_once: of all rows of a batch; by default what a quarter of the free memory holds, 8,192 at most.
+            Halved as often as memory runs out.
+
+    Raises:
+        UserError: an address, metric, target or position does not exist, interventions of a group contradict each
+            other, the model's attention is not known, or memory does not hold even one row.
+    """
+    length = batch.lengths[0]
+    question_pos = _checked_position(position, length)
+    _check_metrics(metrics)
+    if not groups:
+        raise UserError("nothing to sweep", expected="at least one group of interventions")
+    plan = make_plan(store, groups, [length] * len(groups))
+    reads = {layer: store.sites(layer)[0] for layer in plan.tables}
+    clean = record_clean(host, batch, list(reads.values()))
+    question = _question(clean.logits[question_pos], target, against, question_pos, tuple(metrics))
+    dense = _clean_activations(store, clean, plan.tables)
+    work = lay_out(host, store, plan.tables, dense, len(groups), question_pos + 1)
+    measured, spreads, passes = _run_all(host, store, clean, work, question, tokens_at_once, progress)
+    noise = 3 * math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0
+    table = _described(groups, dense, length)
+    for name, column in measured.items():
+        table[name] = column.tolist()
+    table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
+    baseline = _baseline(clean.logits[question_pos], question)
+    return Sweep(table, noise, baseline, question, batch.strings[0], passes)
+
+
+# -- what is asked -------------------------------------------------------------------------------------------------
+
+
+def _checked_position(position: int, length: int) -> int:
+    if not -length <= position < length:
+        raise UserError(f"position {position} does not occur", expected=f"0 to {length - 1}, or -{length} to -1")
+    return position % length
+
+
+def _check_metrics(metrics: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"unknown metric {name!r}", expected=", ".join(METRICS))
+
+
+def _question(
+    logits: Float[Tensor, " vocab"], target: int | None, against: int | None, pos: int, metrics: tuple[str, ...]
+) -> Question:
+    token = int(logits.argmax()) if target is None else target
+    other = best_other(logits, token) if against is None else against
+    if token == other:
+        raise UserError("target and against are the same token", found=str(token))
+    return Question(token, other, pos, tuple(dict.fromkeys(("delta", *metrics))))
+
+
+def _baseline(logits: Float[Tensor, " vocab"], question: Question) -> dict[str, float]:
+    wide = logits.double()
+    own, other = float(wide[question.target]), float(wide[question.against])
+    rank = int((wide > own).sum()) + 1
+    return {"metric": own - other, "logit": own, "prob": float(wide.softmax(-1)[question.target]), "rank": rank}
+
+
+def _clean_activations(
+    store: TranscoderStore, clean: Clean, layers: Mapping[int, LayerTable]
+) -> dict[int, Float[Tensor, "pos feature"]]:
+    """Activations of the clean run at the layers that are touched; one layer's are pos × d_features numbers."""
+    out = {}
+    for layer in layers:
+        transcoder = store[layer]
+        out[layer] = transcoder.encode(clean.seen[store.sites(layer)[0]]).dense(transcoder.d_features).double().cpu()
+    return out
+
+
+def _change_text(item: FeatureIntervention) -> str:
+    """The address, and what becomes of the feature unless it is ablated."""
+    factor, shift = item.affine
+    known = {
+        (1.0, shift): f" + {shift:g}",
+        (factor, 0.0): f" × {factor:g}",
+        (0.0, shift): f" = {shift:g}",
+        (0.0, 0.0): "",
+    }
+    return str(item.address) + known.get((factor, shift), f" × {factor:g} + {shift:g}")
+
+
+def _described(groups: Sequence[Sequence[object]], dense: Mapping[int, Tensor], length: int) -> pd.DataFrame:
+    rows = []
+    for group in groups:
+        items = as_interventions(group)
+        addresses = [item.address for item in items]
+        row: dict[str, object] = {"name": " + ".join(map(_change_text, items))}
+        if len({(address.layer, address.feature) for address in addresses}) == 1:
+            one = addresses[0]
+            spans = [span for address in addresses for span in address.positions.spans(length)]
+            start, stop = spans[0]
+            seen = torch.cat([dense[one.layer][slice(*span), one.feature] for span in spans])
+            single = len(spans) == 1 and stop == start + 1
+            row |= {"layer": one.layer, "pos": start if single else None, "feature": one.feature}
+            row["activation"] = float(seen.max()) if len(seen) else 0.0
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=["name", "layer", "pos", "feature", "activation"])
+    return table.astype({"layer": "Int64", "pos": "Int64", "feature": "Int64", "activation": "Float64"})
+
+
+# -- where rows join -----------------------------------------------------------------------------------------------
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+def _run_all(
+    host: Host,
+    store: TranscoderStore,
+    clean: Clean,
+    work: Work,
+    question: Question,
+    tokens_at_once: int | None,
+    progress: bool,
+) -> tuple[dict[str, Float[Tensor, " group"]], list[float], int]:
+    """Metrics of every group, the variance of `delta` in each batch's unchanged rows, and the number of batches."""
+    end = question.pos + 1
+    out = {name: torch.zeros(len(work.start), dtype=torch.float64) for name in question.metrics}
+    if "rank" in out:
+        out["rank"] += _baseline(clean.logits[question.pos], question)["rank"]
+    waiting = live_groups(work)
+    budget = tokens_at_once or _tokens_that_fit(host)
+    spreads: list[float] = []
+    passes = 0
+    with tqdm(total=len(waiting), desc="sweep", unit="run", disable=not progress, leave=False) as bar:
+        while len(waiting):
+            count = _rows_that_fit(end - work.start[waiting], budget)
+            chosen = waiting[:count]
+            with out_of_memory() as failed:
+                hidden = run_groups(host, store, clean, work, chosen, CONTROLS)
+                found = _measure(host, hidden, clean.logits[question.pos], question)
+            if failed:
+                budget = _halved(min(budget, int((end - work.start[chosen]).sum())))
+                continue
+            for name, values in _against_controls(found, len(chosen)).items():
+                out[name][chosen] = values
+            spreads.append(float(found["delta"][len(chosen) :].var(unbiased=True)))
+            passes += 1
+            waiting = waiting[count:]
+            bar.update(count)
+    return out, spreads, passes
+
+
+def _rows_that_fit(lengths: Int[Tensor, " row"], budget: int) -> int:
+    return max(1, int((lengths.cumsum(0) <= budget).sum()))
+
+
+def _halved(tokens: int) -> int:
+    if tokens <= TOKENS_AT_LEAST:
+        raise UserError(
+            "memory does not hold even a small batch of the sweep",
+            found=f"{tokens} tokens at once did not fit",
+            repair="free memory, shorten the prompt, or load fewer transcoder layers (--budget-gb)",
+        )
+    return tokens // 2
+
+
+def _tokens_that_fit(host: Host) -> int:
+    """A quarter of the free memory, by what a token takes in a block: streams, MLP, attention scores."""
+    config: Any = host.model.config
+    width = 8 * host.d_model + 4 * int(getattr(config, "intermediate_size", 4 * host.d_model))
+    width += 4 * int(config.num_attention_heads) * min(256, host.max_positions)
+    free = torch.cuda.mem_get_info(host.device)[0] if host.device.type == "cuda" else psutil.virtual_memory().available
+    return max(TOKENS_AT_LEAST, min(TOKENS_AT_ONCE, free // 4 // (4 * width)))
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+ROWS_AT_ONCE = 256  # of whole distributions over the vocabulary
+
+
+def _measure(
+    host: Host, hidden: Float[Tensor, "row d_model"], clean: Float[Tensor, " vocab"], question: Question
+) -> dict[str, Float[Tensor, " row"]]:
+    """Metrics as differences to nothing yet: those of each row as it is. The final norm and logits in fp32 at least."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.no_grad():
+        normed = host.decoder.norm(hidden.to(execution_device(host.decoder.norm), wide))
+        if set(question.metrics) <= {"delta", "delta_logit"}:
+            pair = host.unembed_rows(normed, [question.target, question.against]).double().cpu()
+            found = {"delta": pair[:, 0] - pair[:, 1], "delta_logit": pair[:, 0]}
+        else:
+            parts = [_distributions(host.unembed(part), clean, question) for part in normed.split(ROWS_AT_ONCE)]
+            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: found[name] for name in question.metrics}
+
+
+def _distributions(
+    logits: Float[Tensor, "row vocab"], clean: Float[Tensor, " vocab"], question: Question
+) -> dict[str, Float[Tensor, " row"]]:
+    logits = logits.double()
+    log_probs, before = logits.log_softmax(-1), clean.to(logits).log_softmax(-1)
+    own = logits[:, question.target]
+    return {
+        "delta": (own - logits[:, question.against]).cpu(),
+        "delta_logit": own.cpu(),
+        "delta_prob": log_probs[:, question.target].exp().cpu(),
+        "kl": (before.exp() * (before - log_probs)).sum(-1).cpu(),
+        "rank": ((logits > own[:, None]).sum(-1) + 1).double().cpu(),
+    }
+
+
+def _against_controls(found: Mapping[str, Float[Tensor, " row"]], count: int) -> dict[str, Float[Tensor, " group"]]:
+    """Differences to the mean of the unchanged rows; divergence and rank are what they are."""
+    return {
+        name: values[:count] - (values[count:].mean() if name.startswith("delta") else 0.0)
+        for name, values in found.items()
+    }
