@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import AddressError, InterventionError
-from hooks.interventions import FeatureIntervention
+from hooks.interventions import INTERVENTIONS, FeatureIntervention
 from hooks.interventions.clamp import Clamp
 from hooks.kernels import gather_features, working_dtype
 from hooks.store import TranscoderStore
@@ -25,6 +25,7 @@ from hooks.swap import Swap
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, FeatureAddress, MaskMode, Pass, Positions, SparseActs
 
+KNOWN = (*(module.Intervention for module in INTERVENTIONS.values()), FeatureIntervention)  # a protocol costs 50 µs
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -88,7 +89,7 @@ def as_interventions(items: Sequence[object]) -> list[FeatureIntervention]:
         if isinstance(item, tuple) and len(item) == 4:
             layer, positions, feature, value = item
             out.append(Clamp(FeatureAddress(int(layer), int(feature), Positions.of(positions)), float(value)))
-        elif isinstance(item, FeatureIntervention):
+        elif isinstance(item, KNOWN):
             out.append(item)
         else:
             raise InterventionError(

@@ -33,9 +33,9 @@ def linear_fp32(
 ) -> Float[Tensor, "*token feature"]:
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
-    On the CPU half-precision weights are cast some rows at a time, into a buffer that the cache holds. On CUDA the products run
-    in the stored precision with fp32 results: x is split into a half-precision number and its remainder, so that its
-    own rounding is not lost either.
+    On the CPU half-precision weights are cast some rows at a time, into a buffer that the cache holds. On CUDA the
+    products run in the stored precision with fp32 results: x is split into a half-precision number and its remainder,
+    so that its own rounding is not lost either.
     """
     dtype = working_dtype(weight)
     if weight.dtype == dtype:
