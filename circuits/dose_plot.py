@@ -17,12 +17,13 @@ WIDTH, HEIGHT = 8.6, 3.7  # inches
 LONGEST = 14  # characters of a token that are written
 
 
-def dose_plot(response: DoseResponse, path: Path) -> None:
+def dose_plot(response: DoseResponse, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same sweep gives the same bytes.
 
     Raises:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
     """
+    path = Path(path)
     check_suffix(path)
     try:
         import matplotlib

@@ -21,13 +21,14 @@ LONGEST = 12  # characters of a token that are written
 CELL, BAR_SIDE, LEAST = 0.34, 3.6, 3.4  # inches
 
 
-def sweep_plot(sweep: Sweep, path: Path) -> None:
+def sweep_plot(sweep: Sweep, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same sweep gives the same bytes.
 
     Raises:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
         UserError: no group of the sweep is one feature at one position.
     """
+    path = Path(path)
     check_suffix(path)
     single = sweep.table.dropna(subset=["layer", "pos"])
     if not len(single):

@@ -66,12 +66,13 @@ class Sweep:
     tokens: tuple[str, ...]
     passes: int
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the table whole or not at all: parquet, CSV or JSON by the suffix.
 
         Raises:
             OutputError: another suffix, the place cannot be written to, or pyarrow is not installed.
         """
+        path = Path(path)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             raise OutputError(f"unknown table format {path.suffix!r}", expected=" or ".join(SUFFIXES), where=str(path))
@@ -211,9 +212,6 @@ def _described(groups: Sequence[Sequence[object]], dense: Mapping[int, Tensor], 
         rows.append(row)
     table = pd.DataFrame(rows, columns=["name", "layer", "pos", "feature", "activation"])
     return table.astype({"layer": "Int64", "pos": "Int64", "feature": "Int64", "activation": "Float64"})
-
-
-# -- where rows join -----------------------------------------------------------------------------------------------
 
 
 # -- running -------------------------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def test_without_time_cases_are_listed_as_left_out(run):
 
 def test_kernels_against_the_dense_way(run):
     found = run("kernel_speed", "--repeats", "1", "--threads", "1")
+    assert found["bandwidth_gb_per_s"] > 0
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.02)):  # bf16: 8 bits, and ties at the threshold
-        assert found[precision]["bandwidth_gb_per_s"] > 0
         for tokens in ("1", "32"):
             case = found[precision][tokens]
             seconds = case["seconds"]
@@ -155,3 +155,47 @@ def test_steered_decoding_on_a_small_shape(run):
     assert found["encode"]["sites"] == 2
     assert found["load"]["bytes"] > 2 * 4 * 96 * 40
     assert found["eager"]["plain_tokens_per_s"] > 0
+
+
+def test_steered_generation_against_the_plain_library(run):
+    found = run("steer", "--repeats", "1", "--threads", "1")
+    seconds = found["seconds_per_token"]
+    modes = {"transformers", "steered_0", "steered_1", "steered_5", "steered_all", "observed", "replaced"}
+    assert set(found["ratio_to_transformers"]) == modes <= set(seconds)
+    assert found["one_layer_overhead"] == pytest.approx(seconds["steered_1"] / seconds["transformers"] - 1)
+    assert found["one_layer_overhead_over_ours"] == pytest.approx(seconds["steered_1"] / seconds["steered_0"] - 1)
+    assert found["tokens_per_s"] == pytest.approx({name: 1 / each for name, each in seconds.items()})
+    assert found["no_hooks_without_interventions"] is True
+    assert found["hooks_with_one_layer"] == 1  # reads and writes the same site
+
+
+def test_hooks_during_a_pass_are_seen_wherever_they_are(run):
+    from _worlds import random_model, random_prompt
+    from steer import TINY, hooks_during
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model = random_model(TINY.shape)
+    prompt = random_prompt(TINY.shape, TINY.prompt)
+    plain = model.host.model
+    for attach in (
+        plain.lm_head.register_forward_hook,
+        plain.model.layers[-1].mlp.register_forward_pre_hook,
+        register_module_forward_hook,
+    ):
+        handle = attach(lambda *_: None)
+        assert hooks_during(model, lambda: model.generate(prompt, max_new_tokens=1)) == 1
+        handle.remove()
+    assert hooks_during(model, lambda: model.generate(prompt, max_new_tokens=1)) == 0
+    assert "forward" not in vars(model.host.decoder.norm)
+
+
+def test_a_thousand_ablations_equal_both_loops(run):
+    found = run("sweep", "--repeats", "1", "--threads", "1")
+    for name in ("last_position", "uniform", "demo"):
+        case = found[name]
+        assert case["features"] == 12
+        assert case["max_difference"] < 1e-4  # fp32 logits
+        assert case["ratio"] == pytest.approx(case["loop_s"] / case["ours_s"])
+        assert case["batched_rows"] in (32, 64, 128)
+    assert found["last_position_ratio"] == found["last_position"]["ratio"]
+    assert found["uniform_ratio"] == found["uniform"]["ratio"]
