@@ -3,8 +3,8 @@
     python benchmarks/sweep.py [--json] [--tiny] [--repeats N]
 
 The first alternative runs the plain model once per feature, with SDPA and one hook that adds the change to the stream.
-The second takes the features of a layer in batches, and starts each batch at that layer's block from the clean stream in
-front of it, so it skips all blocks below. Both get the changes −a_i d_i ready-made; ours works them out. All measure
+The second takes the features of a layer in batches, and starts each batch at that layer's block from the clean stream
+in front of it, so it skips all blocks below. Both get the changes −a_i d_i ready-made; ours works them out. All measure
 logit(answer) − logit(best other) at the last position, and must agree to 1e-4. Ours includes its clean pass.
 
 `last_position`: features of the last position alone; `uniform`: of all positions; `demo`: every active feature of a
