@@ -53,7 +53,8 @@ class Sweep:
         table: one row per group, in the order given: `name`; `layer`, `pos`, `feature`, `activation` of groups of one
             feature (its clean activation, or its largest where the group spans positions); a column per metric;
             `resolved`.
-        noise_floor: three standard deviations of `delta` in rows in which nothing is changed.
+        noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
+            two logits can make of it.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
@@ -131,7 +132,7 @@ def sweep(
     dense = _clean_activations(store, clean, plan.tables)
     work = lay_out(host, store, plan.tables, dense, len(groups), question_pos + 1)
     measured, spreads, passes = _run_all(host, store, clean, work, question, tokens_at_once, progress)
-    noise = 3 * math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0
+    noise = _noise_floor(spreads, clean.logits[question_pos], question)
     table = _described(groups, dense, length)
     for name, column in measured.items():
         table[name] = column.tolist()
@@ -212,6 +213,13 @@ def _described(groups: Sequence[Sequence[object]], dense: Mapping[int, Tensor], 
         rows.append(row)
     table = pd.DataFrame(rows, columns=["name", "layer", "pos", "feature", "activation"])
     return table.astype({"layer": "Int64", "pos": "Int64", "feature": "Int64", "activation": "Float64"})
+
+
+def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], question: Question) -> float:
+    """Unchanged rows may agree bit for bit, and a changed one still be rounded otherwise: eps/2 per logit and row."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rounding = torch.finfo(wide).eps * float(logits[[question.target, question.against]].abs().sum())
+    return max(rounding, 3 * math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0)
 
 
 # -- running -------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_every_layer_and_position_as_in_whole_passes(model, prompt, kind):
     ]
     found = model.sweep(prompt, groups)
     close(found.table["delta"], one_by_one(model, prompt, groups))
-    assert found.noise_floor < EXACT
+    assert 0 < found.noise_floor < EXACT  # unchanged rows may agree bit for bit; rounding is still there
 
 
 @pytest.mark.parametrize("tokens_at_once", [None, 8])
