@@ -22,10 +22,9 @@ from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_promp
 from hooks.errors import TargetError
 from hooks.host import Prompt
 from hooks.model import HookedModel
-from hooks.recording import Recording, check_same_length, record
+from hooks.recording import SINK, Recording, check_same_length, record
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
-SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import AddressError, InterventionError
-from hooks.interventions import INTERVENTIONS, FeatureIntervention
+from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
 from hooks.kernels import gather_features, working_dtype
 from hooks.store import TranscoderStore
@@ -334,9 +334,7 @@ class _Hits:
 
     def change(self, old: Float[Tensor, " hit"]) -> Float[Tensor, " hit"]:
         """new − old per hit."""
-        old = old.double()
-        new = self.factor * old + self.shift
-        return torch.where(self.skip_inactive & (old == 0), 0, new - old) if self.some_skip else new - old
+        return change(old, self.factor, self.shift, self.skip_inactive if self.some_skip else None)
 
     @cached_property
     def some_skip(self) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.intervene import LayerTable
+from hooks.interventions import change
 from hooks.kernels import count_before, select_static, working_dtype
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, Pass, SparseActs
@@ -48,10 +49,8 @@ class EntryBuffers:
 
     def change(self, old: Float[Tensor, " entry"], position: Int[Tensor, "1"]) -> Float[Tensor, " entry"]:
         """new − old where an entry is enabled and its span holds the position, else 0."""
-        old = old.double()
         here = self.enabled & (self.start <= position) & (position < self.stop)
-        idle = ~here | (self.skip_inactive & (old == 0))
-        return (self.factor * old + self.shift - old).masked_fill(idle, 0)
+        return change(old, self.factor, self.shift, self.skip_inactive).masked_fill(~here, 0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.types import SparseActs
 
+SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink
+
 
 @dataclass(frozen=True)
 class LayerRecord:

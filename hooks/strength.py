@@ -24,6 +24,7 @@ from hooks.intervene import as_interventions, make_plan
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
+from hooks.recording import SINK
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.types import FeatureAddress
@@ -31,7 +32,6 @@ from hooks.types import FeatureAddress
 Kind = Literal["absolute", "typical", "residual"]
 How = Literal["clamp", "add"]
 UNITS: Mapping[Kind, str] = {"absolute": "activation", "typical": "× typical activation", "residual": "share of |x|"}
-SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink
 TEXTS_PER_PASS = 32
 
 

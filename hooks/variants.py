@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooks.host import Host
 from hooks.intervene import LayerTable
+from hooks.interventions import change
 from hooks.kernels import gather_features
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, Rows, Walk
@@ -126,8 +127,7 @@ def _all_hits(table: LayerTable, end: int) -> Hits:
 
 
 def _change(table: LayerTable, entry: Int[Tensor, " hit"], old: Float[Tensor, " hit"]) -> Float[Tensor, " hit"]:
-    new = table.factor[entry] * old + table.shift[entry]
-    return torch.where(table.skip_inactive[entry] & (old == 0), torch.zeros_like(old), new - old)
+    return change(old, table.factor[entry], table.shift[entry], table.skip_inactive[entry])
 
 
 def live_groups(work: Work) -> Int[Tensor, " live"]:

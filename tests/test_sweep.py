@@ -324,8 +324,9 @@ def test_groups_pairs_and_doses_on_the_command_line(demo, capsys):
 BAD = [
     (["--dose", "L3/99@8"], "belong together"),
     (["--values", "1,2"], "belong together"),
-    (["--dose", "L3/99@8", "--values", "1,nan"], "cannot read the values"),
-    (["--dose", "L3/99@8", "--values", "1:2"], "cannot read the values"),
+    (["--dose", "L3/99@8", "--values", "1,nan"], "not a finite number"),
+    (["--dose", "L3/99@8", "--values", "1:2"], "cannot read the grid"),
+    (["--dose", "L3/99@8", "--values", "x1,x2"], "are no activations"),
     (["--dose", "L3/99@8", "--values", "1,2", "--pairs"], "says all"),
     (["--group", "L3/99@8", "--layer", "3"], "each say"),
     (["--pairs"], "needs --group"),

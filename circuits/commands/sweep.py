@@ -1,7 +1,6 @@
 """`circuits sweep`: the effect of many interventions, one by one, each exact."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from circuits.commands._output import Result, say, show, table
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
 from hooks.candidates import KINDS, Change, active_features, changed, doses, pairs
+from hooks.dose import grid
 from hooks.errors import OutputError, UserError
 from hooks.files import check_writable
 from hooks.model import HookedModel
@@ -111,23 +111,10 @@ def _groups(args: argparse.Namespace, model: HookedModel, values: list[float] | 
 
 
 def _grid(text: str) -> list[float]:
-    """Numbers between commas, or FROM:TO:COUNT.
-
-    Raises:
-        UserError: it is neither.
-    """
-    try:
-        if ":" in text:
-            low, high, number = text.split(":")
-            steps = int(number)
-            out = [float(low) + (float(high) - float(low)) * step / max(1, steps - 1) for step in range(steps)]
-        else:
-            out = [float(part) for part in text.split(",")]
-    except ValueError:
-        out = []
-    if not out or not all(math.isfinite(value) for value in out):
-        raise UserError(f"cannot read the values {text!r}", expected="numbers such as 0,2.5,5 or 0:10:11")
-    return out
+    strengths = grid(text)
+    if strengths[0].kind != "absolute":
+        raise UserError(f"--values {text} are no activations", expected="numbers such as 0,2.5,5 or 0:10:11")
+    return [strength.amount for strength in strengths]
 
 
 def _result(model: HookedModel, found: Sweep) -> Result:

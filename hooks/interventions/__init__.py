@@ -15,6 +15,9 @@ the next feature in line move up when one is ablated.
 import math
 from typing import Literal, Protocol, get_args, runtime_checkable
 
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from hooks.errors import InterventionError
 from hooks.plugins import discover
 from hooks.types import FeatureAddress
@@ -40,6 +43,18 @@ class FeatureIntervention(Protocol):
     def affine(self) -> tuple[float, float]:
         """(factor, shift) of a -> factor · a + shift."""
         ...
+
+
+def change(
+    old: Float[Tensor, " entry"],
+    factor: Float[Tensor, " entry"],
+    shift: Float[Tensor, " entry"],
+    skip_inactive: Bool[Tensor, " entry"] | None,
+) -> Float[Tensor, " entry"]:
+    """new − old, in fp64; `skip_inactive` None: none of them skips."""
+    old = old.double()
+    moved = factor * old + shift - old
+    return moved if skip_inactive is None else moved.masked_fill(skip_inactive & (old == 0), 0)
 
 
 def check_strength(value: float, where: str) -> float:
