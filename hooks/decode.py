@@ -158,7 +158,7 @@ class FastDecoder:
         def look(layer: int) -> Any:
             def function(x: Tensor, at: Pass) -> Tensor:
                 coder, kept = self._store[layer], self.observed[layer]
-                acts = select_static(coder.preactivations(x[0, -1]), coder.k)
+                acts = select_static(coder.gated(coder.preactivations(x[0, -1])), coder.k)
                 kept.values.copy_(acts.values)
                 kept.indices.copy_(acts.indices)
                 return x

@@ -217,6 +217,7 @@ class _Seen:
     """What the read site leaves for the write site."""
 
     acts: SparseActs | None  # of all tokens; only when the site is replaced
+    skipped: Float[Tensor, "batch pos d_model"] | None  # likewise; only with a skip connection
     tokens: Int[Tensor, " token"]  # flat indices of the tokens with edited features
     delta: Float[Tensor, "token d_model"] | None
 
@@ -228,13 +229,16 @@ def _layer_edits(
     key = ("transcoder", layer)
 
     def read(x: Tensor, at: Pass) -> Tensor:
-        acts = store[layer].encode(x) if swap and swap.error != "live" else None
-        at.memo[key] = _Seen(acts, *_deltas(store, layer, table, mask, x, at))
+        replaced = swap is not None and swap.error != "live"
+        acts, skipped = (store[layer].encode(x), store[layer].skipped(x)) if replaced else (None, None)
+        at.memo[key] = _Seen(acts, skipped, *_deltas(store, layer, table, mask, x, at))
         return x
 
     def write(x: Tensor, at: Pass) -> Tensor:
         seen: _Seen = at.memo.pop(key)
-        out = swap.base(store[layer], seen.acts, x, at).to(x.device) if swap and seen.acts is not None else x
+        out = x
+        if swap and seen.acts is not None:
+            out = swap.base(store[layer], seen.acts, seen.skipped, x, at).to(x.device)
         return (out if seen.delta is None else _added(out, seen.tokens, seen.delta)).to(x.dtype)
 
     read_site, write_site = store.sites(layer)

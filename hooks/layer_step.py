@@ -75,7 +75,7 @@ class LayerStep:
         coder = self.coder
         if coder.read == coder.write:
             return [Edit(coder.read, lambda x, at: self._write(x, *self._read(x)))]
-        memo: list[tuple[Tensor | None, SparseActs | None]] = []
+        memo: list[tuple[Tensor | None, SparseActs | None, Tensor | None]] = []
 
         def read(x: Tensor, at: Pass) -> Tensor:
             memo[:] = [self._read(x)]
@@ -83,27 +83,37 @@ class LayerStep:
 
         return [Edit(coder.read, read), Edit(coder.write, lambda x, at: self._write(x, *memo.pop()))]
 
-    def _read(self, x: Float[Tensor, "1 1 d_model"]) -> tuple[Float[Tensor, " d_model"] | None, SparseActs | None]:
+    def _read(
+        self, x: Float[Tensor, "1 1 d_model"]
+    ) -> tuple[Float[Tensor, " d_model"] | None, SparseActs | None, Float[Tensor, "1 d_model"] | None]:
+        """What the interventions add, the token's features, and what the skip connection adds, as far as needed."""
         coder = self.coder
         pre = coder.preactivations(x[0])
         self.bad.logical_or_(pre.isnan().any())
-        acts = select_static(pre, coder.k) if self.observed or self.replaced else None
+        acts = select_static(coder.gated(pre), coder.k) if self.observed or self.replaced else None
+        skipped = coder.skipped(x[0]) if self.replaced else None
         if self.observed and acts:
             self.observed.values.copy_(acts.values[0])
             self.observed.indices.copy_(acts.indices[0])
         if self.table is None:
-            return None, acts
+            return None, acts, skipped
         features = self.table.features
-        own = pre[0, features].relu()
+        own = coder.gated(pre)[0, features].relu()
         if coder.k is not None:
             own = own.masked_fill(count_before(pre, features) >= coder.k, 0)
         rows = coder.W_dec[features].to(own.dtype)
-        return einsum(self.table.change(own, self.position).to(own.dtype), rows, "entry, entry d -> d"), acts
+        return einsum(self.table.change(own, self.position).to(own.dtype), rows, "entry, entry d -> d"), acts, skipped
 
     def _write(
-        self, x: Float[Tensor, "1 1 d_model"], delta: Float[Tensor, " d_model"] | None, acts: SparseActs | None
+        self,
+        x: Float[Tensor, "1 1 d_model"],
+        delta: Float[Tensor, " d_model"] | None,
+        acts: SparseActs | None,
+        skipped: Float[Tensor, "1 d_model"] | None,
     ) -> Float[Tensor, "1 1 d_model"]:
         out = self.coder.decode(acts)[None] if self.replaced and acts else x
+        if skipped is not None:
+            out = out + skipped
         return (out if delta is None else out.to(delta.dtype) + delta).to(x.dtype)
 
 

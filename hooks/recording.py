@@ -70,8 +70,9 @@ def record(
     for layer, (read, write) in sites.items():
         transcoder = store[layer]
         acts = transcoder.encode(seen[read])
+        whole = transcoder.reconstruct(acts, seen[read])
         home = transcoder.device  # a block's input may arrive from the device of the block before
-        records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), transcoder.decode(acts))
+        records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), whole)
     return Recording(batch, records, logits, {site: seen[site] for site in streams})
 
 

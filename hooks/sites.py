@@ -124,6 +124,50 @@ def lens_sites(n_layers: int) -> dict[str, Site]:
     }
 
 
+_NORMED_MID = "ln2.hook_normalized"  # resid_mid after the second norm, before that norm's weight
+
+
+def from_lens(name: str) -> tuple[Site | SiteSpec, bool]:
+    """A site from a TransformerLens hook name, and whether the name means the site divided by its norm.
+
+    `blocks.5.hook_mlp_out` is a `Site`, `hook_mlp_out` (relative to a layer, as some configurations have it) a
+    `SiteSpec`. `ln2.hook_normalized` is resid_mid after RMSNorm without its weight: (resid_mid, True).
+
+    Raises:
+        UserError: it is the name of no site; the message lists the known ones.
+    """
+    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name.strip())
+    known = {
+        lens.removeprefix("blocks.{layer}."): site
+        for site, place in _PLACES.items()
+        for lens in (place.lens, place.alias)
+        if lens
+    }
+    known[_NORMED_MID] = "resid_mid"
+    if not match or match[2] not in known:
+        raise UserError(
+            f"no site is called {name!r}",
+            expected=f"{', '.join(known)}, alone or after `blocks.LAYER.`",
+            where="hook name",
+        )
+    site = known[match[2]]
+    return SiteSpec(site) if match[1] is None else Site(site, int(match[1])), match[2] == _NORMED_MID
+
+
+def from_module(path: str, end: End) -> Site:
+    """A site from a module of a transformers model (`model.layers.5.mlp`, `layers.5`) and one of its ends.
+
+    Raises:
+        UserError: no site is there; the message lists the known ones.
+    """
+    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)(?:\.(.+))?", path.strip())
+    known = {(place.path, place.end): site for site, place in _PLACES.items()}
+    if not match or (match[2] or "", end) not in known:
+        names = ", ".join(f"layers.N{'.' if path else ''}{path} ({end})" for path, end in known)
+        raise UserError(f"no site is at the {end} of {path!r}", expected=names, where="module name")
+    return Site(known[match[2] or "", end], int(match[1]))
+
+
 def branches_off(site: Site) -> bool:
     """Whether the site's module sees only a branch of the stream: what it is given does not replace the stream.
 

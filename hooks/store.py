@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hooks.errors import CheckpointError
 from hooks.files import open_pt, safetensors_load, sha256
-from hooks.formats import Checkpoint, LayerSource, Source, TensorSource, recognise
+from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource, encoders, for_decoder, recognise
 from hooks.sites import Site, SiteSpec
-from hooks.transcoder import Transcoder
+from hooks.transcoder import WEIGHTS, Transcoder
 
 log = logging.getLogger("hooks")
 
@@ -56,13 +56,15 @@ class TranscoderStore:
         convention: Convention,
         *,
         norm_eps: float = 1e-5,
+        norm: Norm = "layernorm",
         dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
         name: str = "in memory",
         devices: dict[int, torch.device] | None = None,
     ):
         self.convention, self.name, self.budget_bytes = convention, name, budget_bytes
-        self._sources, self._norm_eps, self._dtype = dict(sorted(sources.items())), norm_eps, dtype
+        self._sources, self._dtype = dict(sorted(sources.items())), dtype
+        self._norm_eps, self._norm_centred = norm_eps, norm != "rms"
         self._devices = devices or {}
         self._resident: OrderedDict[int, Transcoder] = OrderedDict()
         self._derived: dict[int, dict[str, tuple[list[weakref.ref[Tensor]], list[int], Tensor]]] = {}
@@ -75,6 +77,8 @@ class TranscoderStore:
         read: str | SiteSpec | None = None,
         write: str | SiteSpec | None = None,
         k: int | None = None,
+        encoder: str | None = None,
+        decoder: int | None = None,
         layers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
@@ -86,6 +90,8 @@ class TranscoderStore:
             read: the site the set reads, if the files do not say (`resid_pre`, `mlp_in`, ...).
             write: the site it writes, likewise (`resid_pre`, `resid_post`, `mlp_out+1`, ...).
             k: overrides the number of features TopK keeps.
+            encoder: `trained`, or `card` for the code on the published set's card (see `hooks.formats.encoders`).
+            decoder: which one, from 0, where the files hold decoders for several target layers.
             layers: open only these.
             dtype: hold the weights in another precision.
             budget_bytes: keep at most this many bytes of weights resident.
@@ -94,7 +100,7 @@ class TranscoderStore:
         Raises:
             CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
         """
-        checkpoint = recognise(Path(root))
+        checkpoint = _chosen(recognise(Path(root)), encoder, decoder)
         convention = resolve_convention(checkpoint, read, write)
         sources: dict[int, LayerSource | Transcoder] = {s.layer: s for s in checkpoint.layers}
         if layers is not None:
@@ -119,6 +125,7 @@ class TranscoderStore:
             sources,
             convention,
             norm_eps=checkpoint.norm_eps,
+            norm=checkpoint.norm,
             dtype=dtype,
             budget_bytes=budget_bytes,
             name=name or str(root),
@@ -217,19 +224,17 @@ class TranscoderStore:
         if isinstance(source, Transcoder):
             return source.to(device, self._dtype)
         weights = {name: _read(where).to(device, self._dtype) for name, where in source.tensors.items()}
+        weights = source.finish(weights) if source.finish else weights
         _check_digest(source)
         return Transcoder(
             layer=layer,
             read=self.convention.read.at(layer),
             write=self.convention.write.at(layer),
-            W_enc=weights["W_enc"],
-            b_enc=weights["b_enc"],
-            W_dec=weights["W_dec"],
-            b_dec=weights["b_dec"],
-            norm_weight=weights.get("norm_weight"),
-            norm_bias=weights.get("norm_bias"),
+            **{name: weights.get(name) for name in WEIGHTS},  # type: ignore[arg-type]
             norm_eps=self._norm_eps,
+            norm_centred=self._norm_centred,
             k=source.k,
+            groups=source.groups,
         )
 
     def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -298,17 +303,37 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     return Convention(known_read, known_write, "assumed")
 
 
+def _chosen(checkpoint: Checkpoint, encoder: str | None, decoder: int | None) -> Checkpoint:
+    """The set with the encoder and the decoder that were asked for."""
+    known = encoders(checkpoint)
+    if encoder is not None and encoder not in known:
+        raise CheckpointError(
+            f"unknown encoder {encoder!r}", expected=f"one of {', '.join(known)} for this set", where="--encoder"
+        )
+    if checkpoint.decoders > 1 and decoder is None:
+        log.warning(
+            "%s: each file has decoders for %d target layers; taking the first, --decoder 0",
+            checkpoint.root,
+            checkpoint.decoders,
+        )
+    return for_decoder(known[encoder or "trained"], decoder or 0)
+
+
 def _with_k(source: LayerSource | Transcoder, k: int) -> LayerSource:
     assert isinstance(source, LayerSource)
     if not 1 <= k <= source.d_features:
         raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
-    return LayerSource(source.layer, source.d_model, source.d_features, source.tensors, k, "given", source.metadata)
+    if source.activation in ("jumprelu", "groupmax"):
+        raise CheckpointError(
+            f"--k {k} has no meaning here", expected="a set with TopK or ReLU", found=f"a {source.activation} set"
+        )
+    return replace(source, k=k, k_source="given", activation="topk")
 
 
 def _check_digest(source: LayerSource) -> None:
     if source.sha256 is None:
         return
-    file = next(iter(source.tensors.values())).file
+    file = source.files[0]
     found = sha256(file)
     if found != source.sha256:
         raise CheckpointError(
@@ -328,6 +353,8 @@ def _read(source: TensorSource) -> Tensor:
         for key in source.key:
             content = content[key]
         tensor = content
+    if source.rows:
+        tensor = tensor[slice(*source.rows)]
     return tensor.T.contiguous() if source.transposed else tensor.clone()
 
 

@@ -48,12 +48,23 @@ class Swap:
     clean_errors: Mapping[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
 
     def base(
-        self, transcoder: Transcoder, acts: SparseActs, x: Float[Tensor, "batch pos d_model"], at: Pass
+        self,
+        transcoder: Transcoder,
+        acts: SparseActs,
+        skipped: Float[Tensor, "batch pos d_model"] | None,
+        x: Float[Tensor, "batch pos d_model"],
+        at: Pass,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The replaced site before any feature is edited; under `live` that is x itself, exactly."""
+        """The replaced site before any feature is edited; under `live` that is x itself, exactly.
+
+        Args:
+            skipped: what the transcoder's skip connection adds, if it has one.
+        """
         if self.error == "live":
             return x
         reconstruction = transcoder.decode(acts)
+        if skipped is not None:
+            reconstruction = reconstruction + skipped
         x = x.to(reconstruction.device)
         if self.error == "zero":
             return reconstruction

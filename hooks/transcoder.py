@@ -6,33 +6,44 @@ the code on its model card (add `enc.0.bias`, ReLU, TopK) computes other feature
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.errors import ModelError
-from hooks.kernels import decode_sparse, gather_selected, linear_fp32, select_relu, select_topk, working_dtype
+from hooks.kernels import decode_sparse, gather_selected, largest, linear_fp32, select_relu, select_topk, working_dtype
 from hooks.sites import Site
 from hooks.types import SparseActs
+
+Activation = Literal["topk", "relu", "jumprelu", "groupmax"]
 
 
 @dataclass(frozen=True)
 class Transcoder:
     """Encoder and decoder of one layer.
 
-        pre   = LayerNorm(x; norm_weight, norm_bias, norm_eps) @ W_enc.T + b_enc
-        a     = relu(topk(pre, k))            (k = None: relu(pre))
-        x_hat = a @ W_dec + b_dec
+        given = LayerNorm(x; norm_weight, norm_bias, norm_eps)      or RMSNorm(x), or x - shift
+        pre   = given @ W_enc.T + b_enc
+        a     = relu(topk(pre, k))                                  or relu(gated(pre))
+        x_hat = a @ W_dec + b_dec                                   + given @ W_skip.T
 
     `W_enc` and `W_dec` both hold one feature per row. Weights may be stored in half precision; every result is fp32
-    (fp64 for fp64 weights).
+    (fp64 for fp64 weights). TopK before or after ReLU gives the same features: only positive ones count.
 
     Attributes:
         read: where `x` is taken from.
         write: what `x_hat` reconstructs.
+        norm_weight: None: there is no norm.
+        norm_centred: LayerNorm subtracts the mean; without it the norm is RMSNorm.
+        k: how many TopK keeps; None: no TopK.
+        threshold: JumpReLU: a feature counts only above it. Never negative.
+        groups: GroupMax: the features form so many groups of neighbours, and only the largest of each counts.
+        shift: subtracted from x, where there is no norm (`b_dec` of most sparse autoencoders).
+        W_skip: a linear map beside the features, of what the encoder is given.
     """
 
     layer: int
@@ -46,6 +57,23 @@ class Transcoder:
     norm_bias: Float[Tensor, " d_model"] | None
     norm_eps: float
     k: int | None
+    norm_centred: bool = True
+    threshold: Float[Tensor, " feature"] | None = None
+    groups: int | None = None
+    shift: Float[Tensor, " d_model"] | None = None
+    W_skip: Float[Tensor, "d_model d_model"] | None = None
+
+    def __post_init__(self) -> None:
+        rules = [self.k is not None, self.threshold is not None, self.groups is not None]
+        assert sum(rules) <= 1, "one of TopK, JumpReLU and GroupMax"
+        assert self.shift is None or self.norm_weight is None, "a shift belongs to an encoder without a norm"
+
+    @property
+    def activation(self) -> Activation:
+        """The name of the selection rule."""
+        if self.k is not None:
+            return "topk"
+        return "jumprelu" if self.threshold is not None else "groupmax" if self.groups is not None else "relu"
 
     @property
     def d_model(self) -> int:
@@ -65,17 +93,19 @@ class Transcoder:
     @property
     def nbytes(self) -> int:
         """Bytes the weights take where they are."""
-        parts = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.norm_weight, self.norm_bias)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for name in WEIGHTS if (part := getattr(self, name)) is not None)
 
     def normed(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-        """The encoder's input norm, in the working precision, on the weights' device."""
+        """What the encoder is given: x after its norm or shift, in the working precision, on the weights' device."""
         dtype = working_dtype(self.W_enc)
-        x = x.to(self.device)
+        x = x.to(self.device, dtype)
         if self.norm_weight is None:
-            return x.to(dtype)
-        bias = None if self.norm_bias is None else self.norm_bias.to(dtype)
-        return F.layer_norm(x.to(dtype), (self.d_model,), self.norm_weight.to(dtype), bias, self.norm_eps)
+            return x if self.shift is None else x - self.shift.to(dtype)
+        weight, bias = (None if part is None else part.to(dtype) for part in (self.norm_weight, self.norm_bias))
+        if self.norm_centred:
+            return F.layer_norm(x, (self.d_model,), weight, bias, self.norm_eps)
+        out = F.rms_norm(x, (self.d_model,), weight, self.norm_eps)
+        return out if bias is None else out + bias
 
     def preactivations(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:
         """What TopK selects from."""
@@ -86,13 +116,23 @@ class Transcoder:
         return self.select(self.preactivations(x))
 
     def select(self, pre: Float[Tensor, "*token feature"]) -> SparseActs:
-        """TopK then ReLU; ReLU alone where the set has no TopK.
+        """TopK then ReLU; where the set has no TopK, ReLU of what its gate lets through.
 
         Raises:
             ModelError: a pre-activation is not a number.
         """
         self._require_numbers(pre)
-        return select_relu(pre) if self.k is None else select_topk(pre, self.k)
+        return select_relu(self.gated(pre)) if self.k is None else select_topk(pre, self.k)
+
+    def gated(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
+        """JumpReLU and GroupMax: pre-activations that do not count are 0. Everything else: as they are."""
+        if self.threshold is not None:
+            return torch.where(pre > self.threshold.to(pre), pre, 0)
+        if self.groups is None:
+            return pre
+        parts = rearrange(pre, "... (group member) -> ... group member", group=self.groups)
+        first = torch.zeros_like(parts, dtype=torch.bool).scatter(-1, parts.argmax(-1, keepdim=True), True)
+        return torch.where(rearrange(first, "... group member -> ... (group member)"), pre, 0)
 
     def activations(
         self, pre: Float[Tensor, "token feature"], token: Int[Tensor, " hit"], feature: Int[Tensor, " hit"]
@@ -103,10 +143,10 @@ class Transcoder:
             ModelError: a pre-activation is not a number.
         """
         self._require_numbers(pre)
-        return gather_selected(pre, token, feature, self.k)
+        return gather_selected(self.gated(pre), token, feature, self.k)
 
     def _require_numbers(self, pre: Float[Tensor, "*token feature"]) -> None:
-        if pre.numel() and math.isnan(pre.detach().max()):  # the maximum is no number if any entry is none
+        if pre.numel() and math.isnan(largest(pre.detach())):  # the maximum is no number if any entry is none
             raise ModelError(
                 f"the stream at {self.read} is not a number",
                 expected="finite activations",
@@ -114,12 +154,23 @@ class Transcoder:
             )
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "*token d_model"]:
-        """The reconstruction of the write site."""
+        """What the features say about the write site; with a skip connection that is not all of the reconstruction."""
         return decode_sparse(acts, self.W_dec, self.b_dec)
 
-    def error(self, acts: SparseActs, target: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-        """What the reconstruction leaves of the write site: target − decode(acts)."""
-        return target.to(self.device, working_dtype(self.W_dec)) - self.decode(acts)
+    def skipped(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"] | None:
+        """What the skip connection adds, from what is read; None where there is none."""
+        return None if self.W_skip is None else linear_fp32(self.normed(x), self.W_skip, None)
+
+    def reconstruct(self, acts: SparseActs, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
+        """The reconstruction of the write site, skip connection included. `x` is what was read."""
+        skipped = self.skipped(x)
+        return self.decode(acts) if skipped is None else self.decode(acts) + skipped
+
+    def error(
+        self, acts: SparseActs, x: Float[Tensor, "*token d_model"], target: Float[Tensor, "*token d_model"]
+    ) -> Float[Tensor, "*token d_model"]:
+        """What the reconstruction leaves of the write site: target − reconstruct(acts, x)."""
+        return target.to(self.device, working_dtype(self.W_dec)) - self.reconstruct(acts, x)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Transcoder":
         """A copy with its weights elsewhere or in another precision."""
@@ -131,5 +182,5 @@ class Transcoder:
         return replace(self, **{name: move(name) for name in WEIGHTS})
 
 
-WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "norm_weight", "norm_bias")
-OPTIONAL_WEIGHTS = ("norm_weight", "norm_bias")
+OPTIONAL_WEIGHTS = ("norm_weight", "norm_bias", "threshold", "shift", "W_skip")
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", *OPTIONAL_WEIGHTS)

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "errors", "plugins", "sites", "types", "kernels", "transcoder", "files", "formats", "store", "readout",
+        "errors", "plugins", "sites", "types", "kernels", "transcoder", "files", "formats", "hub", "store", "convert", "readout",
         "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe", "sampling",
         "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering", "dose",
-        "bridge", "lens", "feature_cache", "demo", "model", "layer_step", "decode",
+        "bridge", "lens", "feature_cache", "demo", "memory", "findings", "calibrate", "model", "layer_step", "decode",
+        "quality",
     ],
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
-        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "verify", "supernodes", "decompose",
+        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "verify", "supernodes", "decompose",
         "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "commands", "cli",
     ],
 }  # fmt: skip

@@ -58,11 +58,13 @@ def _features_among(
 
 
 def encoder_bias(transcoder: Transcoder, feature: Int[Tensor, " target"]) -> Float[Tensor, " target"]:
-    """w_j · ln_b + b_j: the part of a pre-activation that does not depend on the stream."""
+    """b_j + w_j · (ln_b − shift): the part of a pre-activation that does not depend on the stream."""
     dtype = torch.promote_types(transcoder.W_enc.dtype, torch.float32)
     bias = transcoder.b_enc[feature].to(dtype)
     if transcoder.norm_bias is not None:
         bias = bias + transcoder.W_enc[feature].to(dtype) @ transcoder.norm_bias.to(dtype)
+    if transcoder.shift is not None:
+        bias = bias - transcoder.W_enc[feature].to(dtype) @ transcoder.shift.to(dtype)
     return bias
 
 
@@ -143,15 +145,17 @@ def _feature_ends(
 def encoder_gradient(
     transcoder: Transcoder, rows: Float[Tensor, "target d_model"], x: Float[Tensor, "target d_model"], rule: Rule
 ) -> Float[Tensor, "target d_model"]:
-    """∂pre_j/∂x through the encoder's LayerNorm: σ (g − mean g − x̂ mean(x̂ g)), g = γ w_j; frozen: without the last."""
+    """∂pre_j/∂x through the encoder's LayerNorm: σ (g − mean g − x̂ mean(x̂ g)), g = γ w_j; frozen: without the last;
+    RMSNorm: without the mean."""
     if transcoder.norm_weight is None:
         return rows
     g = rows * transcoder.norm_weight.to(rows.dtype)
-    unit, scale = _layer_normed(x, transcoder.norm_eps)
-    centred = g - reduce(g, "target d -> target 1", "mean")
+    unit, scale = _unit(transcoder, x)
+    if transcoder.norm_centred:
+        g = g - reduce(g, "target d -> target 1", "mean")
     if rule.norms == "exact":
-        centred = centred - unit * reduce(unit * g, "target d -> target 1", "mean")
-    return scale * centred
+        g = g - unit * reduce(unit * g, "target d -> target 1", "mean")
+    return scale * g
 
 
 def encoder_value(
@@ -159,11 +163,13 @@ def encoder_value(
 ) -> Float[Tensor, " target"]:
     """pre_j − b_j − w_j · ln_b: what the stream itself contributes."""
     if transcoder.norm_weight is not None:
-        x = _layer_normed(x, transcoder.norm_eps)[0] * transcoder.norm_weight.to(x.dtype)
+        x = _unit(transcoder, x)[0] * transcoder.norm_weight.to(x.dtype)
     return (x * rows).sum(-1)
 
 
-def _layer_normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    centred = x - reduce(x, "target d -> target 1", "mean")
-    scale = torch.rsqrt(reduce(centred.square(), "target d -> target 1", "mean") + eps)
-    return centred * scale, scale
+def _unit(transcoder: Transcoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x after the encoder's norm without its gain, and the factor that brought it there."""
+    if transcoder.norm_centred:
+        x = x - reduce(x, "target d -> target 1", "mean")
+    scale = torch.rsqrt(reduce(x.square(), "target d -> target 1", "mean") + transcoder.norm_eps)
+    return x * scale, scale

@@ -5,17 +5,21 @@ A format is a module with
     matches(root: Path) -> bool          by content and file names of its own, never by a guess from the folder's name
     locate(root: Path) -> Checkpoint     where every tensor is, and what the files say about themselves
 
-To add one, add a file to this folder: its file name is its public name.
+To add one, add a file to this folder: its file name is its public name. What the files cannot say stays None, with the
+source `unknown`; what the format's own program would take for granted is `assumed`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from torch import Tensor
 
 from hooks.errors import CheckpointError
 from hooks.plugins import discover
 from hooks.sites import SiteSpec
+from hooks.transcoder import Activation
 
 Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "unknown"]
 """Where a fact about a checkpoint comes from."""
@@ -23,16 +27,36 @@ Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "unknow
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor on disk. `transposed`: stored [d_model feature] where we hold [feature d_model]."""
+    """One tensor on disk.
+
+    Attributes:
+        key: its name in the file; several for a dict within a dict.
+        transposed: stored [d_model feature] where we hold [feature d_model] (or the other way round).
+        rows: only these rows (first, behind the last) of what is stored: one of several decoders.
+    """
 
     file: Path
     key: tuple[str, ...]
     transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+
+Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Stored tensors → the fields of `Transcoder`, where they are not the same (a gate to fold in, a scalar threshold)."""
+
+Norm = Literal["layernorm", "rms", "none"]
 
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One layer's tensors (by the field names of `Transcoder`) and its selection rule."""
+    """One layer's tensors (by the field names of `Transcoder`) and its selection rule.
+
+    Attributes:
+        k_source: how the selection rule, k included, is known.
+        groups: of GroupMax.
+        finish: what is still to be done with the tensors when they are loaded; None: nothing.
+        sha256: of the layer's file, where the format stores one; checked when the layer is first loaded.
+    """
 
     layer: int
     d_model: int
@@ -41,14 +65,29 @@ class LayerSource:
     k: int | None
     k_source: Source
     metadata: Mapping[str, object] = field(default_factory=dict)
-    sha256: str | None = None  # of the layer's file, where the format stores one; checked when the layer is loaded
+    sha256: str | None = None
+    activation: Activation = "topk"
+    groups: int | None = None
+    finish: Finish | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files its tensors are in."""
+        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transcoder folder, described. `read` and `write` are None where the files do not say.
+    """A transcoder folder, described. What is None the files do not say.
 
-    `sites_source`: how whoever wrote the files knew the sites they state.
+    Attributes:
+        norm: what the encoder does to its input first; `norm_eps` belongs to it.
+        encoder_source: how the encoder's input (norm, shift, skip connection) is known.
+        sites_source: how whoever wrote the files knew the sites they state.
+        base_revision: the commit of the base model.
+        revision: the commit of the hub repository the files come from.
+        decoders: how many target layers each file has a decoder for; `decoder` is the one described, from 0.
+        notes: what is assumed, to be said aloud.
     """
 
     root: Path
@@ -60,6 +99,74 @@ class Checkpoint:
     base_model: str | None = None
     notes: tuple[str, ...] = ()
     sites_source: Source = "stored"
+    norm: Norm = "layernorm"
+    encoder_source: Source = "stored"
+    base_revision: str | None = None
+    revision: str | None = None
+    decoders: int = 1
+    decoder: int = 0
+
+    def facts(self) -> dict[str, tuple[object, Source]]:
+        """What is known about the set, and from where."""
+        rules = {(source.activation, source.k or source.groups, source.k_source) for source in self.layers}
+        kinds = sorted({kind for kind, _, _ in rules})
+        sizes = sorted({size for _, size, _ in rules if size is not None})
+        sources = {source for _, _, source in rules}
+        sites = (str(site) if site else None for site in (self.read, self.write))
+        read, write = ((site, self.sites_source if site else "unknown") for site in sites)
+        selected: Source = sources.pop() if len(sources) == 1 else "assumed"
+        return {
+            "base_model": (self.base_model, "stored" if self.base_model else "unknown"),
+            "read": read,
+            "write": write,
+            "input_norm": (self.norm, self.encoder_source),
+            "activation": (", ".join(kinds), selected),
+            "k": (", ".join(map(str, sizes)) or None, selected),
+        }
+
+
+def for_decoder(checkpoint: Checkpoint, decoder: int) -> Checkpoint:
+    """The set with one of its decoders, counted from 0.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    if not 0 <= decoder < checkpoint.decoders:
+        raise CheckpointError(
+            f"there is no decoder {decoder}",
+            expected=f"0 to {checkpoint.decoders - 1}: each file has decoders for {checkpoint.decoders} target layers",
+            where=str(checkpoint.root),
+        )
+    if checkpoint.decoders == 1:
+        return checkpoint
+
+    def narrowed(source: LayerSource) -> LayerSource:
+        part = (decoder * source.d_model, (decoder + 1) * source.d_model)
+        own = {name: replace(source.tensors[name], rows=part) for name in ("W_dec", "b_dec")}
+        return replace(source, tensors={**source.tensors, **own})
+
+    return replace(checkpoint, layers=tuple(map(narrowed, checkpoint.layers)), decoder=decoder)
+
+
+def encoders(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    """The encoders that a set may have been meant with: as described, and, with a LayerNorm, as the card's code has it.
+
+    The card of the published set adds the norm's bias to x and leaves the norm away.
+    """
+    out = {"trained": checkpoint}
+    if checkpoint.norm == "layernorm" and all("norm_bias" in source.tensors for source in checkpoint.layers):
+        layers = tuple(replace(source, finish=_as_on_the_card(source.finish)) for source in checkpoint.layers)
+        out["card"] = replace(checkpoint, layers=layers, norm="none")
+    return out
+
+
+def _as_on_the_card(before: Finish | None) -> Finish:
+    def finish(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = before(weights) if before else weights
+        kept = {name: weight for name, weight in weights.items() if name not in ("norm_weight", "norm_bias")}
+        return {**kept, "shift": -weights["norm_bias"]}
+
+    return finish
 
 
 FORMATS = discover(__name__, ("matches", "locate"))

@@ -1,33 +1,30 @@
 """Our own layout: `manifest.json` and one safetensors file per layer, one feature per row both ways.
 
     manifest.json         see `Manifest`
-    layer_00.safetensors  ln.weight ln.bias W_enc[F,D] b_enc W_dec[F,D] b_dec
+    layer_00.safetensors  W_enc[F,D] b_enc W_dec[F,D] b_dec, and what the manifest names: ln.weight ln.bias threshold
+                          shift W_skip
 
-Everything a format can know is stored, so nothing is assumed. Unknown keys are errors, on every level.
+Everything a format can know is stored, so nothing is assumed: what was assumed when the set was converted is marked so.
+Unknown keys are errors, on every level, and so are tensors that the manifest does not name.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from hooks.errors import CheckpointError
 from hooks.files import safetensors_shapes, sha256, write_json, write_safetensors
-from hooks.formats import Checkpoint, LayerSource, TensorSource
+from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
 from hooks.sites import SiteSpec
-from hooks.transcoder import OPTIONAL_WEIGHTS, Transcoder
+from hooks.transcoder import WEIGHTS, Transcoder
+from hooks.transcoder import Activation as ActivationName
 
 MANIFEST = "manifest.json"
 _NAME: Literal["qwen-circuits"] = "qwen-circuits"
-_KEYS = {
-    "norm_weight": "ln.weight",
-    "norm_bias": "ln.bias",
-    "W_enc": "W_enc",
-    "b_enc": "b_enc",
-    "W_dec": "W_dec",
-    "b_dec": "b_dec",
-}
+_KEYS = {name: {"norm_weight": "ln.weight", "norm_bias": "ln.bias"}.get(name, name) for name in WEIGHTS}
 
 
 class _Strict(BaseModel):
@@ -35,54 +32,101 @@ class _Strict(BaseModel):
 
 
 class InputNorm(_Strict):
-    """What happens to the stream before the encoder."""
+    """What happens to the stream before the encoder. `shift`: a stored vector is subtracted from it."""
 
-    kind: Literal["layernorm", "none"]
+    kind: Norm
     eps: PositiveFloat = 1e-5
+    bias: bool = True
+    shift: bool = False
+
+    @model_validator(mode="after")
+    def _shift_stands_alone(self) -> "InputNorm":
+        if self.shift and self.kind != "none":
+            raise ValueError("a shift belongs to an encoder without a norm")
+        return self
 
 
 class Activation(_Strict):
-    """How features are selected: TopK then ReLU, or ReLU alone."""
+    """How features are selected: TopK then ReLU, ReLU alone, JumpReLU (a stored threshold) or GroupMax."""
 
-    kind: Literal["topk", "relu"]
+    kind: ActivationName
     k: PositiveInt | None = None
+    groups: PositiveInt | None = None
     order: Literal["topk-relu"] = "topk-relu"
 
     @model_validator(mode="after")
-    def _k_belongs_to_topk(self) -> "Activation":
-        if (self.kind == "topk") != (self.k is not None):
-            raise ValueError("topk needs k, relu has none")
+    def _sizes_belong(self) -> "Activation":
+        if (self.kind == "topk") != (self.k is not None) or (self.kind == "groupmax") != (self.groups is not None):
+            raise ValueError("topk needs k, groupmax needs groups, and nothing else has them")
         return self
 
 
 class LayerEntry(_Strict):
-    """One layer's file in the manifest's folder, and its digest when it was written."""
+    """One layer's file in the manifest's folder, and its digest when it was written.
+
+    `d_features` and `k` are given where they differ from the set's.
+    """
 
     file: str
     sha256: str
+    d_features: PositiveInt | None = None
+    k: PositiveInt | None = None
 
 
 class Manifest(_Strict):
-    """Everything known about a set. `read` and `write` are sites relative to a layer, such as `mlp_out+1`."""
+    """Everything known about a set. `read` and `write` are sites relative to a layer, such as `mlp_out+1`.
+
+    The `..._source` say how each fact was known to whoever wrote the set; `calibration` is what `circuits check`
+    measured, `source` where the set comes from (format, files and their digests, revision, what was assumed).
+    """
 
     format: Literal["qwen-circuits"]
     version: Literal[1]
     base_model: str | None = None
+    base_revision: str | None = None
+    dtype: str | None = None
     d_model: PositiveInt
     d_features: PositiveInt
-    read: str
-    write: str
-    sites_source: Literal["stored", "given", "assumed", "calibrated"] = "stored"
+    read: str | None = None
+    write: str | None = None
+    sites_source: Source = "stored"
     input_norm: InputNorm
+    encoder_source: Source = "stored"
     activation: Activation
+    activation_source: Source = "stored"
+    skip: bool = False
     layers: Annotated[dict[int, LayerEntry], Field(min_length=1)]
+    calibration: dict[str, Any] | None = None
     source: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _k_fits(self) -> "Manifest":
-        if self.activation.k and self.activation.k > self.d_features:
-            raise ValueError(f"k = {self.activation.k} is more than d_features = {self.d_features}")
+        for entry in self.layers.values():
+            size, k = entry.d_features or self.d_features, entry.k or self.activation.k
+            if k and k > size:
+                raise ValueError(f"k = {k} is more than d_features = {size}")
+            if self.activation.groups and size % self.activation.groups:
+                raise ValueError(f"d_features = {size} is no multiple of groups = {self.activation.groups}")
+            if entry.k and self.activation.kind != "topk":
+                raise ValueError(f"a layer has k, and the set is {self.activation.kind}")
         return self
+
+    def shapes(self, entry: LayerEntry) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a layer's file must hold, by our names."""
+        d, f = self.d_model, entry.d_features or self.d_features
+        normed = self.input_norm.kind != "none"
+        present = {
+            "W_enc": ((f, d), True),
+            "b_enc": ((f,), True),
+            "W_dec": ((f, d), True),
+            "b_dec": ((d,), True),
+            "norm_weight": ((d,), normed),
+            "norm_bias": ((d,), normed and self.input_norm.bias),
+            "threshold": ((f,), self.activation.kind == "jumprelu"),
+            "shift": ((d,), self.input_norm.shift),
+            "W_skip": ((d, d), self.skip),
+        }
+        return {name: shape for name, (shape, wanted) in present.items() if wanted}
 
 
 def matches(root: Path) -> bool:
@@ -96,16 +140,15 @@ def matches(root: Path) -> bool:
         return False
 
 
-def locate(root: Path) -> Checkpoint:
-    """Describe the set from its manifest.
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a folder.
 
     Raises:
-        CheckpointError: the manifest has unknown, missing or impossible entries, or a file is missing, damaged or of
-            wrong shape.
+        CheckpointError: it has unknown, missing or impossible entries.
     """
     path = root / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(
@@ -114,100 +157,160 @@ def locate(root: Path) -> Checkpoint:
             found="; ".join(faults)[:400],
             where=str(path),
         ) from None
-    layers = tuple(_layer(root, number, manifest) for number in sorted(manifest.layers))
-    read, write = SiteSpec.parse(manifest.read), SiteSpec.parse(manifest.write)
-    norm, source = manifest.input_norm, manifest.sites_source
-    return Checkpoint(root, "native", layers, read, write, norm.eps, manifest.base_model, sites_source=source)
+
+
+def locate(root: Path) -> Checkpoint:
+    """Describe the set from its manifest.
+
+    Raises:
+        CheckpointError: the manifest has unknown, missing or impossible entries, or a file is missing, damaged or of
+            wrong shape.
+    """
+    manifest = read_manifest(root)
+    read, write = (SiteSpec.parse(site) if site else None for site in (manifest.read, manifest.write))
+    return Checkpoint(
+        root,
+        "native",
+        tuple(_layer(root, number, manifest) for number in sorted(manifest.layers)),
+        read,
+        write,
+        manifest.input_norm.eps,
+        manifest.base_model,
+        sites_source=manifest.sites_source,
+        norm=manifest.input_norm.kind,
+        encoder_source=manifest.encoder_source,
+        base_revision=manifest.base_revision,
+        revision=manifest.source.get("revision"),
+    )
 
 
 def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
-    name = manifest.layers[number].file
-    file = root / name
-    if file.parent != root or not file.is_file():
+    entry = manifest.layers[number]
+    file = root / entry.file
+    if PurePath(entry.file).name != entry.file or not file.is_file():
         raise CheckpointError(
             f"layer {number} is missing",
-            expected=f"the file {name} in the folder of the manifest",
+            expected=f"the file {entry.file} in the folder of the manifest",
             where=str(root / MANIFEST),
         )
-    d_model, d_features = manifest.d_model, manifest.d_features
-    shapes = safetensors_shapes(file)
-    expected = {
-        "norm_weight": (d_model,),
-        "norm_bias": (d_model,),
-        "W_enc": (d_features, d_model),
-        "b_enc": (d_features,),
-        "W_dec": (d_features, d_model),
-        "b_dec": (d_model,),
-    }
-    for weight, shape in expected.items():
-        found = shapes.get(_KEYS[weight])
-        optional = weight in OPTIONAL_WEIGHTS and manifest.input_norm.kind == "none"
-        if found != shape and not (optional and found is None):
+    expected = {_KEYS[name]: shape for name, shape in manifest.shapes(entry).items()}
+    found = safetensors_shapes(file)
+    for key in sorted({*expected, *found}):
+        if found.get(key) != expected.get(key):
             raise CheckpointError(
-                f"{file.name}: {_KEYS[weight]} does not fit the manifest",
-                expected=str(shape),
-                found=str(found) if found else "no such tensor",
+                f"{file.name}: {key} does not fit the manifest",
+                expected=str(expected[key]) if key in expected else "no such tensor",
+                found=str(found[key]) if key in found else "no such tensor",
                 where=str(file),
             )
-    tensors = {weight: TensorSource(file, (key,)) for weight, key in _KEYS.items() if key in shapes}
-    digest = manifest.layers[number].sha256
-    return LayerSource(number, d_model, d_features, tensors, manifest.activation.k, "stored", sha256=digest)
+    rule = manifest.activation
+    return LayerSource(
+        number,
+        manifest.d_model,
+        entry.d_features or manifest.d_features,
+        {name: TensorSource(file, (_KEYS[name],)) for name in manifest.shapes(entry)},
+        entry.k or rule.k,
+        manifest.activation_source,
+        sha256=entry.sha256,
+        activation=rule.kind,
+        groups=rule.groups,
+    )
 
 
 def save(
     root: Path,
-    transcoders: list[Transcoder],
+    transcoders: Iterable[Transcoder],
     *,
-    read: SiteSpec,
-    write: SiteSpec,
-    sites_source: Literal["stored", "given", "assumed", "calibrated"] = "stored",
-    base_model: str = "",
+    read: SiteSpec | None,
+    write: SiteSpec | None,
+    sites_source: Source = "stored",
+    encoder_source: Source = "stored",
+    activation_source: Source = "stored",
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    calibration: dict[str, Any] | None = None,
     **source: Any,
 ) -> None:
     """Write a set in this format; the manifest goes last, so a folder with one is complete.
 
     Args:
         root: the folder to write; made if needed.
-        transcoders: one per layer, all of one width, dictionary size, k and norm.
+        transcoders: one per layer, held one at a time; of one width, norm and selection rule.
         sites_source: how `read` and `write` are known; an assumption stays one (pass `store.convention.source`).
         source: whatever says where the set comes from (`trained_by`, `seed`, ...).
 
     Raises:
         CheckpointError: the layers differ in what the manifest can say only once, or sit elsewhere than stated.
     """
-    first = transcoders[0]
-    astray = [t for t in transcoders if (t.read, t.write) != (read.at(t.layer), write.at(t.layer))]
-    if astray:
-        raise CheckpointError(
-            f"layer {astray[0].layer} reads {astray[0].read} and writes {astray[0].write}",
-            expected=f"{read} and {write}, as stated for the set",
-        )
-    shared = {(t.d_model, t.d_features, t.k, t.norm_eps, t.norm_weight is None) for t in transcoders}
-    if len(shared) > 1:
-        raise CheckpointError(
-            "the layers differ, and this format has one entry for all of them",
-            expected="one width, dictionary size, k, norm and eps",
-            found="; ".join(map(str, sorted(shared, key=str))),
-            repair="save them as several sets",
-        )
-    layers = {}
+    entries: dict[int, LayerEntry] = {}
+    first: Transcoder | None = None
     for transcoder in transcoders:
+        first = first or transcoder
+        _check_alike(first, transcoder)
+        _check_sites(transcoder, read, write)
         file = root / f"layer_{transcoder.layer:02d}.safetensors"
         weights = {key: getattr(transcoder, name) for name, key in _KEYS.items()}
         write_safetensors(file, {key: weight for key, weight in weights.items() if weight is not None})
-        layers[transcoder.layer] = LayerEntry(file=file.name, sha256=sha256(file))
+        own_size = transcoder.d_features if transcoder.d_features != first.d_features else None
+        own_k = transcoder.k if transcoder.k != first.k else None
+        entries[transcoder.layer] = LayerEntry(file=file.name, sha256=sha256(file), d_features=own_size, k=own_k)
+    if first is None:
+        raise CheckpointError("no transcoders given", expected="at least one Transcoder")
     manifest = Manifest(
         format=_NAME,
         version=1,
-        base_model=base_model,
+        base_model=base_model or None,
+        base_revision=base_revision,
+        dtype=str(first.W_enc.dtype).removeprefix("torch."),
         d_model=first.d_model,
         d_features=first.d_features,
-        read=str(read),
-        write=str(write),
+        read=str(read) if read else None,
+        write=str(write) if write else None,
         sites_source=sites_source,
-        input_norm=InputNorm(kind="none" if first.norm_weight is None else "layernorm", eps=first.norm_eps),
-        activation=Activation(kind="relu") if first.k is None else Activation(kind="topk", k=first.k),
-        layers=layers,
+        input_norm=_input_norm(first),
+        encoder_source=encoder_source,
+        activation=Activation(kind=first.activation, k=first.k, groups=first.groups),
+        activation_source=activation_source,
+        skip=first.W_skip is not None,
+        layers=dict(sorted(entries.items())),
+        calibration=calibration,
         source=source,
     )
     write_json(root / MANIFEST, manifest.model_dump(mode="json", exclude_none=True))
+
+
+def _input_norm(transcoder: Transcoder) -> InputNorm:
+    if transcoder.norm_weight is None:
+        return InputNorm(kind="none", eps=transcoder.norm_eps, shift=transcoder.shift is not None)
+    kind: Norm = "layernorm" if transcoder.norm_centred else "rms"
+    return InputNorm(kind=kind, eps=transcoder.norm_eps, bias=transcoder.norm_bias is not None)
+
+
+def _check_sites(transcoder: Transcoder, read: SiteSpec | None, write: SiteSpec | None) -> None:
+    if (read and transcoder.read != read.at(transcoder.layer)) or (
+        write and transcoder.write != write.at(transcoder.layer)
+    ):
+        raise CheckpointError(
+            f"layer {transcoder.layer} reads {transcoder.read} and writes {transcoder.write}",
+            expected=f"{read} and {write}, as stated for the set",
+        )
+
+
+def _check_alike(first: Transcoder, other: Transcoder) -> None:
+    def facts(t: Transcoder) -> dict[str, object]:
+        return {
+            "width": t.d_model,
+            "activation": t.activation,
+            "groups": t.groups,
+            "input norm": _input_norm(t).model_dump(),
+            "skip connection": t.W_skip is not None,
+        }
+
+    differing = [name for name, fact in facts(first).items() if facts(other)[name] != fact]
+    if differing:
+        raise CheckpointError(
+            "the layers differ, and this format has one entry for all of them",
+            expected=f"the same {', '.join(differing)} everywhere",
+            found=f"layer {first.layer} and layer {other.layer} differ",
+            repair="save them as several sets",
+        )

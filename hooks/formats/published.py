@@ -1,7 +1,9 @@
 """The published Qwen2.5 sets: one `transcoder_L{i}.pt` per layer (KokosDev/qwen25-32b-clt and its siblings).
 
 Each file is a dict with `state_dict` (or the bare state dict itself), keys with or without the `_orig_mod.` that
-torch.compile leaves. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5. Neither the sites nor k nor the use of TopK are
+torch.compile leaves. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5 (the training script's; the card's code adds
+`enc.0.bias` instead). `dec` may hold decoders for several target layers, one under the other: one of them is opened,
+the first unless another is asked for. Neither the sites nor k nor the use of TopK are
 stored: `final_l0_pct` near 12 says TopK with k = max(1, int(0.12 F)) (the training script's default); any other
 value says that the set was trained with plain ReLU (the script's other mode). Without it, TopK is assumed.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from hooks.errors import CheckpointError
 from hooks.files import open_pt
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
+from hooks.transcoder import Activation
 
 _FILE = re.compile(r"transcoder_L(\d+)\.pt")
 _TOPK_FRACTION = 0.12
@@ -48,28 +51,49 @@ def locate(root: Path) -> Checkpoint:
             raise CheckpointError(
                 f"two files for layer {number}", found=f"{path.name}, {twin.name}", where=str(root), repair="keep one"
             )
-    layers = tuple(_layer(number, path) for number, path in files)
+    described = [_layer(number, path) for number, path in files]
+    layers, decoders = tuple(source for source, _ in described), {count for _, count in described}
+    if len(decoders) > 1:
+        raise CheckpointError(
+            "the layers have different numbers of decoders",
+            expected="as many target layers for each",
+            found="; ".join(f"layer {source.layer}: {count}" for source, count in described)[:400],
+            where=str(root),
+        )
     notes = []
     if any(source.k_source == "assumed" for source in layers):
         notes.append("the files do not say how features are selected: TopK at 12 % (the card) is assumed")
     if any(source.k is None for source in layers):
         notes.append("final_l0_pct is not near 12, so plain ReLU without TopK is assumed; --k N says otherwise")
-    return Checkpoint(root, "published", layers, read=None, write=None, notes=tuple(notes))
+    return Checkpoint(
+        root,
+        "published",
+        layers,
+        read=None,
+        write=None,
+        notes=tuple(notes),
+        sites_source="unknown",
+        encoder_source="assumed",
+        decoders=decoders.pop(),
+    )
 
 
-def _layer(number: int, path: Path) -> LayerSource:
+def _layer(number: int, path: Path) -> tuple[LayerSource, int]:
+    """One file, and how many decoders it holds."""
     content = open_pt(path)
     state, prefix = _state_dict(content, path)
     sources = {name: _source(state, prefix, key, flip, path) for name, (key, flip) in _KEYS.items()}
     shapes = {name: tuple(_tensor(state, source).shape) for name, source in sources.items()}
-    d_features, d_model = _check_shapes(shapes, path)
+    d_features, d_model, decoders = _check_shapes(shapes, path)
     wrapper = content if isinstance(content, Mapping) and "state_dict" in content else {}
     _check_wrapper(wrapper, {"layer": number, "hidden_dim": d_model, "feature_dim": d_features}, path)
     metadata = wrapper.get("training_metadata") or {}
     k, k_source = _selection(metadata, d_features, path)
     nested = ("state_dict",) if wrapper else ()
     tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
-    return LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata))
+    activation: Activation = "topk" if k else "relu"
+    source = LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata), activation=activation)
+    return source, decoders
 
 
 def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -103,29 +127,29 @@ def _tensor(state: Mapping[str, Tensor], source: TensorSource) -> Tensor:
     return state[source.key[-1]]
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int]:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int, int]:
     if len(shapes["W_enc"]) != 2 or 0 in shapes["W_enc"]:
         found = str(shapes["W_enc"])
         raise CheckpointError(f"{path.name}: enc.1.weight must be a matrix", found=found, where=str(path))
     d_features, d_model = shapes["W_enc"]
+    rows = shapes["W_dec"][0]
+    decoders = rows // d_model if rows and rows % d_model == 0 else 1
     expected = {
         "norm_weight": (d_model,),
         "norm_bias": (d_model,),
         "b_enc": (d_features,),
-        "W_dec": (d_model, d_features),
-        "b_dec": (d_model,),
+        "W_dec": (decoders * d_model, d_features),
+        "b_dec": (decoders * d_model,),
     }
     for name, shape in expected.items():
         if shapes[name] != shape:
-            rows, columns = (*shapes["W_dec"], 0, 0)[:2]
-            targets = rows // d_model if columns == d_features and rows % d_model == 0 else 1
             raise CheckpointError(
                 f"{path.name}: {_KEYS[name][0]} has the wrong shape",
                 expected=f"{shape}, from enc.1.weight {shapes['W_enc']}",
-                found=f"{shapes[name]}" + (f": a decoder for {targets} target layers" if targets > 1 else ""),
+                found=f"{shapes[name]}",
                 where=str(path),
             )
-    return d_features, d_model
+    return d_features, d_model, decoders
 
 
 def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: Path) -> None:
