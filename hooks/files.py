@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -155,6 +156,40 @@ def check_writable(path: Path) -> None:
         for folder in made:  # innermost first
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, nbytes: int) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`, and rename it to `path` only if nothing was raised.
+
+    Args:
+        path: what does not exist yet, or is an empty folder.
+        nbytes: about what will be written.
+
+    Raises:
+        OutputError: `path` exists, cannot be made, or its disk has too little room.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(
+            f"{path} exists", expected="a new folder, or an empty one", repair="choose another, or remove it"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}", found=f"{type(error).__name__}: {error.strerror or error}") from None
+    try:
+        if free < nbytes:
+            found = f"{free / 1e9:.1f} GB"
+            raise OutputError(f"{path} would not fit on its disk", expected=f"{nbytes / 1e9:.1f} GB free", found=found)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        temporary.replace(path)  # over an empty folder, or where nothing is
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Probe(Exception):  # noqa: N818

@@ -144,9 +144,9 @@ class HookedModel:
         if device and device_map:
             raise UserError("device and device_map contradict each other", repair="give one of them")
         chosen = _device(device) if device else None  # looked at before minutes of loading
-        precision = _dtype(dtype)
+        wanted = precision(dtype)
         store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
-        host = Host.load(WEIGHTS if demo else name, dtype=precision, device_map=device_map)
+        host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
         if chosen:
             host.model.to(chosen)
         return cls(host, store, str(name))
@@ -715,7 +715,7 @@ def _transcoder_folder(name: str, layers: Sequence[int] | None) -> Path:
         ) from None
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     known = {

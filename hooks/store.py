@@ -100,35 +100,31 @@ class TranscoderStore:
         Raises:
             CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
         """
-        checkpoint = _chosen(recognise(Path(root)), encoder, decoder)
+        checkpoint = choose(recognise(Path(root)), encoder=encoder, decoder=decoder, layers=layers, k=k)
         convention = resolve_convention(checkpoint, read, write)
-        sources: dict[int, LayerSource | Transcoder] = {s.layer: s for s in checkpoint.layers}
-        if layers is not None:
-            if not layers:
-                raise CheckpointError(
-                    "no layers chosen", expected=f"some of {_spans(sorted(sources))}", where=str(root)
-                )
-            missing = sorted(set(layers) - set(sources))
-            if missing:
-                raise CheckpointError(
-                    f"no transcoder for layer {missing[0]}",
-                    expected=f"layers among {_spans(sorted(sources))}",
-                    where=str(root),
-                )
-            sources = {layer: sources[layer] for layer in layers}
-        if k is not None:
-            sources = {layer: _with_k(source, k) for layer, source in sources.items()}
-        else:
-            for note in checkpoint.notes:
-                log.warning("%s: %s", root, note)
+        for note in (*checkpoint.notes, *checkpoint.selection_notes):
+            log.warning("%s: %s", root, note)
+        return cls.described(checkpoint, convention, dtype=dtype, budget_bytes=budget_bytes, name=name)
+
+    @classmethod
+    def described(
+        cls,
+        checkpoint: Checkpoint,
+        convention: Convention,
+        *,
+        dtype: torch.dtype | None = None,
+        budget_bytes: int | None = None,
+        name: str | None = None,
+    ) -> "TranscoderStore":
+        """The transcoders of a described checkpoint, under a convention that the caller knows; see `open`."""
         return cls(
-            sources,
+            {source.layer: source for source in checkpoint.layers},
             convention,
             norm_eps=checkpoint.norm_eps,
             norm=checkpoint.norm,
             dtype=dtype,
             budget_bytes=budget_bytes,
-            name=name or str(root),
+            name=name or str(checkpoint.root),
         )
 
     @classmethod
@@ -189,7 +185,7 @@ class TranscoderStore:
         """Say where a layer's transcoder belongs: the device of the block it sits at."""
         if self._devices.get(layer) != device:
             self._devices[layer] = device
-            self._drop(layer)
+            self.drop(layer)
 
     def __getitem__(self, layer: int) -> Transcoder:
         """One layer's transcoder, read now if it is not resident.
@@ -258,7 +254,7 @@ class TranscoderStore:
 
     def _evict(self) -> None:
         while self.budget_bytes is not None and len(self._resident) > 1 and self.nbytes > self.budget_bytes:
-            self._drop(next(iter(self._resident)))
+            self.drop(next(iter(self._resident)))
 
     @property
     def nbytes(self) -> int:
@@ -266,9 +262,32 @@ class TranscoderStore:
         kept = (made for tensors in self._derived.values() for _, _, made in tensors.values())
         return sum(t.nbytes for t in self._resident.values()) + sum(made.nbytes for made in kept)
 
-    def _drop(self, layer: int) -> None:
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's weights; they are read again when asked for."""
         self._resident.pop(layer, None)
         self._derived.pop(layer, None)
+
+
+def given_sites(
+    checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None
+) -> tuple[SiteSpec | None, SiteSpec | None]:
+    """The read and write site from the arguments, else from the files, else None.
+
+    Raises:
+        CheckpointError: what is given contradicts what is stored.
+    """
+    out = []
+    for name, want, have in (("read", read, checkpoint.read), ("write", write, checkpoint.write)):
+        site = SiteSpec.parse(want) if isinstance(want, str) else want
+        if site and have and site != have:
+            raise CheckpointError(
+                f"--{name} {site} contradicts the files",
+                expected=f"{have}, as stored",
+                where=str(checkpoint.root),
+                repair=f"leave --{name} away",
+            )
+        out.append(site or have)
+    return out[0], out[1]
 
 
 def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Convention:
@@ -277,21 +296,12 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     Raises:
         CheckpointError: what is given contradicts what is stored.
     """
-    given = [SiteSpec.parse(site) if isinstance(site, str) else site for site in (read, write)]
-    for name, want, have in (("read", given[0], checkpoint.read), ("write", given[1], checkpoint.write)):
-        if want and have and want != have:
-            raise CheckpointError(
-                f"--{name} {want} contradicts the files",
-                expected=f"{have}, as stored",
-                where=str(checkpoint.root),
-                repair=f"leave --{name} away",
-            )
+    given_read, given_write = given_sites(checkpoint, read, write)
     if checkpoint.read and checkpoint.write:
         return Convention(checkpoint.read, checkpoint.write, checkpoint.sites_source)
-    if given[0] and given[1]:
-        return Convention(given[0], given[1], "given")
-    known_read = given[0] or checkpoint.read or DEFAULT_SITE
-    known_write = given[1] or checkpoint.write
+    if given_read and given_write:
+        return Convention(given_read, given_write, "given")
+    known_read, known_write = given_read or DEFAULT_SITE, given_write
     if known_write is None:
         known_write = known_read if known_read.name.startswith("resid") else SiteSpec("mlp_out", known_read.offset)
     log.warning(
@@ -303,8 +313,19 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     return Convention(known_read, known_write, "assumed")
 
 
-def _chosen(checkpoint: Checkpoint, encoder: str | None, decoder: int | None) -> Checkpoint:
-    """The set with the encoder and the decoder that were asked for."""
+def choose(
+    checkpoint: Checkpoint,
+    *,
+    encoder: str | None = None,
+    decoder: int | None = None,
+    layers: Sequence[int] | None = None,
+    k: int | None = None,
+) -> Checkpoint:
+    """The part of a set that was asked for; see `TranscoderStore.open`.
+
+    Raises:
+        CheckpointError: the set has no such encoder, decoder, layer or k.
+    """
     known = encoders(checkpoint)
     if encoder is not None and encoder not in known:
         raise CheckpointError(
@@ -316,11 +337,28 @@ def _chosen(checkpoint: Checkpoint, encoder: str | None, decoder: int | None) ->
             checkpoint.root,
             checkpoint.decoders,
         )
-    return for_decoder(known[encoder or "trained"], decoder or 0)
+    checkpoint = for_decoder(known[encoder or "trained"], decoder or 0)
+    if encoder:
+        checkpoint = replace(checkpoint, encoder_source="given")
+    sources = checkpoint.layers if layers is None else _named_layers(checkpoint, layers)
+    if k is None:
+        return replace(checkpoint, layers=sources)
+    return replace(checkpoint, layers=tuple(_with_k(source, k) for source in sources), selection_notes=())
 
 
-def _with_k(source: LayerSource | Transcoder, k: int) -> LayerSource:
-    assert isinstance(source, LayerSource)
+def _named_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[LayerSource, ...]:
+    sources = {source.layer: source for source in checkpoint.layers}
+    missing = sorted(set(layers) - set(sources))
+    if missing or not layers:
+        raise CheckpointError(
+            f"no transcoder for layer {missing[0]}" if missing else "no layers chosen",
+            expected=f"layers among {_spans(sorted(sources))}",
+            where=str(checkpoint.root),
+        )
+    return tuple(sources[layer] for layer in sorted(set(layers)))
+
+
+def _with_k(source: LayerSource, k: int) -> LayerSource:
     if not 1 <= k <= source.d_features:
         raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
     if source.activation in ("jumprelu", "groupmax"):

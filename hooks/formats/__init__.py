@@ -87,7 +87,7 @@ class Checkpoint:
         base_revision: the commit of the base model.
         revision: the commit of the hub repository the files come from.
         decoders: how many target layers each file has a decoder for; `decoder` is the one described, from 0.
-        notes: what is assumed, to be said aloud.
+        notes: what is assumed, to be said aloud; `selection_notes`: what is assumed of the selection rule, k included.
     """
 
     root: Path
@@ -105,6 +105,7 @@ class Checkpoint:
     revision: str | None = None
     decoders: int = 1
     decoder: int = 0
+    selection_notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, tuple[object, Source]]:
         """What is known about the set, and from where."""

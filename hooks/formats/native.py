@@ -9,7 +9,7 @@ Unknown keys are errors, on every level, and so are tensors that the manifest do
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
@@ -64,13 +64,15 @@ class Activation(_Strict):
 class LayerEntry(_Strict):
     """One layer's file in the manifest's folder, and its digest when it was written.
 
-    `d_features` and `k` are given where they differ from the set's.
+    `d_features` and `k` are given where they differ from the set's; `metadata` is what the training left in the file
+    the layer was converted from.
     """
 
     file: str
     sha256: str
     d_features: PositiveInt | None = None
     k: PositiveInt | None = None
+    metadata: dict[str, Any] = {}
 
 
 class Manifest(_Strict):
@@ -211,7 +213,8 @@ def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
         {name: TensorSource(file, (_KEYS[name],)) for name in manifest.shapes(entry)},
         entry.k or rule.k,
         manifest.activation_source,
-        sha256=entry.sha256,
+        entry.metadata,
+        entry.sha256,
         activation=rule.kind,
         groups=rule.groups,
     )
@@ -229,6 +232,7 @@ def save(
     base_model: str | None = None,
     base_revision: str | None = None,
     calibration: dict[str, Any] | None = None,
+    metadata: Mapping[int, Mapping[str, Any]] | None = None,
     **source: Any,
 ) -> None:
     """Write a set in this format; the manifest goes last, so a folder with one is complete.
@@ -237,6 +241,7 @@ def save(
         root: the folder to write; made if needed.
         transcoders: one per layer, held one at a time; of one width, norm and selection rule.
         sites_source: how `read` and `write` are known; an assumption stays one (pass `store.convention.source`).
+        metadata: by layer, see `LayerEntry`.
         source: whatever says where the set comes from (`trained_by`, `seed`, ...).
 
     Raises:
@@ -253,7 +258,13 @@ def save(
         write_safetensors(file, {key: weight for key, weight in weights.items() if weight is not None})
         own_size = transcoder.d_features if transcoder.d_features != first.d_features else None
         own_k = transcoder.k if transcoder.k != first.k else None
-        entries[transcoder.layer] = LayerEntry(file=file.name, sha256=sha256(file), d_features=own_size, k=own_k)
+        entries[transcoder.layer] = LayerEntry(
+            file=file.name,
+            sha256=sha256(file),
+            d_features=own_size,
+            k=own_k,
+            metadata=dict((metadata or {}).get(transcoder.layer, {})),
+        )
     if first is None:
         raise CheckpointError("no transcoders given", expected="at least one Transcoder")
     manifest = Manifest(

@@ -71,7 +71,7 @@ def locate(root: Path) -> Checkpoint:
         layers,
         read=None,
         write=None,
-        notes=tuple(notes),
+        selection_notes=tuple(notes),
         sites_source="unknown",
         encoder_source="assumed",
         decoders=decoders.pop(),

@@ -1,0 +1,147 @@
+"""A checkpoint in any known format → the native one, or another that can be written.
+
+source folder → described by its format → one layer at a time → a new folder beside the target → renamed when complete
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hooks.errors import CheckpointError
+from hooks.files import new_folder, sha256
+from hooks.formats import FORMATS, Checkpoint, LayerSource, Source, recognise
+from hooks.store import DEFAULT_SITE, Convention, TranscoderStore, choose, given_sites
+from hooks.transcoder import Transcoder
+
+WRITERS = {name: module for name, module in FORMATS.items() if hasattr(module, "save")}
+"""The formats that can be written: those whose file defines `save`."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    Attributes:
+        nbytes: of the new folder.
+        facts: what is known about the set, by name: (value, how it is known).
+    """
+
+    root: Path
+    format: str
+    layers: tuple[int, ...]
+    nbytes: int
+    facts: dict[str, tuple[object, str]] = field(default_factory=dict)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str = "native",
+    read: str | None = None,
+    write: str | None = None,
+    k: int | None = None,
+    encoder: str | None = None,
+    decoder: int | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+    origin: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> Converted:
+    """Write a set in another format, one layer in memory at a time.
+
+    Sites that neither the files nor the arguments say stay unknown in the new files.
+
+    Args:
+        target: a folder that does not exist, or is empty.
+        to: a format with a writer, see `WRITERS`.
+        read, write, k, encoder, decoder, layers: see `TranscoderStore.open`.
+        dtype: of the new weights; their own by default.
+        base_model: the model they belong to, where the files do not say.
+        origin: where the files come from (hub repository, revision), for the manifest.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError: the source is damaged, or the target's format cannot say what the set is.
+        OutputError: the target exists, or does not fit on the disk.
+    """
+    root, out = Path(source), Path(target)
+    if to not in WRITERS:
+        raise CheckpointError(f"cannot write the format {to!r}", expected=", ".join(WRITERS), where="--to")
+    checkpoint = choose(recognise(root), encoder=encoder, decoder=decoder, layers=layers, k=k)
+    _check_base(checkpoint, base_model)
+    given_read, given_write = given_sites(checkpoint, read, write)
+    convention = Convention(given_read or DEFAULT_SITE, given_write or DEFAULT_SITE, "unknown")
+    store = TranscoderStore.described(checkpoint, convention, dtype=dtype)
+    sources = {source.layer: source for source in checkpoint.layers}
+    with new_folder(out, sum(_bytes(source, dtype) for source in checkpoint.layers)) as folder:
+        WRITERS[to].save(
+            folder,
+            _layers(store, progress),
+            read=given_read,
+            write=given_write,
+            sites_source=_sites_source(checkpoint, read, write),
+            encoder_source=checkpoint.encoder_source,
+            activation_source=checkpoint.layers[0].k_source,
+            base_model=base_model or checkpoint.base_model,
+            base_revision=checkpoint.base_revision,
+            metadata={layer: _plain(source.metadata) for layer, source in sources.items()},
+            **_origin(checkpoint, origin),
+        )
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return Converted(out, to, store.layers, size, dict(checkpoint.facts()))
+
+
+def _sites_source(checkpoint: Checkpoint, read: str | None, write: str | None) -> Source:
+    """How the sites are known; what is only half known is unknown as a whole."""
+    if (read and not checkpoint.read) or (write and not checkpoint.write):
+        return "given"
+    return checkpoint.sites_source if checkpoint.read and checkpoint.write else "unknown"
+
+
+def _check_base(checkpoint: Checkpoint, base_model: str | None) -> None:
+    if base_model and checkpoint.base_model and base_model != checkpoint.base_model:
+        raise CheckpointError(
+            f"--base-model {base_model} contradicts the files",
+            expected=f"{checkpoint.base_model}, as stored",
+            where=str(checkpoint.root),
+            repair="leave --base-model away",
+        )
+
+
+def _bytes(source: LayerSource, dtype: torch.dtype | None) -> int:
+    """About what a layer takes: the two matrices in the wanted precision, or as much as its files."""
+    if dtype is None:
+        return sum(file.stat().st_size for file in source.files)
+    return 2 * source.d_features * source.d_model * dtype.itemsize
+
+
+def _layers(store: TranscoderStore, progress: bool) -> Iterator[Transcoder]:
+    for layer in tqdm(store.layers, desc="layers", unit="layer", disable=not progress):
+        yield store[layer].to("cpu")
+        store.drop(layer)
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """What JSON can hold of a layer's training metadata."""
+    return {str(key): value for key, value in metadata.items() if isinstance(value, str | int | float | bool)}
+
+
+def _origin(checkpoint: Checkpoint, origin: dict[str, Any] | None) -> dict[str, Any]:
+    files = sorted({file for source in checkpoint.layers for file in source.files})
+    return {
+        "format": checkpoint.format,
+        "files": {str(file.relative_to(checkpoint.root)): sha256(file) for file in files},
+        "assumed": [*checkpoint.notes, *checkpoint.selection_notes],
+        "decoder": checkpoint.decoder,
+        "converted_by": f"qwen-circuits {version('qwen-circuits')}",
+        "date": datetime.now(UTC).date().isoformat(),
+        **(origin or {}),
+    }
