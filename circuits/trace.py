@@ -143,3 +143,10 @@ def _check_convention(model: HookedModel) -> None:
             expected=f"a write site at or above the read site, one of {', '.join(WRITABLE)}",
             repair="features, swap, ablate and steer work for this set as it is",
         )
+    skipping = [layer for layer in model.store.layers if model.store.has_skip(layer)]
+    if skipping:
+        raise UserError(
+            f"there is no graph for transcoders with a skip connection, as layer {skipping[0]} has",
+            expected="all of the reconstruction to be features and a bias",
+            repair="features, swap, ablate and steer work for this set as it is",
+        )

@@ -270,10 +270,11 @@ def _deltas(
         return _NO_TOKENS, None
     transcoder = store[layer]
     hits = touched.on(transcoder.device)
-    pre = transcoder.preactivations(hits.stream(x.to(transcoder.device)))
+    stream = hits.stream(x.to(transcoder.device))
     if mask == "frozen":
-        old, base = transcoder.activations(pre, hits.where, hits.features), None
+        old, base = transcoder.activations_at(stream, hits.where, hits.features), None
     else:
+        pre = transcoder.preactivations(stream)
         acts, after = transcoder.select(pre), _reselect(transcoder, pre, hits)
         old, base = hits.gather(after), transcoder.decode(after) - transcoder.decode(acts)
     change = hits.change(old).to(working_dtype(transcoder.W_dec))

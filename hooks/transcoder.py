@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import ModelError
@@ -144,6 +144,30 @@ class Transcoder:
         """
         self._require_numbers(pre)
         return gather_selected(self.gated(pre), token, feature, self.k)
+
+    def activations_at(
+        self, x: Float[Tensor, "token d_model"], token: Int[Tensor, " hit"], feature: Int[Tensor, " hit"]
+    ) -> Float[Tensor, " hit"]:
+        """The same from what is read: x is encoded only if one of the named features can be active.
+
+        Raises:
+            ModelError: a pre-activation is not a number.
+        """
+        given = self.normed(x)
+        if len(token) <= len(x) and not given.requires_grad and not self.W_enc.is_cuda:
+            own = self._surely_inactive(given[token], feature)
+            if bool(own.all()):
+                return given.new_zeros(len(token))
+        return self.activations(linear_fp32(given, self.W_enc, self.b_enc), token, feature)
+
+    def _surely_inactive(
+        self, given: Float[Tensor, "hit d_model"], feature: Int[Tensor, " hit"]
+    ) -> Bool[Tensor, " hit"]:
+        """Where a feature's own pre-activation is negative, by more than any order of summation could change."""
+        rows, bias = self.W_enc[feature].to(given.dtype), self.b_enc[feature].to(given.dtype)
+        products = given * rows
+        slack = torch.finfo(given.dtype).eps * (self.d_model + 1) * (products.abs().sum(-1) + bias.abs())
+        return products.sum(-1) + bias < -slack
 
     def _require_numbers(self, pre: Float[Tensor, "*token feature"]) -> None:
         if pre.numel() and math.isnan(largest(pre.detach())):  # the maximum is no number if any entry is none

@@ -1,11 +1,11 @@
-"""A set in one format → another: the same features to the bit, every fact kept with its source, nothing half written."""
+"""A set in one format → another: features to the bit, every fact kept with its source, nothing half written."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_formats import D, FEATURES, state_dict, wrapped
+from test_formats import FEATURES, D, state_dict, wrapped
 from test_formats import write as write_layer
 from worlds import random_transcoder
 
@@ -142,7 +142,7 @@ def test_a_damaged_layer_leaves_nothing_behind(tmp_path):
     state = state_dict(1)
     state["_orig_mod.enc.1.bias"][3] = float("nan")
     write_layer(source, 1, wrapped(1, state))
-    with pytest.raises(CheckpointError, match="transcoder_L1.pt"):
+    with pytest.raises(CheckpointError, match=r"transcoder_L1\.pt"):
         convert(source, tmp_path / "dst")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
