@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hooks.errors import CheckpointError
 from hooks.files import new_folder, sha256
 from hooks.formats import FORMATS, Checkpoint, LayerSource, Source, recognise
+from hooks.sites import SiteSpec
 from hooks.store import DEFAULT_SITE, Convention, TranscoderStore, choose, given_sites
 from hooks.transcoder import Transcoder
 
@@ -87,7 +88,7 @@ def convert(
             _layers(store, progress),
             read=given_read,
             write=given_write,
-            sites_source=_sites_source(checkpoint, read, write),
+            sites_source=_sites_source(checkpoint, given_read, given_write),
             encoder_source=checkpoint.encoder_source,
             activation_source=checkpoint.layers[0].k_source,
             base_model=base_model or checkpoint.base_model,
@@ -99,9 +100,9 @@ def convert(
     return Converted(out, to, store.layers, size, dict(checkpoint.facts()))
 
 
-def _sites_source(checkpoint: Checkpoint, read: str | None, write: str | None) -> Source:
+def _sites_source(checkpoint: Checkpoint, read: SiteSpec | None, write: SiteSpec | None) -> Source:
     """How the sites are known; what is only half known is unknown as a whole."""
-    if (read and not checkpoint.read) or (write and not checkpoint.write):
+    if (read, write) != (checkpoint.read, checkpoint.write):
         return "given"
     return checkpoint.sites_source if checkpoint.read and checkpoint.write else "unknown"
 

@@ -6,39 +6,69 @@ tensors (some published files carry a 240 MB table nobody needs) are never read.
 
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hooks.errors import CheckpointError, OutputError, first_line
+from hooks.guard import check_archive, check_safetensors, check_sums, plain
+
+# operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
+_UNSAFE = re.compile(
+    r"Unsupported (global|class)[^.\n]*|GLOBAL \S+|Unsupported operand 149|TorchScript archive|legacy .tar format"
+)
 
 
 def open_pt(path: Path) -> Any:
-    """The object in a `.pt` file, tensors memory-mapped.
+    """The object in a `.pt` file, in plain containers, tensors memory-mapped.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors and plain containers.
+        CheckpointError: the file is damaged, claims more than it holds, or holds anything but tensors and containers.
     """
+    archive = check_archive(path)
+    return plain(_unpickled(path), path, archive)
+
+
+def check_pt_sums(path: Path, keys: Sequence[tuple[str, ...]]) -> None:
+    """Compare what the named tensors of a `.pt` file lie in with its checksums. Maps nothing while it reads.
+
+    Raises:
+        CheckpointError: see `open_pt`; or a byte is not the one that was written.
+    """
+    content, sizes = open_pt(path), set()
+    for key in keys:
+        part = content
+        for name in key:
+            part = part[name]
+        sizes.add(part.untyped_storage().nbytes())
+    check_sums(path, sizes)
+
+
+def _unpickled(path: Path) -> Any:
     try:
         return _load_pt(path)
     except Exception as error:  # torch.load raises whatever its parser stumbles over
-        # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
-        unsafe = re.search(r"Unsupported (global|class)[^.\n]*|GLOBAL \S+|Unsupported operand 149", str(error))
-        if isinstance(error, pickle.UnpicklingError) and unsafe:
+        unsafe = _UNSAFE.search(str(error))
+        if unsafe:
             raise CheckpointError(
                 f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
+                expected="tensors, numbers and texts in plain containers",
                 where=str(path),
                 found=unsafe[0][:160],
                 repair="save it again as a plain dict of tensors, or use another source",
@@ -53,13 +83,13 @@ def open_pt(path: Path) -> Any:
 
 
 def _load_pt(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        with warnings.catch_warnings():  # of a pickle protocol that torch.save never writes; refused right after
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():  # of what torch.save never writes; refused right after
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the legacy layout cannot be mapped
 
 
@@ -69,8 +99,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    with _opened(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return {key: stored.shape for key, stored in check_safetensors(path).items()}
 
 
 def safetensors_load(path: Path, key: str) -> Tensor:
@@ -80,10 +109,83 @@ def safetensors_load(path: Path, key: str) -> Tensor:
 
 
 def safetensors_rows(path: Path, key: str, rows: list[int]) -> Tensor:
-    """Single rows of one matrix, without reading the rest."""
-    with _opened(path) as file:
-        matrix = file.get_slice(key)
-        return torch.cat([matrix[row : row + 1] for row in rows])
+    """Single rows of one matrix. Nothing else is read, and nothing mapped: a map would bring in the pages around."""
+    dtype, shape, begin = _stored_at(path, key)
+    out = torch.empty((len(rows), *shape[1:]), dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for row, place in zip(rows, out, strict=True):
+            file.seek(begin + row * place.nbytes)
+            _fill(place, file, path)
+    return out
+
+
+def safetensors_parts(path: Path, key: str, first: int, last: int, count: int) -> Iterator[Tensor]:
+    """Rows `first .. last - 1` of one tensor, `count` at a time; each part holds until the next is asked for."""
+    dtype, shape, begin = _stored_at(path, key)
+    buffer = torch.empty((min(count, last - first), *shape[1:]), dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin + first * (buffer[:1].nbytes if len(buffer) else 0))
+        for start in range(first, last, count):
+            part = buffer[: min(count, last - start)]
+            _fill(part, file, path)
+            yield part
+
+
+def safetensors_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """What precision each tensor of a safetensors file is stored in, from its header alone."""
+    return {key: _DTYPES.get(entry["dtype"], torch.uint8) for key, entry in _header(path)[0].items()}
+
+
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a header that the library has found sound, and where the first tensor's bytes begin."""
+    with _opened(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return entries, 8 + length
+
+
+def _stored_at(path: Path, key: str) -> tuple[torch.dtype, tuple[int, ...], int]:
+    entries, begin = _header(path)
+    if key not in entries or entries[key]["dtype"] not in _DTYPES:
+        raise CheckpointError(
+            f"{path.name} is not a readable safetensors file",
+            expected=f"the tensor {key} in one of {', '.join(_DTYPES)}",
+            found=str(entries.get(key, {}).get("dtype", ", ".join(entries))),
+            where=str(path),
+            repair="download or convert it again",
+        )
+    entry = entries[key]
+    return _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0]
+
+
+def _fill(place: Tensor, file: io.FileIO, path: Path) -> None:
+    """Read as many bytes as a tensor takes, straight into it."""
+    room = memoryview(place.view(-1).view(torch.uint8).numpy())
+    while len(room):
+        count = file.readinto(room)
+        if not count:
+            raise CheckpointError(
+                f"{path.name} is not a readable safetensors file",
+                found="it became shorter while it was read",
+                where=str(path),
+                repair="download or convert it again",
+            )
+        room = room[count:]
+
+
+def maps_pt(path: Path) -> bool:
+    """Whether `open_pt` maps the file; one in torch's old layout is read whole instead."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -94,16 +196,99 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path.name} is not a readable safetensors file",
+            expected="a header, and behind it the bytes of every tensor it names",
             where=str(path),
             found=first_line(error),
             repair="download or convert it again",
         ) from None
+
+
+_NPZ_MOST = 20  # claimed bytes per byte of the archive; float32 weights that hold bf16 values shrink to about half
+
+
+def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in an `.npz` file, from their headers alone.
+
+    Raises:
+        CheckpointError: the archive is damaged, claims far more than it holds, or has members that are no float arrays.
+    """
+    with _npz(path) as archive:
+        return {info.filename.removesuffix(".npy"): _npy_shape(archive, info) for info in _members(path, archive)}
+
+
+def npz_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """What precision each array of an `.npz` file is stored in, from its header alone."""
+    out = {}
+    with _npz(path) as archive:
+        for info in _members(path, archive):
+            _npy_shape(archive, info)  # refuses what is no float array
+            with archive.open(info) as file:
+                newer = np.lib.format.read_magic(file) != (1, 0)
+                _, _, dtype = (np.lib.format.read_array_header_2_0 if newer else np.lib.format.read_array_header_1_0)(
+                    file
+                )
+            out[info.filename.removesuffix(".npy")] = torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+    return out
+
+
+def npz_load(path: Path, key: str) -> Tensor:
+    """One array of an `.npz` file; checked as in `npz_shapes`, and never unpickled."""
+    with _npz(path) as archive:
+        info = next(info for info in _members(path, archive) if info.filename == f"{key}.npy")
+        _npy_shape(archive, info)
+        with archive.open(info) as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+
+
+@contextlib.contextmanager
+def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path.name} is not a readable npz file",
+            expected="an archive of plain float arrays, as numpy.savez writes it",
+            found=first_line(error),
+            where=str(path),
+            repair="download it again",
+        ) from None
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+    if strange := [name for name in names if not re.fullmatch(r"\w+\.npy", name) or names.count(name) > 1]:
+        raise ValueError(f"the member {strange[0][:80]!r}")
+    claimed, held = sum(info.file_size for info in infos), path.stat().st_size
+    if claimed > _NPZ_MOST * held:
+        raise ValueError(f"{claimed:,} bytes of arrays in an archive of {held:,} bytes")
+    return infos
+
+
+def _npy_shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, ...]:
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename}: npy version {version}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        size = file.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.kind != "f" or dtype.itemsize > 8 or min(shape, default=0) < 0:
+        raise ValueError(f"{info.filename}: an array of {dtype} {shape}")
+    if size != info.file_size:
+        raise ValueError(f"{info.filename}: {info.file_size:,} bytes, and its header says {size:,}")
+    return tuple(shape)
 
 
 def sha256(path: Path) -> str:

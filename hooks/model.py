@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
-import huggingface_hub
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -23,6 +22,7 @@ from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Batch, Host, Prompt, stored_tensors, tap
+from hooks.hub import Resolved, resolve
 from hooks.intervene import lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.observe import Observed, Observer, observed_layers
@@ -114,6 +114,8 @@ class HookedModel:
         read: str | SiteSpec | None = None,
         write: str | SiteSpec | None = None,
         k: int | None = None,
+        encoder: str | None = None,
+        decoder: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         device_map: str | None = None,
@@ -125,7 +127,7 @@ class HookedModel:
         Args:
             name: `demo` (embedded, offline), a local folder, or a hub id.
             transcoders: `demo` or `demo-dense` (embedded), a local folder, a hub id, or transcoders in memory.
-            read, write, k, layers, budget_bytes: see `TranscoderStore.open`.
+            read, write, k, encoder, decoder, layers, budget_bytes: see `TranscoderStore.open`.
             dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
             device: move the model there; `device_map` lets accelerate spread it instead.
 
@@ -145,7 +147,8 @@ class HookedModel:
             raise UserError("device and device_map contradict each other", repair="give one of them")
         chosen = _device(device) if device else None  # looked at before minutes of loading
         wanted = precision(dtype)
-        store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
+        sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
+        store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
         host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
         if chosen:
             host.model.to(chosen)
@@ -161,12 +164,15 @@ class HookedModel:
         read: str | SiteSpec | None = None,
         write: str | SiteSpec | None = None,
         k: int | None = None,
+        encoder: str | None = None,
+        decoder: int | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
         name: str = "in memory",
     ) -> "HookedModel":
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
-        store = _open_store(transcoders, read=read, write=write, k=k, layers=layers, budget_bytes=budget_bytes)
+        sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
+        store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
         return cls(Host(model, tokenizer), store, name)
 
     @cached_property
@@ -685,7 +691,7 @@ def _check_fit(host: Host, store: TranscoderStore) -> None:
 
 def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     if isinstance(transcoders, str | Path):
-        folder = _transcoder_folder(str(transcoders), options.get("layers"))
+        folder = transcoder_folder(str(transcoders), options.get("layers")).root
         return TranscoderStore.open(folder, name=str(transcoders), **options)
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -697,25 +703,26 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
-def _transcoder_folder(name: str, layers: Sequence[int] | None) -> Path:
+def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
+    """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
+
+    Raises:
+        CheckpointError: see `hooks.hub.resolve`.
+    """
     if name in TRANSCODERS:
-        return TRANSCODERS[name]
-    path = Path(name).expanduser()
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        return path
-    try:
-        wanted = ["transcoder_L*.pt"] if layers is None else [f"transcoder_L{layer}.pt" for layer in layers]
-        patterns = ["*.json", "*.yaml", "*.safetensors", *wanted]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot find the transcoders {name!r}",
-            expected=f"{', '.join(TRANSCODERS)}, a folder, or a hub id such as KokosDev/qwen25-32b-clt",
-            found=first_line(error, 200),
-        ) from None
+        return Resolved(TRANSCODERS[name])
+    found = resolve(name, layers=layers, embedded=TRANSCODERS)
+    for note in found.notes:
+        log.warning("%s", note)
+    return found
 
 
 def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name; None stays None.
+
+    Raises:
+        UserError: it is none that weights are held in.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     known = {

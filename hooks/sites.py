@@ -154,6 +154,16 @@ def from_lens(name: str) -> tuple[Site | SiteSpec, bool]:
     return SiteSpec(site) if match[1] is None else Site(site, int(match[1])), match[2] == _NORMED_MID
 
 
+def to_lens(site: SiteSpec, *, normed: bool = False) -> str:
+    """The TransformerLens name of a site inside its block, without `blocks.LAYER.`; `from_lens` reads it back.
+
+    `normed`: resid_mid after RMSNorm without its weight. An offset to another layer has no such name.
+    """
+    assert not site.offset, f"{site} is in another block"
+    assert not normed or site.name == "resid_mid", f"the norm of {site} has no name"
+    return _NORMED_MID if normed else _PLACES[site.name].lens.removeprefix("blocks.{layer}.")
+
+
 def from_module(path: str, end: End) -> Site:
     """A site from a module of a transformers model (`model.layers.5.mlp`, `layers.5`) and one of its ends.
 

@@ -1,43 +1,33 @@
 """Opens a described checkpoint: one `Transcoder` per layer, read when first asked for.
 
 One of the two objects of this project that change over time: it remembers which layers are resident, and with
-`budget_bytes` it drops the one used longest ago when the budget is full.
+`budget_bytes` it makes room before a layer is read, by dropping the one used longest ago. Near those that are resident
+are one that is read ahead and, with `host_budget_bytes`, those that wait in host memory (`hooks.residency`).
 """
 
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.errors import CheckpointError
-from hooks.files import open_pt, safetensors_load, sha256
-from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource, encoders, for_decoder, recognise
+from hooks.convention import DEFAULT_SITE as DEFAULT_SITE
+from hooks.convention import Convention, choose, resolve_convention, spans
+from hooks.convention import given_sites as given_sites
+from hooks.errors import AddressError, CheckpointError
+from hooks.formats import Checkpoint, LayerSource, Norm, Source, recognise
+from hooks.loading import bytes_needed, load_rows, load_weights, part_bytes
+from hooks.residency import HostTier, Load, Loaded, ReadAhead, following
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 
 log = logging.getLogger("hooks")
-
-DEFAULT_SITE = SiteSpec("resid_pre")
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What a set reads and writes, relative to a transcoder's layer, and how that is known."""
-
-    read: SiteSpec
-    write: SiteSpec
-    source: Source
-
-    @property
-    def same_site(self) -> bool:
-        """Whether the set reconstructs what it reads."""
-        return self.read == self.write
 
 
 class TranscoderStore:
@@ -61,13 +51,22 @@ class TranscoderStore:
         budget_bytes: int | None = None,
         name: str = "in memory",
         devices: dict[int, torch.device] | None = None,
+        host_budget_bytes: int | None = None,
+        prefetch: bool = True,
     ):
-        self.convention, self.name, self.budget_bytes = convention, name, budget_bytes
+        self.convention, self.name, self.budget_bytes, self.prefetch = convention, name, budget_bytes, prefetch
         self._sources, self._dtype = dict(sorted(sources.items())), dtype
         self._norm_eps, self._norm_centred = norm_eps, norm != "rms"
         self._devices = devices or {}
         self._resident: OrderedDict[int, Transcoder] = OrderedDict()
         self._derived: dict[int, dict[str, tuple[list[weakref.ref[Tensor]], list[int], Tensor]]] = {}
+        self._dtypes: dict[int, Mapping[str, torch.dtype]] = {}  # of what is resident, as the files have it
+        self._host = HostTier(host_budget_bytes or 0)
+        self._ahead: ReadAhead | None = None
+        self._last: int | None = None  # asked for
+        self._unused: set[int] = set()  # read ahead and not asked for yet
+        self._in_vain: set[int] = set()  # read ahead, and dropped before anyone asked
+        self._said_cost = False
 
     @classmethod
     def open(
@@ -82,6 +81,8 @@ class TranscoderStore:
         layers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
+        host_budget_bytes: int | None = None,
+        prefetch: bool = True,
         name: str | None = None,
     ) -> "TranscoderStore":
         """Open a folder in any known format; nothing but headers is read yet.
@@ -94,7 +95,10 @@ class TranscoderStore:
             decoder: which one, from 0, where the files hold decoders for several target layers.
             layers: open only these.
             dtype: hold the weights in another precision.
-            budget_bytes: keep at most this many bytes of weights resident.
+            budget_bytes: keep at most this many bytes of weights resident; one layer is always served.
+            host_budget_bytes: keep layers that a device or a cast held in host memory, up to so many bytes, so that
+                coming back reads no file.
+            prefetch: under a byte budget, read the next layer while one is used, if both fit.
             name: what messages and saved results call the set; the folder by default.
 
         Raises:
@@ -104,7 +108,15 @@ class TranscoderStore:
         convention = resolve_convention(checkpoint, read, write)
         for note in (*checkpoint.notes, *checkpoint.selection_notes):
             log.warning("%s: %s", root, note)
-        return cls.described(checkpoint, convention, dtype=dtype, budget_bytes=budget_bytes, name=name)
+        return cls.described(
+            checkpoint,
+            convention,
+            dtype=dtype,
+            budget_bytes=budget_bytes,
+            host_budget_bytes=host_budget_bytes,
+            prefetch=prefetch,
+            name=name,
+        )
 
     @classmethod
     def described(
@@ -114,6 +126,8 @@ class TranscoderStore:
         *,
         dtype: torch.dtype | None = None,
         budget_bytes: int | None = None,
+        host_budget_bytes: int | None = None,
+        prefetch: bool = True,
         name: str | None = None,
     ) -> "TranscoderStore":
         """The transcoders of a described checkpoint, under a convention that the caller knows; see `open`."""
@@ -124,6 +138,8 @@ class TranscoderStore:
             norm=checkpoint.norm,
             dtype=dtype,
             budget_bytes=budget_bytes,
+            host_budget_bytes=host_budget_bytes,
+            prefetch=prefetch,
             name=name or str(checkpoint.root),
         )
 
@@ -167,10 +183,20 @@ class TranscoderStore:
         """How many features TopK keeps at one layer, without loading it."""
         return self._sources[layer].k
 
+    def has_skip(self, layer: int) -> bool:
+        """Whether a layer's transcoder has a skip connection, without loading it."""
+        source = self._sources[layer]
+        return source.W_skip is not None if isinstance(source, Transcoder) else "W_skip" in source.tensors
+
     def k_source(self, layer: int) -> Source:
         """Where `k` comes from."""
         source = self._sources[layer]
         return "given" if isinstance(source, Transcoder) else source.k_source
+
+    def metadata(self, layer: int) -> Mapping[str, object]:
+        """What a layer's files say about its training."""
+        source = self._sources[layer]
+        return {} if isinstance(source, Transcoder) else source.metadata
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._sources
@@ -185,20 +211,23 @@ class TranscoderStore:
         """Say where a layer's transcoder belongs: the device of the block it sits at."""
         if self._devices.get(layer) != device:
             self._devices[layer] = device
+            self._settle()
             self.drop(layer)
 
     def __getitem__(self, layer: int) -> Transcoder:
         """One layer's transcoder, read now if it is not resident.
 
         Raises:
-            CheckpointError: there is none for this layer, or its file is damaged.
+            CheckpointError: there is none for this layer, or its file is damaged or holds NaN or infinity.
         """
         self.require(layer)
-        if layer in self._resident:
-            self._resident.move_to_end(layer)
-        else:
-            self._resident[layer] = self._load(layer)
-            self._evict()
+        if layer not in self._resident:
+            loaded = self._fetch(layer)
+            self._resident[layer], self._dtypes[layer] = loaded.transcoder, loaded.dtypes
+        self._resident.move_to_end(layer)
+        self._unused.discard(layer)
+        self._in_vain.discard(layer)
+        self._look_ahead(layer)
         return self._resident[layer]
 
     def require(self, layer: int) -> None:
@@ -210,28 +239,152 @@ class TranscoderStore:
         if layer not in self._sources:
             raise CheckpointError(
                 f"layer {layer} has no transcoder",
-                expected=f"a layer among {_spans(self.layers)}",
+                expected=f"a layer among {spans(self.layers)}",
                 where=self.name,
             )
 
-    def _load(self, layer: int) -> Transcoder:
-        source = self._sources[layer]
-        device = self._devices.get(layer, torch.device("cpu"))
+    def decoder_rows(self, layer: int, features: Sequence[int] | Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """Decoder rows of some features, without making the layer resident; from it if it is.
+
+        Single rows are not compared with the digest of their file. Where they cannot be read alone, the layer is
+        loaded, and what that costs is said once.
+
+        Raises:
+            AddressError: there is no such feature.
+            CheckpointError: as in `store[layer]`.
+        """
+        return self._rows(layer, "W_dec", features)
+
+    def encoder_rows(self, layer: int, features: Sequence[int] | Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """Encoder rows of some features; otherwise as `decoder_rows`."""
+        return self._rows(layer, "W_enc", features)
+
+    def _rows(
+        self, layer: int, name: str, features: Sequence[int] | Int[Tensor, " row"]
+    ) -> Float[Tensor, "row d_model"]:
+        self.require(layer)
+        rows, size = [int(feature) for feature in features], self.d_features(layer)
+        for row in rows:
+            if not 0 <= row < size:
+                raise AddressError(f"L{layer}: there is no feature {row}", expected=f"0 to {size - 1}")
+        source, device = self._sources[layer], self._device(layer)
+        waiting = self._host.get(layer)
+        held = self._resident.get(layer) or (waiting.transcoder if waiting else None)
+        if held is None and isinstance(source, Transcoder):
+            held = source
+        if held is None and isinstance(source, LayerSource) and source.finish is None:
+            found = load_rows(source.tensors[name], rows)
+            if found is not None:
+                return found.to(device, self._dtype)
+        if held is None:
+            self._say_cost(layer)
+            held = self[layer]
+        return getattr(held, name)[torch.tensor(rows, dtype=torch.long, device=held.device)].to(device, self._dtype)
+
+    def _say_cost(self, layer: int) -> None:
+        if not self._said_cost:
+            self._said_cost = True
+            log.warning(
+                "%s: single rows cannot be read from these files, so layer %d is loaded as a whole (%.0f MB), and so "
+                "is every other; `circuits convert` writes a form whose rows can be read alone",
+                self.name,
+                layer,
+                self._needed(layer) / 1e6,
+            )
+
+    def _device(self, layer: int) -> torch.device:
+        return self._devices.get(layer, torch.device("cpu"))
+
+    # -- coming and going --------------------------------------------------------------------------------------
+
+    def _fetch(self, layer: int) -> Loaded:
+        """The layer, from the thread that reads it already, or read now into room made for it."""
+        if self._ahead is not None and self._ahead.layer == layer:
+            ahead, self._ahead = self._ahead, None
+            return ahead.result()
+        self._settle()
+        if self.budget_bytes is not None:
+            need = self._needed(layer)
+            while self._resident and self.nbytes + need > self.budget_bytes:
+                self.drop(next(iter(self._resident)))
+        return self._loader(layer)(lambda: False)
+
+    def _loader(self, layer: int) -> Load:
+        """What loads a layer; it knows nothing of the store, which may be gone before a thread is done."""
+        source, device = self._sources[layer], self._device(layer)
+        waiting = self._host.get(layer)
         if isinstance(source, Transcoder):
-            return source.to(device, self._dtype)
-        weights = {name: _read(where).to(device, self._dtype) for name, where in source.tensors.items()}
-        weights = source.finish(weights) if source.finish else weights
-        _check_digest(source)
-        return Transcoder(
-            layer=layer,
-            read=self.convention.read.at(layer),
-            write=self.convention.write.at(layer),
-            **{name: weights.get(name) for name in WEIGHTS},  # type: ignore[arg-type]
-            norm_eps=self._norm_eps,
-            norm_centred=self._norm_centred,
-            k=source.k,
-            groups=source.groups,
-        )
+            dtypes = {name: part.dtype for name in WEIGHTS if (part := getattr(source, name)) is not None}
+            waiting = waiting or Loaded(source, dtypes)
+        if waiting is not None:
+            return partial(_moved, waiting, device, self._dtype)
+        assert isinstance(source, LayerSource)
+        room = None if self.budget_bytes is None else self.budget_bytes - self.nbytes - self._needed(layer)
+        facts = {
+            "read": self.convention.read.at(layer),
+            "write": self.convention.write.at(layer),
+            "norm_eps": self._norm_eps,
+            "norm_centred": self._norm_centred,
+        }
+        return partial(_read, source, device, self._dtype, part_bytes(room), facts)
+
+    def _needed(self, layer: int) -> int:
+        """Bytes that a layer takes once it is there, or while it is read if that is more."""
+        source, waiting = self._sources[layer], self._host.get(layer)
+        if isinstance(source, LayerSource) and waiting is None:
+            return bytes_needed(source, self._dtype)
+        there = waiting.transcoder if waiting else source
+        assert isinstance(there, Transcoder)
+        parts = (part for name in WEIGHTS if (part := getattr(there, name)) is not None)
+        return sum(part.numel() * (self._dtype or part.dtype).itemsize for part in parts)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Let a thread read the layer that is probably next, if there is room for it beside this one."""
+        previous, self._last = self._last, layer
+        if not self.prefetch or self.budget_bytes is None or layer == previous:
+            return
+        coming = following(self.layers, previous, layer)
+        known = {*self._resident, *self._in_vain, *([self._ahead.layer] if self._ahead else [])}
+        if coming is None or coming in known or isinstance(self._sources[coming], Transcoder):
+            return
+        self._settle()
+        try:
+            need = self._needed(coming)
+        except CheckpointError:  # said when the layer is asked for
+            return
+        dropped = []
+        if self._taken(layer) + need > self.budget_bytes:
+            return
+        while self.nbytes + need > self.budget_bytes:
+            oldest = next(other for other in self._resident if other != layer)
+            dropped.append(self._resident[oldest])
+            self.drop(oldest)
+        self._ahead = ReadAhead(coming, need, self._loader(coming), dropped)
+        dropped.clear()
+        self._ahead.start()
+
+    def _settle(self) -> None:
+        """End reading ahead. What is there already stays, as the first to be dropped."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        loaded = ahead.stop()
+        self._in_vain.add(ahead.layer)
+        if loaded is not None:
+            self._resident[ahead.layer], self._dtypes[ahead.layer] = loaded.transcoder, loaded.dtypes
+            self._resident.move_to_end(ahead.layer, last=False)
+            self._unused.add(ahead.layer)
+
+    def close(self) -> None:
+        """End reading ahead, and let go of everything that is resident or waits in host memory."""
+        self._settle()
+        self._host = HostTier(0)
+        for layer in list(self._resident):
+            self.drop(layer)
+
+    def __del__(self) -> None:
+        if getattr(self, "_ahead", None) is not None:
+            self._ahead.stop(wait=False)  # type: ignore[union-attr]
 
     def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends on a layer's weights and the `given` ones alone: made once, kept with the layer.
@@ -253,147 +406,52 @@ class TranscoderStore:
         return made
 
     def _evict(self) -> None:
-        while self.budget_bytes is not None and len(self._resident) > 1 and self.nbytes > self.budget_bytes:
+        """Make room for what has been derived."""
+        if self.budget_bytes is None:
+            return
+        ahead = self._ahead.nbytes if self._ahead else 0
+        while len(self._resident) > 1 and self.nbytes + ahead > self.budget_bytes:
             self.drop(next(iter(self._resident)))
+        if ahead and self.nbytes + ahead > self.budget_bytes:
+            self._settle()
+            self._evict()
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is resident."""
-        kept = (made for tensors in self._derived.values() for _, _, made in tensors.values())
-        return sum(t.nbytes for t in self._resident.values()) + sum(made.nbytes for made in kept)
+        return sum(map(self._taken, self._resident))
+
+    def _taken(self, layer: int) -> int:
+        derived = self._derived.get(layer, {}).values()
+        return self._resident[layer].nbytes + sum(made.nbytes for _, _, made in derived)
 
     def drop(self, layer: int) -> None:
-        """Let go of a layer's weights; they are read again when asked for."""
-        self._resident.pop(layer, None)
+        """Let go of a layer's weights; they are read again when asked for, or come back from host memory."""
+        transcoder, dtypes = self._resident.pop(layer, None), self._dtypes.pop(layer, None)
         self._derived.pop(layer, None)
+        if layer in self._unused:
+            self._unused.discard(layer)
+            self._in_vain.add(layer)
+        if transcoder is not None and dtypes is not None and not isinstance(self._sources[layer], Transcoder):
+            self._host.keep(Loaded(transcoder, dtypes))
 
 
-def given_sites(
-    checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None
-) -> tuple[SiteSpec | None, SiteSpec | None]:
-    """The read and write site from the arguments, else from the files, else None.
-
-    Raises:
-        CheckpointError: what is given contradicts what is stored.
-    """
-    out = []
-    for name, want, have in (("read", read, checkpoint.read), ("write", write, checkpoint.write)):
-        site = SiteSpec.parse(want) if isinstance(want, str) else want
-        if site and have and site != have:
-            raise CheckpointError(
-                f"--{name} {site} contradicts the files",
-                expected=f"{have}, as stored",
-                where=str(checkpoint.root),
-                repair=f"leave --{name} away",
-            )
-        out.append(site or have)
-    return out[0], out[1]
+def _moved(waiting: Loaded, device: torch.device, dtype: torch.dtype | None, stop: Callable[[], bool]) -> Loaded:
+    """A transcoder in memory, brought to where it belongs."""
+    return Loaded(waiting.transcoder.to(device, dtype), waiting.dtypes)
 
 
-def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Convention:
-    """Stored sites, else given ones, else the assumption that is said aloud.
-
-    Raises:
-        CheckpointError: what is given contradicts what is stored.
-    """
-    given_read, given_write = given_sites(checkpoint, read, write)
-    if checkpoint.read and checkpoint.write:
-        return Convention(checkpoint.read, checkpoint.write, checkpoint.sites_source)
-    if given_read and given_write:
-        return Convention(given_read, given_write, "given")
-    known_read, known_write = given_read or DEFAULT_SITE, given_write
-    if known_write is None:
-        known_write = known_read if known_read.name.startswith("resid") else SiteSpec("mlp_out", known_read.offset)
-    log.warning(
-        "%s: the files do not say what the transcoders read and write; assuming --read %s --write %s",
-        checkpoint.root,
-        known_read,
-        known_write,
-    )
-    return Convention(known_read, known_write, "assumed")
-
-
-def choose(
-    checkpoint: Checkpoint,
-    *,
-    encoder: str | None = None,
-    decoder: int | None = None,
-    layers: Sequence[int] | None = None,
-    k: int | None = None,
-) -> Checkpoint:
-    """The part of a set that was asked for; see `TranscoderStore.open`.
-
-    Raises:
-        CheckpointError: the set has no such encoder, decoder, layer or k.
-    """
-    known = encoders(checkpoint)
-    if encoder is not None and encoder not in known:
-        raise CheckpointError(
-            f"unknown encoder {encoder!r}", expected=f"one of {', '.join(known)} for this set", where="--encoder"
-        )
-    if checkpoint.decoders > 1 and decoder is None:
-        log.warning(
-            "%s: each file has decoders for %d target layers; taking the first, --decoder 0",
-            checkpoint.root,
-            checkpoint.decoders,
-        )
-    checkpoint = for_decoder(known[encoder or "trained"], decoder or 0)
-    if encoder:
-        checkpoint = replace(checkpoint, encoder_source="given")
-    sources = checkpoint.layers if layers is None else _named_layers(checkpoint, layers)
-    if k is None:
-        return replace(checkpoint, layers=sources)
-    return replace(checkpoint, layers=tuple(_with_k(source, k) for source in sources), selection_notes=())
-
-
-def _named_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[LayerSource, ...]:
-    sources = {source.layer: source for source in checkpoint.layers}
-    missing = sorted(set(layers) - set(sources))
-    if missing or not layers:
-        raise CheckpointError(
-            f"no transcoder for layer {missing[0]}" if missing else "no layers chosen",
-            expected=f"layers among {_spans(sorted(sources))}",
-            where=str(checkpoint.root),
-        )
-    return tuple(sources[layer] for layer in sorted(set(layers)))
-
-
-def _with_k(source: LayerSource, k: int) -> LayerSource:
-    if not 1 <= k <= source.d_features:
-        raise CheckpointError(f"k = {k} is out of range", expected=f"1 to {source.d_features}", where="--k")
-    if source.activation in ("jumprelu", "groupmax"):
-        raise CheckpointError(
-            f"--k {k} has no meaning here", expected="a set with TopK or ReLU", found=f"a {source.activation} set"
-        )
-    return replace(source, k=k, k_source="given", activation="topk")
-
-
-def _check_digest(source: LayerSource) -> None:
-    if source.sha256 is None:
-        return
-    file = source.files[0]
-    found = sha256(file)
-    if found != source.sha256:
-        raise CheckpointError(
-            f"{file.name} is not the file its manifest describes",
-            expected=f"sha256 {source.sha256}",
-            found=found,
-            where=str(file),
-            repair="download or convert it again",
-        )
-
-
-def _read(source: TensorSource) -> Tensor:
-    if source.file.suffix == ".safetensors":
-        tensor = safetensors_load(source.file, source.key[-1])
-    else:
-        content: Any = open_pt(source.file)
-        for key in source.key:
-            content = content[key]
-        tensor = content
-    if source.rows:
-        tensor = tensor[slice(*source.rows)]
-    return tensor.T.contiguous() if source.transposed else tensor.clone()
+def _read(
+    source: LayerSource,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    part: int,
+    facts: Mapping[str, Any],
+    stop: Callable[[], bool],
+) -> Loaded:
+    weights, dtypes = load_weights(source, device, dtype, stop, part)
+    fields: dict[str, Any] = {name: weights.get(name) for name in WEIGHTS}
+    return Loaded(Transcoder(layer=source.layer, **fields, **facts, k=source.k, groups=source.groups), dtypes)
 
 
 def _relative(transcoder: Transcoder) -> tuple[SiteSpec, SiteSpec]:
@@ -402,14 +460,3 @@ def _relative(transcoder: Transcoder) -> tuple[SiteSpec, SiteSpec]:
         SiteSpec(read.name, read.layer - transcoder.layer),
         SiteSpec(write.name, write.layer - transcoder.layer),
     )
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """`0-4, 6` for [0, 1, 2, 3, 4, 6]."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and spans[-1][-1] == layer - 1:
-            spans[-1] = [spans[-1][0], layer]
-        else:
-            spans.append([layer])
-    return ", ".join("-".join(map(str, span)) for span in spans)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from worlds import random_transcoder
 
-from hooks.errors import CheckpointError
+from hooks.errors import CheckpointError, UserError
 from hooks.formats import native, recognise
 from hooks.sites import Site, SiteSpec
 from hooks.store import TranscoderStore
@@ -161,8 +161,9 @@ def test_extra_tables_are_left_on_disk(tmp_path):
     write(tmp_path, 0, wrapped(0, state, mlp_to_clt_mapping=table, optimizer={"lr": 1e-3}, tags=["a"]))
     transcoder = TranscoderStore.open(tmp_path)[0]
     check_against_formula(transcoder, state, 12)
-    for name in WEIGHTS:  # no view into the mapped file, which would keep the table reachable
-        weight = getattr(transcoder, name)
+    weights = {name: weight for name in WEIGHTS if (weight := getattr(transcoder, name)) is not None}
+    assert len(weights) == 6
+    for name, weight in weights.items():  # no view into the mapped file, which would keep the table reachable
         assert weight.untyped_storage().nbytes() == weight.nbytes, name
 
 
@@ -306,12 +307,84 @@ def test_a_matrix_of_another_shape_is_refused(tmp_path, key, shape):
     assert refused(tmp_path).problem.startswith("transcoder_L0.pt: ")
 
 
-def test_several_target_decoders_are_refused(tmp_path):
+def test_the_first_of_several_decoders_is_opened_and_that_is_said(tmp_path, caplog):
+    state = state_dict(targets=3)
+    write(tmp_path, 0, wrapped(0, state))
+    with caplog.at_level(logging.WARNING, "hooks"):
+        store = TranscoderStore.open(tmp_path, read="resid_pre", write="resid_pre")
+    assert "decoders for 3 target layers" in caplog.text
+    assert "--decoder 0" in caplog.text
+    assert torch.equal(store[0].W_dec, state[PREFIX + "dec.weight"][:D].T)
+
+
+@pytest.mark.parametrize("decoder", [0, 1, 2])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
+def test_one_of_several_decoders_computes_its_own_target(tmp_path, decoder, prefix, caplog):
+    state = state_dict(7, prefix=prefix, targets=3)
+    write(tmp_path, 0, wrapped(0, state))
+    transcoder = TranscoderStore.open(tmp_path, read="resid_pre", write="mlp_out+1", decoder=decoder)[0]
+    assert not caplog.records
+    own = {key: value for key, value in state.items() if "dec." not in key}
+    part = slice(decoder * D, (decoder + 1) * D)
+    for key in (f"{prefix}dec.weight", f"{prefix}dec.bias"):
+        own[key] = state[key][part]
+    check_against_formula(transcoder, {PREFIX + key.removeprefix(prefix): value for key, value in own.items()}, 12)
+
+
+@pytest.mark.parametrize("decoder", [-1, 3])
+def test_a_decoder_that_is_not_there_is_refused(tmp_path, decoder):
     write(tmp_path, 0, wrapped(0, state_dict(targets=3)))
-    error = refused(tmp_path)
-    assert "dec.weight" in error.problem
-    assert "3 target layers" in error.found
-    assert str((D, FEATURES)) in error.expected
+    with pytest.raises(CheckpointError, match=f"there is no decoder {decoder}") as caught:
+        TranscoderStore.open(tmp_path, decoder=decoder)
+    assert "0 to 2" in caught.value.expected
+
+
+def test_layers_with_different_numbers_of_decoders_are_refused(tmp_path):
+    write(tmp_path, 0, wrapped(0, state_dict(targets=3)))
+    write(tmp_path, 1, wrapped(1, state_dict(targets=2)))
+    assert "layer 0: 3; layer 1: 2" in refused(tmp_path).found
+
+
+def test_a_second_decoder_of_a_single_one_is_refused(tmp_path):
+    write(tmp_path, 0, wrapped(0, state_dict()))
+    with pytest.raises(CheckpointError, match="there is no decoder 1"):
+        TranscoderStore.open(tmp_path, decoder=1)
+
+
+def card_features(x: Tensor, state: dict[str, Tensor], k: int | None) -> Tensor:
+    """The model card's code, as it stands there: add enc.0.bias, Linear, ReLU, TopK."""
+    weights = {key.removeprefix(PREFIX): value.float() for key, value in state.items()}
+    relu = F.relu(F.linear(x + weights["enc.0.bias"], weights["enc.1.weight"], weights["enc.1.bias"]))
+    if k is None:
+        return relu
+    values, indices = torch.topk(relu, k, dim=-1)
+    return torch.zeros_like(relu).scatter_(-1, indices, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("l0_pct", "k"), [(12.0, 12), (40.0, None)])
+def test_the_cards_encoder_can_be_asked_for(tmp_path, dtype, l0_pct, k):
+    state = state_dict(4, dtype=dtype)
+    write(tmp_path / "set", 0, wrapped(0, state, l0_pct))
+    transcoder = TranscoderStore.open(tmp_path / "set", encoder="card")[0]
+    assert transcoder.norm_weight is None
+    assert {transcoder.W_enc.dtype, transcoder.shift.dtype} == {dtype}
+    x = inputs()
+    torch.testing.assert_close(transcoder.encode(x).dense(FEATURES), card_features(x, state, k))
+    trained = TranscoderStore.open(tmp_path / "set", encoder="trained")[0]
+    torch.testing.assert_close(trained.encode(x).dense(FEATURES), dense_features(x, state, k))
+    save_native(tmp_path / "native", [transcoder])  # and it is kept as it is
+    assert same_weights(TranscoderStore.open(tmp_path / "native")[0], transcoder)
+
+
+def test_an_encoder_that_the_set_does_not_have_is_refused(tmp_path):
+    write(tmp_path / "set", 0, wrapped(0, state_dict()))
+    with pytest.raises(CheckpointError, match="unknown encoder 'cards'") as caught:
+        TranscoderStore.open(tmp_path / "set", encoder="cards")
+    assert "trained, card" in caught.value.expected
+    save_native(tmp_path / "native", [replace(random_transcoder(0, D), norm_weight=None, norm_bias=None)])
+    with pytest.raises(CheckpointError, match="unknown encoder 'card'"):  # there is no bias to add
+        TranscoderStore.open(tmp_path / "native", encoder="card")
 
 
 def test_a_transposed_decoder_is_not_called_several_targets(tmp_path):
@@ -506,6 +579,68 @@ def test_published_to_native_is_bit_equal(tmp_path, dtype, l0_pct):
         assert torch.equal(old.decode(old_acts), new.decode(new_acts))
 
 
+def gate(pre: Tensor, transcoder: Transcoder) -> Tensor:
+    """What each rule keeps, feature by feature."""
+    if transcoder.threshold is not None:
+        pre = torch.where(pre > transcoder.threshold, pre, 0.0)
+    if transcoder.groups:
+        for token in pre.view(-1, pre.shape[-1]):
+            for group in token.view(transcoder.groups, -1):
+                group[torch.arange(len(group)) != group.argmax()] = 0
+    if transcoder.k:
+        kept = pre.topk(transcoder.k, dim=-1).indices
+        pre = torch.zeros_like(pre).scatter(-1, kept, pre.gather(-1, kept))
+    return pre.clamp_min(0)
+
+
+def normed(x: Tensor, transcoder: Transcoder) -> Tensor:
+    """Each norm, written out."""
+    if transcoder.norm_weight is None:
+        return x if transcoder.shift is None else x - transcoder.shift
+    centred = x - x.mean(-1, keepdim=True) if transcoder.norm_centred else x
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + transcoder.norm_eps).sqrt()
+    return scaled * transcoder.norm_weight + (0 if transcoder.norm_bias is None else transcoder.norm_bias)
+
+
+VECTOR = torch.linspace(-0.3, 0.5, D)
+NORMS = {
+    "layernorm": {},
+    "layernorm without bias": {"norm_bias": None},
+    "rms": {"norm_centred": False},
+    "rms without bias": {"norm_centred": False, "norm_bias": None},
+    "none": {"norm_weight": None, "norm_bias": None},
+    "shift": {"norm_weight": None, "norm_bias": None, "shift": VECTOR},
+}
+RULES = {
+    "topk": {"k": 7},
+    "relu": {"k": None},
+    "jumprelu": {"k": None, "threshold": torch.linspace(0, 1.5, FEATURES)},
+    "groupmax": {"k": None, "groups": 20},
+}
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_native_keeps_every_kind_of_encoder(tmp_path, norm, rule, skip):
+    parts = {**NORMS[norm], **RULES[rule], "W_skip": torch.eye(D) + VECTOR if skip else None}
+    saved = [replace(random_transcoder(layer, D, FEATURES), **parts) for layer in (0, 3)]
+    save_native(tmp_path, saved)
+    store, x = TranscoderStore.open(tmp_path), inputs()
+    assert store.convention.source == "stored"
+    for before in saved:
+        after = store[before.layer]
+        assert same_weights(before, after)
+        for fact in ("activation", "k", "groups", "norm_centred", "norm_eps"):
+            assert getattr(before, fact) == getattr(after, fact)
+        given = normed(x, before)
+        expected = gate(given @ before.W_enc.T + before.b_enc, before)
+        acts = after.encode(x)
+        torch.testing.assert_close(acts.dense(FEATURES), expected, rtol=1e-4, atol=1e-5)
+        out = expected @ before.W_dec + before.b_dec + (given @ before.W_skip.T if skip else 0)
+        torch.testing.assert_close(after.reconstruct(acts, x), out, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("source", ["stored", "assumed"])
 def test_an_assumption_stays_one_when_it_is_saved(tmp_path, source):
     save_native(tmp_path, sites_source=source)
@@ -565,18 +700,48 @@ def test_unknown_manifest_keys_are_refused(tmp_path):
     assert error.where.endswith(native.MANIFEST)
 
 
-@pytest.mark.parametrize(
-    "key", ["version", "d_model", "d_features", "read", "write", "input_norm", "activation", "layers"]
-)
+@pytest.mark.parametrize("key", ["version", "d_model", "d_features", "input_norm", "activation", "layers"])
 def test_missing_manifest_keys_are_refused(tmp_path, key):
     edit_manifest(tmp_path, lambda manifest: manifest.pop(key))
     assert key in refused(tmp_path).found
 
 
+def test_a_site_that_does_not_exist_is_refused(tmp_path):
+    edit_manifest(tmp_path, lambda manifest: manifest.update(read="resid"))
+    with pytest.raises(UserError, match="unknown site 'resid'") as caught:
+        TranscoderStore.open(tmp_path)
+    assert "manifest" in caught.value.where
+
+
+@pytest.mark.parametrize("how", ["null", "left out"])
+@pytest.mark.parametrize("key", ["read", "write"])
+def test_sites_that_a_manifest_leaves_open_are_assumed_aloud_or_given(tmp_path, key, how, caplog):
+    def open_site(manifest):
+        manifest.pop(key)
+        manifest.update({key: None} if how == "null" else {})
+
+    edit_manifest(tmp_path, open_site)
+    known = recognise(tmp_path)
+    assert getattr(known, key) is None
+    assert known.facts()[key] == (None, "unknown")
+    with caplog.at_level(logging.WARNING, "hooks"):
+        assert TranscoderStore.open(tmp_path).convention.source == "assumed"
+    assert "--read resid_pre --write resid_pre" in caplog.text
+    assert TranscoderStore.open(tmp_path, **{key: "resid_pre"}).convention.source == "given"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("version", 2), ("activation", {"kind": "jumprelu"}), ("input_norm", {"kind": "rms"})],
-    ids=["version", "activation", "norm"],
+    [
+        ("version", 2),
+        ("activation", {"kind": "jumprelu"}),  # no threshold is stored
+        ("activation", {"kind": "swish"}),
+        ("input_norm", {"kind": "batch"}),
+        ("input_norm", {"kind": "none"}),  # a norm's weights are stored
+        ("input_norm", {"kind": "layernorm", "shift": True}),
+        ("skip", True),  # no W_skip is stored
+    ],
+    ids=str,
 )
 def test_another_version_or_encoder_is_refused(tmp_path, key, value):
     edit_manifest(tmp_path, lambda manifest: manifest.update({key: value}))
@@ -585,7 +750,9 @@ def test_another_version_or_encoder_is_refused(tmp_path, key, value):
 
 ORDER = {"kind": "topk", "k": 7, "order": "relu-topk"}
 UNCHECKED = {
-    "read is null": lambda m: m.update(read=None),
+    "groups without groupmax": lambda m: m["activation"].update(groups=4),
+    "groups that do not divide": lambda m: m.update(activation={"kind": "groupmax", "groups": 7}),
+    "k of a set without topk": lambda m: (m.update(activation={"kind": "relu"}), m["layers"]["0"].update(k=3)),
     "no layers": lambda m: m.update(layers={}),
     "layers is a list": lambda m: m.update(layers=[1]),
     "a layer without a file": lambda m: m["layers"].update({"0": {}}),

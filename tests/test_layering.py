@@ -10,16 +10,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "errors", "plugins", "sites", "types", "kernels", "transcoder", "files", "formats", "hub", "store", "convert",
+        "errors", "plugins", "sites", "types", "kernels", "transcoder", "links", "guard", "files", "formats", "hub",
+        "convention", "loading", "residency", "store", "convert",
         "readout", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
         "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",
-        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "findings", "calibrate", "model", "layer_step", "decode",
-        "quality",
+        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "walk", "refit", "site_fits", "findings", "selection", "verdict", "texts",
+        "calibrate", "model", "layer_step",
+        "decode", "site_sums", "quality_report", "quality",
     ],
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
-        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "verify", "supernodes",
-        "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "commands", "cli",
+        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "quality_plot", "verify",
+        "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "commands",
+        "cli",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}

@@ -25,6 +25,8 @@ def command(
         group.add_argument("--read", metavar="SITE", help="the site the transcoders read, if the files do not say")
         group.add_argument("--write", metavar="SITE", help="the site they reconstruct, likewise")
         group.add_argument("--k", type=int, metavar="N", help="features TopK keeps, if the files do not say")
+        group.add_argument("--encoder", metavar="E", help="trained (default), or card: as on the published set's card")
+        group.add_argument("--decoder", type=int, metavar="N", help="which one, where a file has several (from 0)")
         group.add_argument(
             "--budget-gb", type=float, metavar="GB", help="keep at most this much of the transcoders loaded"
         )
@@ -124,6 +126,8 @@ def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) ->
         read=args.read,
         write=args.write,
         k=args.k,
+        encoder=args.encoder,
+        decoder=args.decoder,
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,

@@ -17,6 +17,8 @@ from typing import Literal
 from torch import Tensor
 
 from hooks.errors import CheckpointError
+from hooks.guard import read_json
+from hooks.links import check_file, check_links, hub_snapshot
 from hooks.plugins import discover
 from hooks.sites import SiteSpec
 from hooks.transcoder import Activation
@@ -137,6 +139,7 @@ def for_decoder(checkpoint: Checkpoint, decoder: int) -> Checkpoint:
             f"there is no decoder {decoder}",
             expected=f"0 to {checkpoint.decoders - 1}: each file has decoders for {checkpoint.decoders} target layers",
             where=str(checkpoint.root),
+            repair="choose another with --decoder",
         )
     if checkpoint.decoders == 1:
         return checkpoint
@@ -184,8 +187,10 @@ def recognise(root: Path) -> Checkpoint:
             f"there is no folder {root}",
             expected="a folder with transcoder files",
             found="a file" if root.exists() else "nothing",
+            where=str(root),
             repair="check the path after --transcoders",
         )
+    check_links(root)
     found = [name for name, module in FORMATS.items() if module.matches(root)]
     if len(found) != 1:
         names = sorted(path.name for path in root.iterdir())
@@ -193,16 +198,31 @@ def recognise(root: Path) -> Checkpoint:
         raise CheckpointError(
             f"{'several formats' if found else 'no transcoders'} found in {root}",
             expected=f"the files of one format: {', '.join(FORMATS)}",
-            found=f"{', '.join(found)}" if found else (listing or "an empty folder"),
+            found=f"{', '.join(found)}" if found else (listing or "an empty folder") + _unreadable(root),
             where=str(root),
+            repair="name the folder that the files are in, with the files of one set alone",
         )
     checkpoint: Checkpoint = FORMATS[found[0]].locate(root)
+    for file in {file: None for source in checkpoint.layers for file in source.files}:
+        check_file(file, root)
     widths = {source.d_model for source in checkpoint.layers}
     if len(widths) > 1:
         raise CheckpointError(
             "the layers have different widths",
             expected="one model width for the whole set",
-            found=", ".join(f"layer {source.layer}: {source.d_model}" for source in checkpoint.layers),
+            found=", ".join(f"layer {source.layer}: {source.d_model}" for source in checkpoint.layers)[:400],
             where=str(root),
+            repair="open the layers of one width alone",
         )
-    return checkpoint
+    snapshot = hub_snapshot(root)
+    return replace(checkpoint, revision=snapshot.commit) if snapshot and not checkpoint.revision else checkpoint
+
+
+def _unreadable(root: Path) -> str:
+    """What is wrong with JSON files that a set could be described by."""
+    for path in sorted(root.glob("*.json")):
+        try:
+            read_json(path)
+        except CheckpointError as error:
+            return f"; {path.name} cannot be read: {error.found}"
+    return ""

@@ -8,16 +8,27 @@ Everything a format can know is stored, so nothing is assumed: what was assumed 
 Unknown keys are errors, on every level, and so are tensors that the manifest does not name.
 """
 
-import json
+import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from hooks.errors import CheckpointError
-from hooks.files import safetensors_shapes, sha256, write_json, write_safetensors
+from hooks.errors import CheckpointError, UserError
+from hooks.files import safetensors_dtypes, safetensors_shapes, sha256, write_json, write_safetensors
 from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
+from hooks.guard import FLOATS, read_json, shown
+from hooks.links import hub_snapshot
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 from hooks.transcoder import Activation as ActivationName
@@ -28,7 +39,7 @@ _KEYS = {name: {"norm_weight": "ln.weight", "norm_bias": "ln.bias"}.get(name, na
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class InputNorm(_Strict):
@@ -97,12 +108,15 @@ class Manifest(_Strict):
     activation: Activation
     activation_source: Source = "stored"
     skip: bool = False
-    layers: Annotated[dict[int, LayerEntry], Field(min_length=1)]
+    layers: Annotated[dict[NonNegativeInt, LayerEntry], Field(min_length=1)]
     calibration: dict[str, Any] | None = None
     source: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _k_fits(self) -> "Manifest":
+        names = [entry.file for entry in self.layers.values()]
+        if len(set(names)) < len(names):
+            raise ValueError("two layers name the same file")
         for entry in self.layers.values():
             size, k = entry.d_features or self.d_features, entry.k or self.activation.k
             if k and k > size:
@@ -137,9 +151,10 @@ def matches(root: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("format") == _NAME
-    except (ValueError, AttributeError):
-        return False
+        content = read_json(path)
+    except CheckpointError:
+        return any(root.glob("layer_*.safetensors"))  # whatever else it is, it is damaged: `locate` says how
+    return isinstance(content, dict) and content.get("format") == _NAME
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -149,16 +164,25 @@ def read_manifest(root: Path) -> Manifest:
         CheckpointError: it has unknown, missing or impossible entries.
     """
     path = root / MANIFEST
+    content = read_json(path)
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate(content)
+        if len(manifest.layers) < len(content["layers"]):
+            _refuse(path, "a layer stands there twice")
+        return manifest
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()]
-        raise CheckpointError(
-            "the manifest does not fit this version",
-            expected=f"version 1 with {', '.join(Manifest.model_fields)}",
-            found="; ".join(faults)[:400],
-            where=str(path),
-        ) from None
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()[:9]]
+        _refuse(path, "; ".join(faults)[:400])
+
+
+def _refuse(path: Path, found: str) -> NoReturn:
+    raise CheckpointError(
+        "the manifest does not fit this version",
+        expected=f"version 1 with {', '.join(Manifest.model_fields)}",
+        found=found,
+        where=str(path),
+        repair="convert the set again",
+    ) from None
 
 
 def locate(root: Path) -> Checkpoint:
@@ -169,11 +193,12 @@ def locate(root: Path) -> Checkpoint:
             wrong shape.
     """
     manifest = read_manifest(root)
-    read, write = (SiteSpec.parse(site) if site else None for site in (manifest.read, manifest.write))
+    read, write = (_site(site, root / MANIFEST) for site in (manifest.read, manifest.write))
+    left = _not_fetched(root, manifest)
     return Checkpoint(
         root,
         "native",
-        tuple(_layer(root, number, manifest) for number in sorted(manifest.layers)),
+        tuple(_layer(root, number, manifest) for number in sorted(manifest.layers.keys() - left)),
         read,
         write,
         manifest.input_norm.eps,
@@ -182,21 +207,52 @@ def locate(root: Path) -> Checkpoint:
         norm=manifest.input_norm.kind,
         encoder_source=manifest.encoder_source,
         base_revision=manifest.base_revision,
-        revision=manifest.source.get("revision"),
+        revision=revision if isinstance(revision := manifest.source.get("revision"), str) else None,
+        notes=(f"not fetched from the hub: layer {', '.join(map(str, sorted(left)))}",) if left else (),
     )
+
+
+def _site(text: str | None, path: Path) -> SiteSpec | None:
+    try:
+        return SiteSpec.parse(text) if text else None
+    except UserError as error:
+        _refuse(path, error.problem)
+
+
+def _not_fetched(root: Path, manifest: Manifest) -> set[int]:
+    """Of a hub repository only some layers may be in the cache; a local folder has to be complete."""
+    if not hub_snapshot(root):
+        return set()
+    left = {number for number, entry in manifest.layers.items() if not _file(root, number, entry.file).exists()}
+    return left if len(left) < len(manifest.layers) else set()
+
+
+def _file(root: Path, number: int, name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]{1,200}", name) or name in (".", ".."):
+        raise CheckpointError(
+            f"layer {number} names a file outside its folder",
+            expected="the name of a file beside the manifest, such as layer_00.safetensors",
+            found=shown(name),
+            where=str(root / MANIFEST),
+            repair="convert the set again, or use another source",
+        )
+    return root / name
 
 
 def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
     entry = manifest.layers[number]
-    file = root / entry.file
-    if PurePath(entry.file).name != entry.file or not file.is_file():
+    file = _file(root, number, entry.file)
+    if not file.is_file():
         raise CheckpointError(
             f"layer {number} is missing",
             expected=f"the file {entry.file} in the folder of the manifest",
+            found="a link to nothing" if file.is_symlink() else "no such file",
             where=str(root / MANIFEST),
+            repair="download or convert the set again",
         )
     expected = {_KEYS[name]: shape for name, shape in manifest.shapes(entry).items()}
     found = safetensors_shapes(file)
+    _check_dtypes(file)
     for key in sorted({*expected, *found}):
         if found.get(key) != expected.get(key):
             raise CheckpointError(
@@ -204,6 +260,7 @@ def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
                 expected=str(expected[key]) if key in expected else "no such tensor",
                 found=str(found[key]) if key in found else "no such tensor",
                 where=str(file),
+                repair="download or convert it again",
             )
     rule = manifest.activation
     return LayerSource(
@@ -218,6 +275,18 @@ def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
         activation=rule.kind,
         groups=rule.groups,
     )
+
+
+def _check_dtypes(file: Path) -> None:
+    for key, dtype in safetensors_dtypes(file).items():
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file.name}: {key} holds no floating-point numbers",
+                expected="float32, bfloat16, float16 or float64",
+                found=str(dtype).removeprefix("torch."),
+                where=str(file),
+                repair="download or convert it again",
+            )
 
 
 def save(

@@ -19,11 +19,13 @@ from torch import Tensor
 from hooks.errors import CheckpointError
 from hooks.files import open_pt
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
+from hooks.guard import FLOATS, shown
 from hooks.transcoder import Activation
 
 _FILE = re.compile(r"transcoder_L(\d+)\.pt")
 _TOPK_FRACTION = 0.12
 _L0_TOLERANCE_PCT = 0.5
+_REPAIR = "download it again, or ask whoever made it for another file"
 _KEYS = {  # our name -> (key in the state dict, stored [d_model feature])
     "norm_weight": ("enc.0.weight", False),
     "norm_bias": ("enc.0.bias", False),
@@ -49,7 +51,11 @@ def locate(root: Path) -> Checkpoint:
     for (number, path), (other, twin) in pairwise(files):
         if number == other:
             raise CheckpointError(
-                f"two files for layer {number}", found=f"{path.name}, {twin.name}", where=str(root), repair="keep one"
+                f"two files for layer {number}",
+                expected="one file for each layer",
+                found=f"{path.name}, {twin.name}",
+                where=str(root),
+                repair="keep one",
             )
     described = [_layer(number, path) for number, path in files]
     layers, decoders = tuple(source for source, _ in described), {count for _, count in described}
@@ -59,6 +65,7 @@ def locate(root: Path) -> Checkpoint:
             expected="as many target layers for each",
             found="; ".join(f"layer {source.layer}: {count}" for source, count in described)[:400],
             where=str(root),
+            repair="open layers of one kind alone",
         )
     notes = []
     if any(source.k_source == "assumed" for source in layers):
@@ -87,7 +94,8 @@ def _layer(number: int, path: Path) -> tuple[LayerSource, int]:
     d_features, d_model, decoders = _check_shapes(shapes, path)
     wrapper = content if isinstance(content, Mapping) and "state_dict" in content else {}
     _check_wrapper(wrapper, {"layer": number, "hidden_dim": d_model, "feature_dim": d_features}, path)
-    metadata = wrapper.get("training_metadata") or {}
+    metadata = wrapper.get("training_metadata")
+    metadata = {} if metadata is None else metadata
     k, k_source = _selection(metadata, d_features, path)
     nested = ("state_dict",) if wrapper else ()
     tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
@@ -102,23 +110,37 @@ def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
         for prefix in ("_orig_mod.", ""):
             if f"{prefix}enc.1.weight" in state:
                 return state, prefix
-    keys = ", ".join(map(str, list(state)[:6])) if isinstance(state, Mapping) else type(content).__name__
+    keys = _names(state) if isinstance(state, Mapping) else f"a {type(content).__name__}"
     raise CheckpointError(
         f"{path.name} is not a transcoder",
         expected="a state dict with enc.0, enc.1 and dec, bare or under 'state_dict'",
         found=keys or "an empty dict",
         where=str(path),
+        repair=_REPAIR,
     )
+
+
+def _names(state: Mapping[Any, object]) -> str:
+    return ", ".join(shown(key).strip("'") for key in list(state)[:12])
 
 
 def _source(state: Mapping[str, Tensor], prefix: str, key: str, flip: bool, path: Path) -> TensorSource:
     found = state.get(prefix + key)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
+    if not isinstance(found, Tensor):
         raise CheckpointError(
             f"{path.name} lacks the tensor {prefix + key}",
             expected=", ".join(prefix + name for name, _ in _KEYS.values()),
-            found=", ".join(map(str, state)),
+            found=_names(state),
             where=str(path),
+            repair=_REPAIR,
+        )
+    if found.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{path.name}: {prefix + key} holds no floating-point numbers",
+            expected="float32, bfloat16, float16 or float64",
+            found=str(found.dtype).removeprefix("torch."),
+            where=str(path),
+            repair=_REPAIR,
         )
     return TensorSource(path, (prefix + key,), flip)
 
@@ -129,10 +151,15 @@ def _tensor(state: Mapping[str, Tensor], source: TensorSource) -> Tensor:
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[int, int, int]:
     if len(shapes["W_enc"]) != 2 or 0 in shapes["W_enc"]:
-        found = str(shapes["W_enc"])
-        raise CheckpointError(f"{path.name}: enc.1.weight must be a matrix", found=found, where=str(path))
+        raise CheckpointError(
+            f"{path.name}: enc.1.weight must be a matrix",
+            expected="(features, width of the model)",
+            found=str(shapes["W_enc"]),
+            where=str(path),
+            repair=_REPAIR,
+        )
     d_features, d_model = shapes["W_enc"]
-    rows = shapes["W_dec"][0]
+    rows = shapes["W_dec"][0] if shapes["W_dec"] else 0
     decoders = rows // d_model if rows and rows % d_model == 0 else 1
     expected = {
         "norm_weight": (d_model,),
@@ -148,6 +175,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[in
                 expected=f"{shape}, from enc.1.weight {shapes['W_enc']}",
                 found=f"{shapes[name]}",
                 where=str(path),
+                repair=_REPAIR,
             )
     return d_features, d_model, decoders
 
@@ -155,12 +183,14 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[in
 def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: Path) -> None:
     for key, fact in facts.items():
         stated = wrapper.get(key, fact)
-        if stated != fact:
+        if not isinstance(stated, int) or stated != fact:
+            said = shown(stated)
             raise CheckpointError(
-                f"{path.name} says {key} {stated}" if key != "layer" else f"{path.name} says it is layer {stated}",
+                f"{path.name} says {key} {said}" if key != "layer" else f"{path.name} says it is layer {said}",
                 expected=f"{fact}, from its tensors" if key != "layer" else f"layer {fact}, from the file's name",
+                found=said,
                 where=str(path),
-                repair="" if key != "layer" else "rename the file to the layer it was trained on",
+                repair=_REPAIR if key != "layer" else "rename the file to the layer it was trained on",
             )
 
 
@@ -174,8 +204,9 @@ def _selection(metadata: Any, d_features: int, path: Path) -> tuple[int | None, 
         raise CheckpointError(
             f"{path.name}: the training metadata cannot be used",
             expected="final_l0_pct, a percentage",
-            found=repr(l0_pct)[:80],
+            found=shown(l0_pct),
             where=str(path),
+            repair=_REPAIR,
         )
     exact = 100 * k / d_features  # small dictionaries: int() makes the true share fall short of 12 %
     near = min(abs(l0_pct - 100 * _TOPK_FRACTION), abs(l0_pct - exact)) <= _L0_TOLERANCE_PCT

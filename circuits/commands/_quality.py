@@ -1,0 +1,83 @@
+"""`circuits check --quality`: how good a set is on a model and a text."""
+
+import argparse
+from pathlib import Path
+
+from circuits.commands._options import count, load
+from circuits.commands._output import Result, say, show, table
+from circuits.quality_plot import quality_plot
+from circuits.scatter import check_suffix
+from hooks.files import check_writable
+from hooks.host import Host, Prompt
+from hooks.quality import quality
+from hooks.quality_report import SUFFIXES, QualityReport, check_report_suffix
+from hooks.texts import Texts
+from hooks.walk import rows_of
+
+TOKENS = 4096
+SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")
+LOSSES = ("loss", "stored_loss")
+PREDICTIONS = ("swapped", "delta_ce", "ce_ablated", "ce_score", "kl", "kl_ablated", "kl_score", "top1_agreement")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options; those that `circuits check` has already are shared."""
+    group = parser.add_argument_group("quality")
+    group.add_argument(
+        "--quality", action="store_true", help="measure reconstruction, features and what swapping costs"
+    )
+    taken = parser._option_string_actions
+    if "--text" not in taken:
+        group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on")
+    if "--tokens" not in taken:
+        group.add_argument("--tokens", type=count, default=TOKENS, metavar="N", help="how much of it (default 4096)")
+    if "--out" not in taken:
+        group.add_argument("--out", type=Path, metavar="FILE", help=f"the whole report: {', '.join(SUFFIXES)}")
+    if "--plot" not in taken:
+        group.add_argument("--plot", type=Path, metavar="FILE", help="FVU, L0 and cost by layer, png or svg")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Load, measure, write."""
+    if args.out:
+        check_report_suffix(args.out)
+        check_writable(args.out)
+    if args.plot:
+        check_suffix(args.plot)
+        check_writable(args.plot)
+    texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
+    model = load(args)
+    prompts = _prompts(model.host, texts, args.tokens)
+    say(f"{texts.name}: {sum(map(len, prompts)):,} tokens in {len(prompts)} rows; {len(model.store)} layers")
+    report = quality(model, prompts, progress=not args.json)
+    if args.out:
+        report.save(args.out)
+    if args.plot:
+        quality_plot(report, args.plot)
+    show(args, _text(report))
+    return {"text": texts.name, **report.to_dict()}
+
+
+def _prompts(host: Host, texts: Texts, tokens: int) -> list[Prompt]:
+    """The rows that calibration measures on too."""
+    return [
+        row[:length].tolist()
+        for batch in rows_of(host, texts.texts, tokens).batches
+        for row, length in zip(batch.ids, batch.lengths, strict=True)
+    ]
+
+
+def _text(report: QualityReport) -> str:
+    frame = report.table
+    losses = LOSSES if frame["stored_loss"].notna().any() else LOSSES[:1]
+    every = report.together["all"]
+    mean = every.ablated.ce - report.clean_ce
+    lines = [
+        f"reconstruction on {report.tokens:,} tokens (dead and always on: at none or at all of these)",
+        table(frame[[*SITES, *losses]]),
+        f"\npredictions, cross-entropy {report.clean_ce:.4g} nats per token; sites swapped, error dropped:",
+        table(frame[list(PREDICTIONS)]),
+        f"\nall {len(every.layers)} sites swapped: {every.delta_ce:+.3g} nats per token, KL {every.swapped.kl:.3g}, "
+        f"top-1 agreement {every.swapped.top1_agreement:.1%}; at their means {mean:+.3g} nats",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""What a check found, beside the files it is about: in a native set's manifest, else in `calibration.json`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hooks.errors import CheckpointError, UserError
+from hooks.files import write_json
+from hooks.formats import native
+from hooks.guard import read_json
+from hooks.sites import SiteSpec
+
+FILE = "calibration.json"
+Verdict = Literal["clear", "too close", "none is good"]
+"""Whether the measured convention may be built on; see `hooks.calibrate.decide`."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerFinding(_Strict):
+    """One layer at the set's best candidate.
+
+    Attributes:
+        fvu: sum |x − x_hat|² / sum |x − mean x|² over all tokens; None where x does not vary.
+        fvu_without_sinks: the same without tokens of more than ten times the median norm. Decides.
+        fvu_normed: the same with x / rms(x) for x.
+        loss: mean of (x − x_hat)² per entry, the unit of `stored_loss`, the metadata's `final_rec_loss`.
+        l0: mean number of active features per token.
+        avoidable: the part of the FVU that a refit of the decoder would take off; None where it was not needed.
+        winner: the layer's own best candidate, as `read -> write, encoder`.
+        ok: the set's best candidate is also this layer's, or as good as it, and good.
+    """
+
+    layer: int
+    read: str
+    write: str
+    encoder: str
+    fvu: float | None
+    fvu_without_sinks: float | None
+    fvu_normed: float | None
+    loss: float
+    stored_loss: float | None = None
+    l0: float
+    avoidable: float | None = None
+    winner: str
+    ok: bool
+
+
+class Candidate(_Strict):
+    """One candidate over the set: medians over the layers, without sinks.
+
+    Attributes:
+        separation: standard errors by which its avoidable error is above the winner's; None for the winner itself and
+            where it was not measured.
+    """
+
+    read: str
+    write: str
+    encoder: str
+    decoder: int = 0
+    fvu: float
+    avoidable: float | None = None
+    separation: float | None = None
+
+    @field_validator("read", "write")
+    @classmethod
+    def _is_a_site(cls, text: str) -> str:
+        SiteSpec.parse(text)
+        return text
+
+    def __str__(self) -> str:
+        return f"{self.read} -> {self.write}, {self.encoder} encoder"
+
+
+class CurvePoint(_Strict):
+    """FVU and L0 when TopK keeps k features; k None: plain ReLU."""
+
+    k: int | None
+    fvu: float
+    l0: float
+
+
+class Selection(_Strict):
+    """How features are selected, as far as anything but the FVU says it.
+
+    Attributes:
+        activation: None: undetermined.
+        k: None: there is none, or it is undetermined.
+        measured_with: the rule that was used for the measurement, in words.
+    """
+
+    activation: str | None
+    k: int | None
+    source: Literal["stored", "metadata", "given", "undetermined"]
+    measured_with: str
+    reason: str
+    curve: tuple[CurvePoint, ...] = ()
+
+
+class DecoderFinding(_Strict):
+    """The best candidate of one of several decoders."""
+
+    best: Candidate
+    verdict: Verdict
+    margin: float | None
+
+
+class Findings(_Strict):
+    """What was measured, on what, and what follows.
+
+    Attributes:
+        margin: the FVU by which the best other candidate is worse, negative where it is better and was ruled out by its
+            avoidable error; None without another.
+        ranking: the best candidates, the winner first.
+        decoders: one entry per decoder where the files hold several.
+        notes: what speaks against the set or the model, in sentences.
+    """
+
+    version: Literal[1] = 1
+    verdict: Verdict
+    best: Candidate
+    margin: float | None
+    ranking: tuple[Candidate, ...]
+    layers: tuple[LayerFinding, ...]
+    selection: Selection
+    decoders: tuple[DecoderFinding, ...] = ()
+    notes: tuple[str, ...] = ()
+    tokens: int = Field(ge=1)
+    sinks: int = Field(ge=0)
+    text: str
+    model: str
+    fingerprint: str
+    date: str
+    program: str
+
+    @property
+    def read(self) -> SiteSpec:
+        """The measured read site."""
+        return SiteSpec.parse(self.best.read)
+
+    @property
+    def write(self) -> SiteSpec:
+        """The measured write site."""
+        return SiteSpec.parse(self.best.write)
+
+
+def of(root: Path) -> Findings | None:
+    """What an earlier check wrote about a set; None where there was none.
+
+    Raises:
+        CheckpointError: what is there is damaged, or of another version.
+    """
+    if native.matches(root):
+        stored, path = native.read_manifest(root).calibration, root / native.MANIFEST
+        return None if stored is None else _parsed(stored, path)
+    path = root / FILE
+    return _parsed(read_json(path), path) if path.exists() or path.is_symlink() else None
+
+
+def _parsed(stored: Any, path: Path) -> Findings:
+    try:
+        return Findings.model_validate(stored)
+    except (ValidationError, UserError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else []
+        found = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'findings'}: {fault['msg']}" for fault in faults)
+        raise CheckpointError(
+            "the findings of an earlier check cannot be read",
+            expected="what `circuits check --save` of this version writes",
+            found=found[:400] or str(error),
+            where=str(path),
+            repair="check the set again with --save" if path.name == FILE else "remove `calibration` from the manifest",
+        ) from None
+
+
+def save(root: Path, findings: Findings) -> Path:
+    """Write findings where `of` finds them; returns the file.
+
+    A native set whose sites were unknown or assumed gets them too, if the verdict is clear.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    content = findings.model_dump(mode="json")
+    if not native.matches(root):
+        write_json(root / FILE, content)
+        return root / FILE
+    manifest = native.read_manifest(root)
+    open_question = manifest.read is None or manifest.write is None or manifest.sites_source in ("assumed", "unknown")
+    sites: dict[str, Any] = {}
+    if findings.verdict == "clear" and (open_question or manifest.sites_source == "calibrated"):
+        sites = {"read": findings.best.read, "write": findings.best.write, "sites_source": "calibrated"}
+    changed = native.Manifest.model_validate(manifest.model_dump() | {"calibration": content} | sites)
+    write_json(root / native.MANIFEST, changed.model_dump(mode="json", exclude_none=True))
+    return root / native.MANIFEST

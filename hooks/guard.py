@@ -1,0 +1,296 @@
+"""What is checked before the bytes of a checkpoint become tensors: sizes, shapes and the directory of each file.
+
+Nothing here reads weights. What a file claims is compared with the bytes that are there, so that memory is taken only
+for what exists: a header that claims a terabyte, an archive that would unpack to one, a tensor of a million rows that
+are all the same four bytes.
+"""
+
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.errors import CheckpointError, first_line
+
+TEXT_LIMIT = 16 << 20  # bytes of a manifest or config; those of 63 layers have some 10 kB
+_HEADER_LIMIT = 64 << 20  # bytes of a safetensors header, or of the pickle in an archive; 1 kB is usual
+_DEPTH = 32  # containers within containers
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "C64": 8}
+_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C128": 16}
+FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a header states it. `dtype` in the words of the safetensors format."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The directory of a `.pt` file.
+
+    Attributes:
+        size: bytes of the file.
+        storages: sizes of everything that tensors may lie in; None: the layout of torch before 1.6.
+    """
+
+    size: int
+    storages: frozenset[int] | None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a small JSON file.
+
+    Raises:
+        CheckpointError: it is too large, nested too deeply, names a key twice, or is no JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > TEXT_LIMIT:
+            raise ValueError(f"{size:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read",
+            expected=f"JSON of at most {TEXT_LIMIT >> 20} MiB",
+            found=_said(error),
+            where=str(path),
+            repair="download or convert the set again",
+        ) from None
+
+
+def _said(error: Exception) -> str:
+    return "containers nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} stands there twice")
+    return out
+
+
+def check_safetensors(path: Path) -> dict[str, Stored]:
+    """Names, dtypes and shapes in a safetensors file, its header compared with the bytes that are there.
+
+    Raises:
+        CheckpointError: the header is longer than the file, is no JSON dict, names a tensor twice, or the places of its
+            tensors leave the file, overlap, or are not as long as shape and dtype make them.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+            if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"{size:,} bytes, and a header that claims {length:,}")
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+        return _stored(header, size - 8 - length)
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} is not a readable safetensors file",
+            expected="a header, and behind it the bytes of every tensor it names",
+            found=_said(error),
+            where=str(path),
+            repair="download or convert it again",
+        ) from None
+
+
+def _stored(header: Any, room: int) -> dict[str, Stored]:
+    if not isinstance(header, dict):
+        raise ValueError(f"a header that is a {type(header).__name__}")
+    out, places = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, end) = _entry(name, entry)
+        claimed = math.prod(shape) * _BYTES[dtype]
+        if claimed > room or not 0 <= start <= end <= room:
+            raise ValueError(f"{name[:80]} claims {max(claimed, end):,} bytes, and there are {room:,}")
+        if end - start != claimed:
+            raise ValueError(f"{name[:80]} has {end - start:,} bytes for {dtype} {list(shape)}"[:160])
+        out[name] = Stored(dtype, shape)
+        places.append((start, end))
+    behind = 0
+    for start, end in sorted(places):
+        if start != behind:
+            raise ValueError("two tensors overlap" if start < behind else "bytes that belong to no tensor")
+        behind = end
+    if behind != room:
+        raise ValueError(f"{room - behind:,} bytes behind the last tensor")
+    return out
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    try:
+        dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, *place]
+        start, end = place
+        if dtype in _BYTES and len(shape) <= 16 and all(type(number) is int and number >= 0 for number in numbers):
+            return dtype, tuple(shape), (start, end)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{name[:80]} without a dtype, a shape and two offsets")
+
+
+def check_archive(path: Path) -> Archive:
+    """The directory of a `.pt` file: nothing compressed, encrypted, named twice, or larger than the file.
+
+    Raises:
+        CheckpointError: torch.save does not write such an archive, or it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        size = path.stat().st_size
+        if not zipped:
+            return Archive(size, None)
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            broken = _fault(members, size) or _damaged_text(archive, members)
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
+        raise _damaged(path, first_line(error)) from None
+    if broken:
+        raise _damaged(path, broken)
+    return Archive(size, frozenset(member.file_size for member in members))
+
+
+def _damaged(path: Path, found: str) -> CheckpointError:
+    size = f"{path.stat().st_size:,} bytes; " if path.is_file() else "a link to nothing; " if path.is_symlink() else ""
+    return CheckpointError(
+        f"{path.name} is damaged or incomplete",
+        expected="a file written by torch.save",
+        found=size + found,
+        where=str(path),
+        repair="download it again",
+    )
+
+
+def _fault(members: list[zipfile.ZipInfo], size: int) -> str:
+    names = [member.filename for member in members]
+    for member in members:
+        name = member.filename[:80]
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            return f"{name!r} is compressed, to {member.compress_size:,} of {member.file_size:,} bytes"
+        if member.flag_bits & 1:
+            return f"{name!r} is encrypted"
+        if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+            return f"{name!r} leads out of the archive"
+        if member.header_offset + member.file_size > size:
+            return f"{name!r} claims {member.file_size:,} bytes"
+    if len(set(names)) < len(names):
+        return f"{next(name for name in names if names.count(name) > 1)[:80]!r} is there twice"
+    return f"{len(names)} files that overlap" if sum(member.file_size for member in members) > size else ""
+
+
+def _damaged_text(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> str:
+    """The small members, the pickle among them, against their checksums; those of tensors wait until they are read."""
+    for member in members:
+        if "/data/" in f"/{member.filename}":
+            continue
+        if member.file_size > _HEADER_LIMIT:
+            return f"{member.filename[:80]!r} of {member.file_size:,} bytes"
+        if not member.CRC:  # torch can be told to leave checksums away
+            continue
+        archive.read(member)  # raises if the checksum differs
+        if member.filename.endswith("byteorder") and archive.read(member) == b"big":
+            return "numbers in big-endian order"
+    return ""
+
+
+def plain(content: object, path: Path, archive: Archive) -> Any:
+    """The same content in plain dicts, lists and detached tensors, every tensor within the bytes of its file.
+
+    What is unpickled without running code may still be odd: an ordered dict whose `get` was overwritten, a list that
+    holds itself, a tensor of a trillion numbers that are all the same one.
+
+    Raises:
+        CheckpointError: containers within themselves or nested too deeply, or a tensor that the file cannot hold.
+    """
+    try:
+        return _plain(content, archive, {}, 0)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path.name} holds something that is no ordinary tensor or container",
+            expected=f"dense tensors within the {archive.size:,} bytes of the file, in plain containers",
+            found=str(error),
+            where=str(path),
+            repair="save it again as a plain dict of tensors, or use another source",
+        ) from None
+
+
+_OPEN = object()
+
+
+def _plain(part: object, archive: Archive, seen: dict[int, Any], depth: int) -> Any:
+    if isinstance(part, Tensor):
+        _check_tensor(part, archive)
+        return Tensor.detach(part)
+    if not isinstance(part, dict | list | tuple | set | frozenset):
+        return part
+    if id(part) in seen:
+        if seen[id(part)] is _OPEN:
+            raise ValueError("a container that holds itself")
+        return seen[id(part)]
+    if depth > _DEPTH:
+        raise ValueError("containers nested too deeply")
+    seen[id(part)] = _OPEN
+    made: Any
+    if isinstance(part, dict):
+        made = {key: _plain(value, archive, seen, depth + 1) for key, value in dict.items(part)}
+    elif isinstance(part, set | frozenset):
+        made = set(part)
+    else:
+        made = [_plain(value, archive, seen, depth + 1) for value in part]
+        made = tuple(made) if isinstance(part, tuple) else made
+    seen[id(part)] = made
+    return made
+
+
+def _check_tensor(tensor: Tensor, archive: Archive) -> None:
+    shape = f"a tensor {tensor.dtype} {list(tensor.shape)}".replace("torch.", "")[:120]
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+        raise ValueError(f"{shape}, not dense and on the CPU")
+    if tensor.numel() * tensor.element_size() > archive.size:
+        raise ValueError(f"{shape}, which claims {tensor.numel() * tensor.element_size():,} bytes")
+    storage = tensor.untyped_storage().nbytes()
+    if storage and archive.storages is not None and storage not in archive.storages:
+        raise ValueError(f"{shape} in {storage:,} bytes that the archive does not have")
+
+
+def check_sums(path: Path, sizes: Collection[int]) -> None:
+    """Compare every member of one of these sizes with the checksum that was written with it, some bytes at a time.
+
+    Raises:
+        CheckpointError: a byte is not what it was. Archives without checksums pass.
+    """
+    if check_archive(path).storages is None:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.CRC and member.file_size in sizes:  # torch can be told to leave checksums away
+                    with archive.open(member) as file:
+                        while file.read(1 << 20):  # raises at the end if the checksum differs
+                            pass
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise _damaged(path, first_line(error)) from None
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A foreign value for a message, whatever it is and however large."""
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)[:limit]
+    kind = type(value).__name__
+    return f"a {kind} of {len(value)}" if isinstance(value, Mapping | list | tuple | set) else f"a {kind}"

@@ -1,0 +1,108 @@
+"""Where the files of a folder really are: links are followed within the folder, or within its hub repository's cache.
+
+A folder of the hub's cache is made of links, `models--org--name/snapshots/<commit>/file -> ../../blobs/<digest>`. They
+are followed as long as they end inside `models--org--name`. Everything else that leaves the folder is refused before a
+format looks at it: a downloaded set must not be able to name the reader's own files.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from hooks.errors import CheckpointError
+
+_DEPTH = 4  # folders below the given one: `layer_3/width_16k/average_l0_71/params.npz` is the deepest layout known
+_ENTRIES = 100_000
+_REPOSITORY = re.compile(r"models--(?P<name>[^/]+)")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a hub repository, as the hub's cache holds it. `folder` is `models--org--name`."""
+
+    repo: str
+    commit: str
+    folder: Path
+
+
+def hub_snapshot(root: Path) -> Snapshot | None:
+    """The commit of the hub repository that a folder belongs to; None for any other folder."""
+    real = root.resolve()
+    for folder in (real, *real.parents):
+        repository = folder.parent.parent
+        match = _REPOSITORY.fullmatch(repository.name)
+        if match and folder.parent.name == "snapshots":
+            return Snapshot(match["name"].replace("--", "/", 1), folder.name, repository)
+    return None
+
+
+def check_links(root: Path) -> None:
+    """Look at every entry of a folder, and of the folders in it, before any is opened.
+
+    Raises:
+        CheckpointError: an entry leads out of the folder, or is neither a file nor a folder.
+    """
+    home = _home(root)
+    for entry in islice(_entries(root, _DEPTH), _ENTRIES):
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            _check(Path(entry.path), root, home)
+
+
+def check_file(path: Path, root: Path) -> None:
+    """The same for one file that a format names.
+
+    Raises:
+        CheckpointError: it lies outside the folder, leads out of it, or is no ordinary file.
+    """
+    _check(path, root, _home(root))
+
+
+def _home(root: Path) -> Path:
+    snapshot = hub_snapshot(root)
+    return snapshot.folder if snapshot else root.resolve()
+
+
+def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
+    try:
+        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        if depth < _DEPTH:  # no format can look there either
+            return
+        raise CheckpointError(
+            f"cannot look into {folder}",
+            expected="a folder that may be read",
+            found=error.strerror or type(error).__name__,
+            where=str(folder),
+            repair="give yourself permission to read it",
+        ) from None
+    for entry in found:
+        yield entry
+        inner = entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+        if inner and depth:
+            yield from _entries(entry.path, depth - 1)
+
+
+def _check(path: Path, root: Path, home: Path) -> None:
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        real = path.parent.resolve() / os.readlink(path) if path.is_symlink() else path
+    if not real.is_relative_to(home):
+        raise CheckpointError(
+            f"{path.name} leads out of its folder",
+            expected=f"a file inside {home}",
+            found=f"{path} -> {real}",
+            where=str(root),
+            repair="open the folder that the files are in, or copy them into this one",
+        )
+    if real.exists() and not real.is_file() and not real.is_dir():
+        raise CheckpointError(
+            f"{path.name} is no ordinary file",
+            expected="a file or a folder",
+            found="a device, a pipe or a socket",
+            where=str(path),
+            repair="take it out of the folder",
+        )

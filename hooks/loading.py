@@ -1,0 +1,266 @@
+"""A described layer → tensors where they belong, read in parts: nothing is ever in memory twice.
+
+A matrix is read some rows at a time; each part is cast, looked through for what is no number, and copied to its place.
+Safetensors are read, not mapped. A `.pt` file is mapped anew for every part, so that the pages of a mapping do not add
+up beside the tensors that are made from them; a decoder stored the other way round is turned part by part.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooks.errors import CheckpointError
+from hooks.files import (
+    check_pt_sums,
+    maps_pt,
+    npz_dtypes,
+    npz_load,
+    npz_shapes,
+    open_pt,
+    safetensors_dtypes,
+    safetensors_parts,
+    safetensors_rows,
+    safetensors_shapes,
+    sha256,
+)
+from hooks.formats import LayerSource, TensorSource
+
+PART_BYTES = 8 << 20  # of a file in memory at a time, with its cast up to four times as much
+LEAST_PART_BYTES = 1 << 20  # the same where memory is short
+
+
+class Stopped(Exception):  # noqa: N818
+    """A load that nobody waits for any more."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one tensor is on disk; of several decoders, the one described."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows it is read by; a single number is one."""
+        return self.shape[0] if self.shape else 1
+
+    def nbytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes in memory, in another precision if one is given."""
+        return math.prod(self.shape) * (dtype or self.dtype).itemsize
+
+
+def stored(source: LayerSource) -> dict[str, Stored]:
+    """Shape and precision of every tensor of a layer, from headers alone.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    contents = {file: _headers(file) for file in source.files}
+    return {name: _described(where, contents[where.file]) for name, where in source.tensors.items()}
+
+
+def _headers(file: Path) -> Any:
+    if file.suffix not in (".safetensors", ".npz"):
+        return open_pt(file)
+    packed = file.suffix == ".npz"
+    shapes, dtypes = (
+        (npz_shapes(file), npz_dtypes(file)) if packed else (safetensors_shapes(file), safetensors_dtypes(file))
+    )
+    return {key: Stored(shape, dtypes[key]) for key, shape in shapes.items()}
+
+
+def _described(where: TensorSource, content: Any) -> Stored:
+    found = _within(content, where)
+    shape = tuple(found.shape)
+    return Stored((where.rows[1] - where.rows[0], *shape[1:]) if where.rows else shape, found.dtype)
+
+
+def _within(content: Any, where: TensorSource) -> Any:
+    try:
+        for key in where.key:
+            content = content[key]
+    except (KeyError, TypeError, IndexError):
+        raise CheckpointError(
+            f"{where.file.name} lacks the tensor {where.key[-1]}",
+            expected="the file that was there when the folder was opened",
+            where=str(where.file),
+        ) from None
+    return content
+
+
+def bytes_needed(source: LayerSource, dtype: torch.dtype | None) -> int:
+    """Bytes that a layer takes once it is loaded; with a `finish` and a cast, also those of the stored precision."""
+    sizes = stored(source).values()
+    return sum(size.nbytes(dtype) + (size.nbytes() if source.finish and dtype else 0) for size in sizes)
+
+
+def part_bytes(room: int | None) -> int:
+    """How much of a file to have in memory at a time, so that it fits beside the layer with its casts."""
+    return PART_BYTES if room is None else min(PART_BYTES, max(LEAST_PART_BYTES, room // 4))
+
+
+def load_weights(
+    source: LayerSource,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    stop: Callable[[], bool] = lambda: False,
+    part: int = PART_BYTES,
+) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+    """The fields of a `Transcoder`, and the precision each is stored in.
+
+    Args:
+        dtype: to hold them in; as stored if None.
+        stop: asked before every part.
+        part: bytes of a file in memory at a time.
+
+    Raises:
+        CheckpointError: the file is damaged, is not the one its manifest describes, or holds NaN or infinity.
+        Stopped: `stop` said so.
+    """
+    described = stored(source)
+    check_digest(source)
+    _check_sums(source)
+    early = None if source.finish else dtype  # what is still to be worked out is worked out in the stored precision
+    weights = {
+        name: _tensor(where, described[name], device, early, stop, part) for name, where in source.tensors.items()
+    }
+    if source.finish is None:
+        return weights, {name: size.dtype for name, size in described.items()}
+    weights = source.finish(weights)
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    for name in weights:
+        _require_finite(weights[name], f"{name}, worked out from the file", source.files[0], 0)
+        weights[name] = weights[name].to(dtype or weights[name].dtype)  # one at a time: the stored one goes
+    return weights, dtypes
+
+
+def _tensor(
+    where: TensorSource,
+    size: Stored,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    stop: Callable[[], bool],
+    at_once: int,
+) -> Tensor:
+    shape = size.shape[::-1] if where.transposed else size.shape
+    out = torch.empty(shape, dtype=dtype or size.dtype, device=device)
+    first = where.rows[0] if where.rows else 0
+    for start, part in _parts(where, size, at_once):
+        if stop():
+            raise Stopped
+        cast = part.to(out.dtype)
+        _require_finite(cast, where.key[-1], where.file, first + start)
+        if not size.shape:
+            out.copy_(cast.view(()))
+        elif where.transposed:
+            out[:, start : start + len(cast)].copy_(cast.T)
+        else:
+            out[start : start + len(cast)].copy_(cast)
+    return out
+
+
+def _parts(where: TensorSource, size: Stored, at_once: int) -> Iterator[tuple[int, Tensor]]:
+    """(row, rows from there on), counted within what is described; a part holds until the next is asked for."""
+    row_bytes = max(1, size.nbytes() // max(1, size.rows))
+    count = max(1, at_once // row_bytes)
+    first = where.rows[0] if where.rows else 0
+    starts = range(0, size.rows, count)
+    if where.file.suffix == ".safetensors":
+        yield from zip(starts, safetensors_parts(where.file, where.key[-1], first, first + size.rows, count))
+        return
+    whole = _opener(where)
+    for start in starts:
+        last = min(start + count, size.rows)
+        yield start, whole()[first + start : first + last] if size.shape else whole()[None]
+
+
+def _opener(where: TensorSource) -> Callable[[], Tensor]:
+    """The whole tensor: mapped anew each time, or read once where its file cannot be mapped."""
+    if where.file.suffix == ".npz":
+        content = npz_load(where.file, where.key[-1])
+    elif maps_pt(where.file):
+        return lambda: _within(open_pt(where.file), where)
+    else:
+        content = _within(open_pt(where.file), where)
+    return lambda: content
+
+
+def _require_finite(part: Tensor, key: str, file: Path, first: int) -> None:
+    """`aminmax` is NaN where anything is, and several times faster than looking at each number by itself."""
+    if not part.numel() or not part.is_floating_point():
+        return
+    low, high = torch.aminmax(part)
+    if math.isfinite(low) and math.isfinite(high):
+        return
+    row = int((~torch.isfinite(part.reshape(len(part) if part.ndim else 1, -1)).all(-1)).nonzero()[0])
+    kind = "NaN" if math.isnan(low) else "infinity"
+    raise CheckpointError(
+        f"{file.name} holds {kind} in {key}, row {first + row}",
+        expected=f"finite numbers (in {str(part.dtype).removeprefix('torch.')})",
+        found=kind,
+        where=str(file),
+        repair="download it again; if it is like that at its source, leave this layer out with layers=",
+    )
+
+
+def load_rows(where: TensorSource, rows: Sequence[int]) -> Tensor | None:
+    """Single rows of a tensor as we hold it, read alone; None where that cannot be done."""
+    first = where.rows[0] if where.rows else 0
+    if where.transposed:
+        return None
+    if where.file.suffix == ".safetensors":
+        out = safetensors_rows(where.file, where.key[-1], [first + row for row in rows])
+    elif where.file.suffix != ".npz" and maps_pt(where.file):
+        out = _within(open_pt(where.file), where)[torch.tensor([first + row for row in rows], dtype=torch.long)]
+    else:
+        return None
+    for row, part in zip(rows, out, strict=True):
+        _require_finite(part[None], where.key[-1], where.file, first + row)
+    return out
+
+
+def check_digest(source: LayerSource) -> None:
+    """Compare a layer's file with the digest in its manifest: once for a file as it is now.
+
+    Raises:
+        CheckpointError: it is another file.
+    """
+    if source.sha256 is None:
+        return
+    file = source.files[0]
+    state = file.stat()
+    found = _digest(file, state.st_size, state.st_mtime_ns, state.st_ino)
+    if found != source.sha256:
+        raise CheckpointError(
+            f"{file.name} is not the file its manifest describes",
+            expected=f"sha256 {source.sha256}",
+            found=found,
+            where=str(file),
+            repair="download or convert it again",
+        )
+
+
+def _check_sums(source: LayerSource) -> None:
+    for file in source.files:
+        if file.suffix == ".pt":
+            state = file.stat()
+            keys = tuple(where.key for where in source.tensors.values() if where.file == file)
+            _summed(file, keys, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _summed(file: Path, keys: tuple[tuple[str, ...], ...], size: int, mtime_ns: int, inode: int) -> None:
+    check_pt_sums(file, keys)
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """Size, time and inode tell a changed file from the one that was read."""
+    return sha256(file)

@@ -1,0 +1,37 @@
+"""What a model and its transcoders will take in memory, from their sizes alone, and which way of running them fits.
+
+sizes (`ModelShape`, `SetShape`) + what is to be run (`Ask`) → the steps of every task (`work`) → ways to place the
+weights, and where they fit (`plan`). Nothing is loaded. docs/memory.md derives every formula.
+"""
+
+from hooks.memory._modes import DEVICES, MARGIN, Mode, Plan, gb, gib, plan
+from hooks.memory._refusal import capacity_of, explained, refuse, repair_for
+from hooks.memory._shapes import ITEM, QWEN25, ModelShape, SetShape, known_model, model_shape
+from hooks.memory._work import Ask, Step, Task, Work, host_tables, tasks, work
+
+__all__ = [
+    "DEVICES",
+    "ITEM",
+    "MARGIN",
+    "QWEN25",
+    "Ask",
+    "Mode",
+    "ModelShape",
+    "Plan",
+    "SetShape",
+    "Step",
+    "Task",
+    "Work",
+    "capacity_of",
+    "explained",
+    "gb",
+    "gib",
+    "host_tables",
+    "known_model",
+    "model_shape",
+    "plan",
+    "refuse",
+    "repair_for",
+    "tasks",
+    "work",
+]

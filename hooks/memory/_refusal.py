@@ -1,0 +1,99 @@
+"""Out of memory, said in words: what was wanted, what is there, and the way that would fit."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NoReturn
+
+import psutil
+import torch
+
+from hooks.errors import ModelError
+from hooks.memory._modes import Mode, Plan, gb, gib, plan
+from hooks.memory._work import Ask, Task
+from hooks.suffix import out_of_memory
+
+
+def capacity_of(device: torch.device) -> int:
+    """Bytes of memory a device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def repair_for(ask: Ask, task: Task, capacity: int) -> str:
+    """The options with which a task fits a device of so many bytes, fastest first; half precision where fp32 was asked
+    for. Empty where nothing does."""
+    halves = [ask] if ask.item <= 2 else [ask, replace(ask, dtype="bfloat16")]
+    found = [(one, mode) for one in map(plan, halves) if (mode := one.first(task, capacity)) is not None]
+    plain = [(one, mode) for one, mode in found if not mode.by_autograd and mode.host == 0] or found
+    if plain:
+        return _options(*plain[0], task, capacity, ask)
+    last = plan(halves[-1])
+    cards = last.cards(task, capacity) if ask.on == "cuda" else None
+    return f"--device-map auto over {cards} such devices" if cards else ""
+
+
+def _options(one: Plan, mode: Mode, task: Task, capacity: int, wanted: Ask) -> str:
+    parts, total = [], one.nbytes(mode, task)
+    if "budget" in mode.name:
+        budget = one.budget(mode, task, capacity)
+        total += budget + one.ask.coders.layer_bytes - mode.set_bytes(task)
+        parts.append(f"--budget-gb {gib(budget, down=True)}")
+    if one.ask.dtype != wanted.dtype:
+        parts.append(f"--dtype {one.ask.dtype}")
+    if mode.by_autograd and one.ask.model.bits is None:
+        parts.append(f"{'with ' if parts else ''}a model quantised to {mode.name[0]} bits")
+    if mode.host:
+        parts = [mode.how]
+    return f"{' '.join(parts) or 'free what other programs hold'}: {gb(total)} of {gb(capacity)}"
+
+
+def refuse(doing: str, ask: Ask | None, task: Task, capacity: int, where: str) -> NoReturn:
+    """Say that memory ran out, and what would fit.
+
+    Args:
+        doing: what was under way, as in "loading the model".
+        ask: sizes of what was wanted; None where they are not known.
+        where: the device.
+
+    Raises:
+        ModelError: always.
+    """
+    expected, repair = "", ""
+    if ask is not None:
+        model = ask.model.nbytes(ask.item, ask.model.bits)
+        running = plan(ask).works[task]
+        expected = (
+            f"{gb(model)} for the model, {gb(ask.coders.nbytes)} for its {ask.coders.layers} transcoders, "
+            f"{gb(running.peak)} for {task} at {ask.tokens} tokens"
+        )
+        repair = repair_for(ask, task, capacity)
+    raise ModelError(
+        f"memory ran out while {doing}",
+        expected=expected,
+        found=f"{gb(capacity)} in all on {where}",
+        repair=repair or "a shorter prompt, fewer nodes, a smaller model, or `circuits check --plan` for what fits",
+    ) from None
+
+
+@contextlib.contextmanager
+def explained(
+    doing: str, device: torch.device | str, ask: Callable[[], Ask | None] = lambda: None, task: Task = "features"
+) -> Iterator[None]:
+    """Turn an allocation that fails, on either kind of device, into a message with the plan that would fit.
+
+    Args:
+        ask: called only then.
+
+    Raises:
+        ModelError: memory ran out inside.
+    """
+    with out_of_memory() as failed:
+        try:
+            yield
+        except MemoryError:  # NumPy's
+            failed.append(True)
+    if failed:
+        place = torch.device(device)
+        refuse(doing, ask(), task, capacity_of(place), str(place))

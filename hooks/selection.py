@@ -1,0 +1,138 @@
+"""How a set selects features: what its files say, what they leave open, and the FVU by k beside it.
+
+An FVU never decides k: at a high density it keeps falling past the k of training. What can be compared with the files
+is the number of active features: a set whose metadata states an L0 was not trained with plain ReLU if ReLU makes
+several times as many features active.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooks.findings import CurvePoint, Selection
+from hooks.formats import Checkpoint, LayerSource
+from hooks.site_fits import Target
+from hooks.transcoder import Transcoder
+
+_SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.25)  # tried where the files say nothing of k
+_MULTIPLES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of k, in the curve
+_ALIKE, _UNLIKE = 2.0, 4.0  # a measured L0 within, and beyond, this factor of the stated one
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to select features: as described, TopK of a share of the dictionary, or plain ReLU."""
+
+    kind: str = "described"
+    share: float | None = None
+
+    def apply(self, source: LayerSource) -> LayerSource:
+        """A layer with this rule."""
+        if self.kind == "described":
+            return source
+        if self.kind == "relu":
+            return replace(source, activation="relu", k=None)
+        assert self.share is not None
+        return replace(source, activation="topk", k=_k(self.share, source.d_features))
+
+    def words(self, source: LayerSource) -> str:
+        """What it means at a layer."""
+        own = self.apply(source)
+        size = own.k or own.groups
+        return own.activation if size is None else f"{own.activation}, {size}"
+
+
+def rules(checkpoint: Checkpoint) -> list[Rule]:
+    """The rules that are possible by what the files say. The sites are measured with the one that fits best."""
+    source = checkpoint.layers[0]
+    if source.activation in ("jumprelu", "groupmax") or source.k_source not in ("metadata", "assumed", "unknown"):
+        return [Rule()]
+    if source.k_source == "metadata":
+        stated = stated_share(checkpoint)
+        return [Rule(), *([Rule("topk", stated)] if stated and source.activation == "relu" else [])]
+    return [*(Rule("topk", share) for share in _SHARES), Rule("relu")]
+
+
+def stated_share(checkpoint: Checkpoint) -> float | None:
+    """The share of active features that the training metadata state, `final_l0_pct`, over the layers."""
+    stated = [source.metadata.get("final_l0_pct") for source in checkpoint.layers]
+    numbers = [float(pct) for pct in stated if isinstance(pct, int | float) and not isinstance(pct, bool)]
+    return mean(numbers) / 100 if numbers else None
+
+
+def _k(share: float, d_features: int) -> int:
+    return min(d_features, max(1, int(share * d_features + 1e-6)))
+
+
+Curve = list[tuple[int | None, float, float]]
+"""k (None: ReLU), FVU, L0."""
+
+
+def curve_at(
+    transcoder: Transcoder, x: Float[Tensor, "token d_model"], aim: Target, sinks: Bool[Tensor, " token"]
+) -> Curve:
+    """The FVU without sinks for several k around the transcoder's own, and for ReLU; empty for other gates."""
+    if transcoder.activation not in ("topk", "relu"):
+        return []
+    size = transcoder.d_features
+    base = transcoder.k or max(1, size // 8)
+    ks = sorted({min(size, max(1, round(base * multiple))) for multiple in _MULTIPLES})
+    pre, out = transcoder.preactivations(x), Curve()
+    calm, spread = ~sinks.to(pre.device), float(aim.spread[1])
+    for k in (*ks, None):
+        own = replace(transcoder, k=k)
+        acts = own.select(pre)
+        error = (aim.x.to(pre) - own.reconstruct(acts, x))[calm]
+        fvu = float(error.square().sum(dtype=torch.float64)) / spread if spread > 0 else float("nan")
+        out.append((k, fvu, float((acts.values > 0).sum(-1).float().mean())))
+    return out
+
+
+def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Curve]], good: bool) -> Selection:
+    """What is known about the selection rule.
+
+    Args:
+        rule: that the sites were measured with.
+        curves: per layer, its dictionary's size and its curve at the set's best candidate.
+        good: whether that candidate explains anything; if not, no L0 measured there means anything.
+    """
+    source = checkpoint.layers[0]
+    points = _medians(curves)
+    known = {"measured_with": rule.words(source), "curve": points}
+    if source.k_source not in ("metadata", "assumed", "unknown"):
+        origin = "given" if source.k_source == "given" else "stored"
+        size = source.k or source.groups
+        return Selection(activation=source.activation, k=size, source=origin, reason="the files say it", **known)
+    stated = stated_share(checkpoint)
+    by_relu = [l0 / size for size, curve in curves for k, _, l0 in curve if k is None]
+    if stated is None or not stated or not by_relu or not good:
+        reason = "the files do not say it" if not stated else "no candidate fits, so nothing measured says it"
+        return Selection(activation=None, k=None, source="undetermined", reason=reason, **known)
+    return _by_l0(source, stated, median(by_relu), known)
+
+
+def _by_l0(source: LayerSource, stated: float, by_relu: float, known: Mapping[str, object]) -> Selection:
+    said = f"the metadata state an L0 of {stated:.1%}; plain ReLU makes {by_relu:.1%} active"
+    factor = by_relu / stated
+    alike, unlike = 1 / _ALIKE < factor < _ALIKE, factor > _UNLIKE
+    if source.activation == "topk" and factor >= _ALIKE:
+        return Selection(activation="topk", k=source.k, source="metadata", reason=said, **known)
+    if source.activation == "relu" and alike:
+        return Selection(activation="relu", k=None, source="metadata", reason=said, **known)
+    if source.activation == "relu" and unlike:
+        about = f"{said}, so it was TopK of about {round(stated * source.d_features)}"
+        return Selection(activation="topk", k=None, source="metadata", reason=about, **known)
+    return Selection(activation=None, k=None, source="undetermined", reason=f"{said}: either is possible", **known)
+
+
+def _medians(curves: Sequence[tuple[int, Curve]]) -> tuple[CurvePoint, ...]:
+    """Layer by layer the same multiples of k, so place by place."""
+    whole = [curve for _, curve in curves if curve and len(curve) == len(curves[0][1])]
+    return tuple(
+        CurvePoint(k=parts[0][0], fvu=median(part[1] for part in parts), l0=mean(part[2] for part in parts))
+        for parts in zip(*whole, strict=True)
+    )

@@ -1,0 +1,195 @@
+"""From fits at many layers to one answer: the candidates in order, and whether the first may be built on."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.findings import Candidate, LayerFinding, Verdict
+from hooks.formats import Checkpoint
+from hooks.refit import separation
+from hooks.site_fits import Fit, Option
+
+CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their avoidable error
+GOOD = 0.5  # FVU: more is left than explained. The right model's sets stay far below, another model's come near 1
+APART = 3.0  # standard errors between two avoidable errors
+_LOSS_RATIO = 3.0  # measured over stated: other texts account for less
+_AVOIDABLE_SHARE = 0.5  # of the error
+_FEW = 1000  # tokens
+_MOST_CONTENDERS = 8
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates by their FVU without sinks, the median over `layers`: those that have all of the candidates.
+
+    Attributes:
+        scores: ascending.
+        update: the same for the block's update as the target, which is no site, with the best encoder and read site.
+    """
+
+    scores: Mapping[Option, float]
+    layers: tuple[int, ...]
+    update: float | None
+
+    @property
+    def contenders(self) -> list[Option]:
+        """The best one, and those too close to it for the FVU to decide."""
+        best = min(self.scores.values())
+        return [option for option, score in self.scores.items() if score < best + CLOSE][:_MOST_CONTENDERS]
+
+
+def rank(fits: Sequence[Fit]) -> Ranking | None:
+    """The candidates of one decoder over the layers; None where nothing could be measured."""
+    at: dict[int, dict[Option, float]] = defaultdict(dict)
+    for fit in fits:
+        if fit.calm is not None:
+            at[fit.layer][fit.option] = fit.calm
+    if not at:
+        return None
+    most = max(map(len, at.values()))  # blocks near the last one lack the sites of later blocks
+    layers = tuple(sorted(layer for layer, found in at.items() if len(found) == most))
+    common = set.intersection(*(set(at[layer]) for layer in layers))
+    scores = {option: median(at[layer][option] for layer in layers) for option in common}
+    order = sorted(scores, key=lambda option: (scores[option], str(option)))
+    updates = [scores[option] for option in order if option.write is None]
+    sites = {option: scores[option] for option in order if option.write is not None}
+    return Ranking(sites, layers, min(updates, default=None)) if sites else None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one contender, by row of the text and in units of FVU, the mean over layers: the sums are its figures."""
+
+    error: Float[Tensor, " row"]
+    avoidable: Float[Tensor, " row"]
+
+    @classmethod
+    def mean(cls, parts: Sequence["Evidence"]) -> "Evidence":
+        """Over layers."""
+        return cls(*(torch.stack([getattr(part, name) for part in parts]).mean(0) for name in ("error", "avoidable")))
+
+    def against(self, other: "Evidence") -> float:
+        """How many standard errors this one is ahead of another.
+
+        The avoidable error counts; where it agrees, so does the error itself, which the same rows tell more precisely.
+        """
+        avoidable = separation(self.avoidable, other.avoidable)
+        return max(avoidable, separation(self.error, other.error)) if avoidable > 0 else avoidable
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The candidates in order, the winner first, and what may be built on it."""
+
+    best: Option
+    verdict: Verdict
+    margin: float | None
+    candidates: tuple[Candidate, ...]
+
+
+def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], shown: int = 6) -> Decision:
+    """The winner: of the contenders the one with the least avoidable error.
+
+    It is clear if it explains more than half of the variance, and is `APART` standard errors ahead of every other
+    contender.
+
+    Args:
+        evidence: of each contender.
+        shown: how many candidates are listed.
+    """
+    order = sorted(ranking.contenders, key=lambda option: float(evidence[option].avoidable.sum()))
+    best = order[0]
+    apart = {option: evidence[best].against(evidence[option]) for option in order[1:]}
+    verdict: Verdict = "clear" if all(value >= APART for value in apart.values()) else "too close"
+    if ranking.scores[best] >= GOOD:
+        verdict = "none is good"
+    others = [option for option in ranking.scores if option != best]
+    ordered = [best, *sorted(others, key=lambda option: (option not in apart, ranking.scores[option]))][:shown]
+    return Decision(
+        best,
+        verdict,
+        ranking.scores[others[0]] - ranking.scores[best] if others else None,
+        tuple(_candidate(option, ranking, evidence.get(option), apart.get(option)) for option in ordered),
+    )
+
+
+def _candidate(option: Option, ranking: Ranking, evidence: Evidence | None, apart: float | None) -> Candidate:
+    return Candidate(
+        read=str(option.read),
+        write=str(option.write),
+        encoder=option.encoder,
+        decoder=option.decoder,
+        fvu=ranking.scores[option],
+        avoidable=None if evidence is None else float(evidence.avoidable.sum()),
+        separation=apart,
+    )
+
+
+def layer_findings(
+    fits: Sequence[Fit], best: Option, checkpoint: Checkpoint, avoidable: Mapping[int, float]
+) -> tuple[LayerFinding, ...]:
+    """Every layer that has the set's best candidate."""
+    stated = {source.layer: source.metadata.get("final_rec_loss") for source in checkpoint.layers}
+    out = []
+    for fit in sorted((fit for fit in fits if fit.option == best), key=lambda fit: fit.layer):
+        rivals = [f for f in fits if f.layer == fit.layer and f.calm is not None and f.option.write is not None]
+        own = min(rivals, key=lambda f: (f.calm, str(f.option)), default=fit)
+        loss = stated.get(fit.layer)
+        out.append(
+            LayerFinding(
+                layer=fit.layer,
+                read=str(best.read),
+                write=str(best.write),
+                encoder=best.encoder,
+                fvu=fit.fvu,
+                fvu_without_sinks=fit.calm,
+                fvu_normed=fit.normed,
+                loss=fit.loss,
+                stored_loss=float(loss) if isinstance(loss, int | float) and loss > 0 else None,
+                l0=fit.l0,
+                avoidable=avoidable.get(fit.layer),
+                winner=str(own.option),
+                ok=fit.calm is not None and fit.calm < GOOD and fit.calm < (own.calm or 0.0) + CLOSE,
+            )
+        )
+    return tuple(out)
+
+
+def notes(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding], tokens: int) -> tuple[str, ...]:
+    """What speaks against the set, the model or the measurement."""
+    out, best = [], decision.candidates[0]
+    if decision.verdict == "none is good":
+        out.append(
+            f"no candidate explains half of the variance (FVU {best.fvu:.2f} at best): these transcoders were probably "
+            "trained on another model"
+        )
+    if ranking.update is not None and ranking.update < best.fvu - CLOSE:
+        out.append(
+            f"the block's update, resid_post - resid_pre, is reconstructed better (FVU {ranking.update:.2f}): the set "
+            "seems to write it, and it is no site here"
+        )
+    ratios = [layer.loss / layer.stored_loss for layer in layers if layer.stored_loss]
+    if ratios and median(ratios) > _LOSS_RATIO:
+        out.append(
+            f"the loss is {median(ratios):.1f} times the stored final_rec_loss: another model (base, instruct, another "
+            "revision), or very different text"
+        )
+    shares = [
+        layer.avoidable / layer.fvu_without_sinks for layer in layers if layer.avoidable and layer.fvu_without_sinks
+    ]
+    if decision.verdict != "none is good" and shares and median(shares) > _AVOIDABLE_SHARE:
+        out.append(
+            f"a refit of the decoder would take off {median(shares):.0%} of the error: the set was trained on other "
+            "activations, of another model (base, instruct, another revision) or at a site that was not tried"
+        )
+    weak = [layer.layer for layer in layers if not layer.ok]
+    if weak and decision.verdict != "none is good":
+        out.append(f"the convention does not fit at layers {', '.join(map(str, weak))}")
+    if tokens < _FEW:
+        out.append(f"{tokens} tokens are few; 4,000 give steadier figures")
+    return tuple(out)
