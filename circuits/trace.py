@@ -143,6 +143,13 @@ def _check_convention(model: HookedModel) -> None:
             expected=f"a write site at or above the read site, one of {', '.join(WRITABLE)}",
             repair="features, swap, ablate and steer work for this set as it is",
         )
+    if convention.source == "undecided":
+        raise UserError(
+            "a check of these transcoders did not settle what they read and write, so no graph is built on a guess",
+            expected="the sites, chosen by you",
+            where=model.store.name,
+            repair="--read SITE --write SITE; `circuits check` shows the candidates",
+        )
     skipping = [layer for layer in model.store.layers if model.store.has_skip(layer)]
     if skipping:
         raise UserError(

@@ -3,9 +3,13 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from hooks import findings
 from hooks.errors import CheckpointError
-from hooks.formats import Checkpoint, LayerSource, Source, encoders, for_decoder
+from hooks.findings import Candidate, Findings
+from hooks.formats import Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
 from hooks.sites import SiteSpec
 
 log = logging.getLogger("hooks")
@@ -33,12 +37,12 @@ def given_sites(
     """The read and write site from the arguments, else from the files, else None.
 
     Raises:
-        CheckpointError: what is given contradicts what is stored; an assumption may be contradicted.
+        CheckpointError: what is given contradicts what is stored; assumptions and measurements may be contradicted.
     """
     out = []
     for name, want, have in (("read", read, checkpoint.read), ("write", write, checkpoint.write)):
         site = SiteSpec.parse(want) if isinstance(want, str) else want
-        if site and have and site != have and checkpoint.sites_source != "assumed":
+        if site and have and site != have and checkpoint.sites_source not in _OPEN:
             raise CheckpointError(
                 f"--{name} {site} contradicts the files",
                 expected=f"{have}, as stored",
@@ -59,16 +63,49 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     if given_read and given_write:
         as_stored = (given_read, given_write) == (checkpoint.read, checkpoint.write)
         return Convention(given_read, given_write, checkpoint.sites_source if as_stored else "given")
+    undecided = checkpoint.sites_source == "undecided"
     known_read, known_write = given_read or DEFAULT_SITE, given_write
     if known_write is None:
         known_write = known_read if known_read.name.startswith("resid") else SiteSpec("mlp_out", known_read.offset)
     log.warning(
-        "%s: the files do not say what the transcoders read and write; assuming --read %s --write %s",
+        "%s: the files do not say what the transcoders read and write%s; assuming --read %s --write %s",
         checkpoint.root,
+        ", and a check did not settle it" if undecided else "",
         known_read,
         known_write,
     )
-    return Convention(known_read, known_write, "assumed")
+    return Convention(known_read, known_write, "undecided" if undecided else "assumed")
+
+
+_OPEN: tuple[Source, ...] = ("assumed", "calibrated", "undecided", "unknown")
+
+
+def describe(root: Path, **choice: Any) -> Checkpoint:
+    """A folder, with what an earlier check found about it, and the part of it that was asked for; see `choose`.
+
+    Raises:
+        CheckpointError: see `hooks.formats.recognise`, `hooks.findings.of` and `choose`.
+    """
+    checkpoint = recognise(root)
+    return choose(checkpoint, found=findings.of(root), **choice)
+
+
+def _measured(found: Findings, decoder: int | None) -> tuple[Candidate, bool]:
+    """The best candidate for the decoder that is wanted, and whether it is clear."""
+    for number, finding in enumerate(found.decoders):
+        if number == decoder:
+            return finding.best, finding.verdict == "clear"
+    return found.best, found.verdict == "clear" and not found.other_model
+
+
+def _settled(checkpoint: Checkpoint, best: Candidate, clear: bool) -> Checkpoint:
+    """The measured sites where the files do not state them for certain."""
+    if checkpoint.read and checkpoint.write and checkpoint.sites_source not in _OPEN:
+        return checkpoint
+    if not clear:
+        return replace(checkpoint, sites_source="undecided")
+    read, write = SiteSpec.parse(best.read), SiteSpec.parse(best.write)
+    return replace(checkpoint, read=read, write=write, sites_source="calibrated")
 
 
 def choose(
@@ -78,12 +115,24 @@ def choose(
     decoder: int | None = None,
     layers: Sequence[int] | None = None,
     k: int | None = None,
+    found: Findings | None = None,
 ) -> Checkpoint:
     """The part of a set that was asked for; see `TranscoderStore.open`.
+
+    Args:
+        found: what an earlier check measured: the sites, encoder and decoder, where nothing else says them.
 
     Raises:
         CheckpointError: the set has no such encoder, decoder, layer or k.
     """
+    source: Source | None = "given" if encoder else None
+    if found:
+        best, clear = _measured(found, decoder)
+        checkpoint = _settled(checkpoint, best, clear)
+        if clear:
+            decoder = best.decoder if decoder is None else decoder
+            if encoder is None and best.encoder in encoders(checkpoint):
+                encoder, source = best.encoder, "calibrated"
     known = encoders(checkpoint)
     if encoder is not None and encoder not in known:
         raise CheckpointError(
@@ -96,8 +145,8 @@ def choose(
             checkpoint.decoders,
         )
     checkpoint = for_decoder(known[encoder or "trained"], decoder or 0)
-    if encoder:
-        checkpoint = replace(checkpoint, encoder_source="given")
+    if source:
+        checkpoint = replace(checkpoint, encoder_source=source)
     sources = checkpoint.layers if layers is None else _named_layers(checkpoint, layers)
     if k is None:
         _check_k_known(checkpoint, sources)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hooks import findings
+from hooks.convention import DEFAULT_SITE, Convention, describe, given_sites
 from hooks.errors import CheckpointError
 from hooks.files import new_folder, sha256
-from hooks.formats import FORMATS, Checkpoint, LayerSource, Source, recognise
+from hooks.formats import FORMATS, Checkpoint, LayerSource, Source
 from hooks.sites import SiteSpec
-from hooks.store import DEFAULT_SITE, Convention, TranscoderStore, choose, given_sites
+from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 
 WRITERS = {name: module for name, module in FORMATS.items() if hasattr(module, "save")}
@@ -76,7 +78,8 @@ def convert(
     root, out = Path(source), Path(target)
     if to not in WRITERS:
         raise CheckpointError(f"cannot write the format {to!r}", expected=", ".join(WRITERS), where="--to")
-    checkpoint = choose(recognise(root), encoder=encoder, decoder=decoder, layers=layers, k=k)
+    checkpoint = describe(root, encoder=encoder, decoder=decoder, layers=layers, k=k)
+    found = findings.of(root)
     _check_base(checkpoint, base_model)
     given_read, given_write = given_sites(checkpoint, read, write)
     convention = Convention(given_read or DEFAULT_SITE, given_write or DEFAULT_SITE, "unknown")
@@ -93,6 +96,7 @@ def convert(
             activation_source=checkpoint.layers[0].k_source,
             base_model=base_model or checkpoint.base_model,
             base_revision=checkpoint.base_revision,
+            calibration=found.model_dump(mode="json") if found else None,
             metadata={layer: _plain(source.metadata) for layer, source in sources.items()},
             **_origin(checkpoint, origin),
         )

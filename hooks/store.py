@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.convention import DEFAULT_SITE as DEFAULT_SITE
-from hooks.convention import Convention, choose, resolve_convention, spans
+from hooks.convention import Convention, describe, resolve_convention, spans
 from hooks.convention import given_sites as given_sites
 from hooks.errors import AddressError, CheckpointError
-from hooks.formats import Checkpoint, LayerSource, Norm, Source, recognise
+from hooks.formats import Checkpoint, LayerSource, Norm, Source
 from hooks.loading import bytes_needed, load_rows, load_weights, part_bytes
 from hooks.residency import HostTier, Load, Loaded, ReadAhead, following
 from hooks.sites import Site, SiteSpec
@@ -104,7 +104,7 @@ class TranscoderStore:
         Raises:
             CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
         """
-        checkpoint = choose(recognise(Path(root)), encoder=encoder, decoder=decoder, layers=layers, k=k)
+        checkpoint = describe(Path(root), encoder=encoder, decoder=decoder, layers=layers, k=k)
         convention = resolve_convention(checkpoint, read, write)
         for note in (*checkpoint.notes, *checkpoint.selection_notes):
             log.warning("%s: %s", root, note)

@@ -11,12 +11,11 @@ ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
         "errors", "plugins", "sites", "types", "kernels", "transcoder", "links", "guard", "files", "formats", "hub",
-        "convention", "loading", "residency", "store", "convert",
+        "findings", "convention", "loading", "residency", "store", "convert",
         "readout", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
         "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",
-        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "walk", "refit", "site_fits", "findings", "selection", "verdict", "texts",
-        "calibrate", "model", "layer_step",
-        "decode", "site_sums", "quality_report", "quality",
+        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "walk", "refit", "site_fits", "selection", "verdict",
+        "texts", "calibrate", "model", "layer_step", "decode", "site_sums", "quality_report", "quality",
     ],
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",

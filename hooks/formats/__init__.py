@@ -23,8 +23,8 @@ from hooks.plugins import discover
 from hooks.sites import SiteSpec
 from hooks.transcoder import Activation
 
-Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "unknown"]
-"""Where a fact about a checkpoint comes from."""
+Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "undecided", "unknown"]
+"""Where a fact about a checkpoint comes from; `undecided`: measured, and the measurement did not settle it."""
 
 
 @dataclass(frozen=True)
