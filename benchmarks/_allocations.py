@@ -7,6 +7,7 @@ it does not see: memory that NumPy, MKL and oneDNN take for themselves, and page
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Allocations:
 def allocations(device: str = "cpu") -> Iterator[Allocations]:
     """Count what is allocated inside."""
     found = Allocations()
+    gc.collect()  # or what is garbage already would be released while we count
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from circuits.commands import ablate, convert, demo, export, features, steer, swap, sweep, trace
+from circuits.commands import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
 from hooks.errors import UserError
 
-COMMANDS = (demo, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
+COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ def quality_plot(report: QualityReport, path: str | Path) -> None:
     kind = path.suffix.lower()[1:]
     with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=160)
-        panels = [figure.add_axes((left, 0.13, 0.27, 0.71)) for left in (0.055, 0.385, 0.715)]
+        panels = [figure.add_axes((left, 0.13, 0.265, 0.71)) for left in (0.05, 0.38, 0.725)]
         for panel, draw in zip(panels, (_unexplained, _active, _cost), strict=True):
             draw(panel, report)
         with replacing(path) as temporary:

@@ -31,11 +31,11 @@ from hooks.sites import SiteSpec
 from hooks.store import TranscoderStore
 from hooks.texts import Texts
 from hooks.transcoder import Transcoder
-from hooks.verdict import Evidence, Ranking, decide, layer_findings, notes, rank
+from hooks.verdict import Evidence, Ranking, decide, doubts, layer_findings, rank, remarks
 from hooks.walk import Rows, Streams, rows_of, walk
 
 TOKENS = 4096
-_SETTLE_TOKENS, _SETTLE_LAYERS = 2048, 16
+_SETTLE_TOKENS, _SETTLE_LAYERS = 4096, 16
 _PILOT_TOKENS, _PILOT_LAYERS = 512, 3
 _LEAST_ROWS = 8  # with fewer, every token counts as a row
 _UNDECIDED = Convention(SiteSpec("resid_pre"), SiteSpec("resid_pre"), "unknown")
@@ -53,6 +53,21 @@ def fingerprint(host: Host) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What was found, and everything it rests on.
+
+    Attributes:
+        findings: what is worth keeping.
+        fits: every candidate at every layer.
+        ranking: of the first decoder that was measured.
+    """
+
+    findings: Findings
+    fits: tuple[Fit, ...]
+    ranking: Ranking
+
+
 def calibrate(
     host: Host,
     checkpoint: Checkpoint,
@@ -67,7 +82,7 @@ def calibrate(
     k: int | None = None,
     model: str = "in memory",
     progress: bool = False,
-) -> Findings:
+) -> Calibration:
     """Measure what a described set reads and writes on a model.
 
     Args:
@@ -98,7 +113,8 @@ def calibrate(
             )
         settled = found.settle(rows, rankings, bar)
     facts = _conclude(found, rows, measured, sinks, rankings, settled)
-    return Findings(text=texts.name, model=model, fingerprint=fingerprint(host), **facts)
+    findings = Findings(text=texts.name, model=model, fingerprint=fingerprint(host), **facts)
+    return Calibration(findings, tuple(measured), rankings[0])
 
 
 def _wanted(
@@ -139,21 +155,23 @@ def _conclude(
     settled: "_Settled",
 ) -> dict[str, Any]:
     """What was measured, in the words of `Findings`."""
-    decisions = [decide(ranking, settled.mean()) for ranking in rankings]
+    decisions = [decide(ranking, settled.mean(ranking.layers)) for ranking in rankings]
     first, best = decisions[0], decisions[0].best
     by_layer = {layer: float(part.avoidable.sum()) for layer, part in settled.evidence.get(best, {}).items()}
     at_layers = layer_findings(_of(measured, best.decoder), best, found.checkpoint, by_layer)
     several = [DecoderFinding(best=d.candidates[0], verdict=d.verdict, margin=d.margin) for d in decisions]
+    against = doubts(first, rankings[0], at_layers)
     good = first.verdict != "none is good"
     return {
         "verdict": first.verdict,
+        "other_model": bool(against),
         "best": first.candidates[0],
         "margin": first.margin,
         "ranking": first.candidates,
         "layers": at_layers,
         "selection": selection(found.checkpoint, found.rule, settled.curves.get(best, []), good),
         "decoders": tuple(several if len(several) > 1 else ()),
-        "notes": notes(first, rankings[0], at_layers, rows.n_tokens),
+        "notes": (*against, *remarks(first, rankings[0], at_layers, found.checkpoint, rows.n_tokens)),
         "tokens": rows.n_tokens,
         "sinks": sinks,
         "date": datetime.now(UTC).date().isoformat(),
@@ -172,9 +190,12 @@ class _Settled:
     evidence: dict[Option, dict[int, Evidence]]
     curves: dict[Option, list[tuple[int, Curve]]]
 
-    def mean(self) -> dict[Option, Evidence]:
-        """Over the layers."""
-        return {option: Evidence.mean(list(parts.values())) for option, parts in self.evidence.items()}
+    def mean(self, layers: Sequence[int]) -> dict[Option, Evidence]:
+        """Over those of the layers at which it was measured."""
+        return {
+            option: Evidence.mean([part for layer, part in parts.items() if layer in layers])
+            for option, parts in self.evidence.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -232,7 +253,7 @@ class _Measured:
         """Layers that are gone through, over all passes."""
         possible = rules(self.checkpoint)
         pilot = len(possible) * len(_spread(self.layers, _PILOT_LAYERS)) if len(possible) > 1 else 0
-        return pilot + len(self.layers) + len(_spread(self.layers, _SETTLE_LAYERS))
+        return pilot + len(self.layers) + min(len(self.layers), _SETTLE_LAYERS)
 
     @property
     def ahead(self) -> int:
@@ -285,10 +306,13 @@ class _Measured:
         few, stores = rows.head(_SETTLE_TOKENS), self.stores()
         contenders = [option for ranking in rankings for option in ranking.contenders]
         out = _Settled({option: {} for option in contenders}, {option: [] for option in contenders})
-        for layer, streams in walk(self.host, few, _spread(rankings[0].layers, _SETTLE_LAYERS), self.ahead):
+        ranked = _spread(rankings[0].layers, _SETTLE_LAYERS)
+        others = [layer for layer in self.layers if layer not in rankings[0].layers]  # for the table alone
+        for layer, streams in walk(self.host, few, (*ranked, *others), self.ahead):
             transcoders = self._load(stores, layer)
             for option in contenders:
-                self._settle_one(transcoders[option.encoder][option.decoder], streams, few, option, out)
+                if option.write and option.write.at(layer) in streams:
+                    self._settle_one(transcoders[option.encoder][option.decoder], streams, few, option, out)
             bar.update()
         return out
 

@@ -112,15 +112,17 @@ class Findings(_Strict):
     """What was measured, on what, and what follows.
 
     Attributes:
+        other_model: there are signs that the set was trained on another model; `notes` begin with them.
         margin: the FVU by which the best other candidate is worse, negative where it is better and was ruled out by its
             avoidable error; None without another.
         ranking: the best candidates, the winner first.
         decoders: one entry per decoder where the files hold several.
-        notes: what speaks against the set or the model, in sentences.
+        notes: what has to be known besides, in sentences.
     """
 
     version: Literal[1] = 1
     verdict: Verdict
+    other_model: bool
     best: Candidate
     margin: float | None
     ranking: tuple[Candidate, ...]
@@ -178,7 +180,8 @@ def _parsed(stored: Any, path: Path) -> Findings:
 def save(root: Path, findings: Findings) -> Path:
     """Write findings where `of` finds them; returns the file.
 
-    A native set whose sites were unknown or assumed gets them too, if the verdict is clear.
+    A native set whose sites were unknown or assumed gets them too, if the verdict is clear and nothing points to
+    another model.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -188,9 +191,10 @@ def save(root: Path, findings: Findings) -> Path:
         write_json(root / FILE, content)
         return root / FILE
     manifest = native.read_manifest(root)
-    open_question = manifest.read is None or manifest.write is None or manifest.sites_source in ("assumed", "unknown")
+    unsure = manifest.sites_source in ("assumed", "unknown", "calibrated")
     sites: dict[str, Any] = {}
-    if findings.verdict == "clear" and (open_question or manifest.sites_source == "calibrated"):
+    usable = findings.verdict == "clear" and not findings.other_model
+    if usable and (unsure or manifest.read is None or manifest.write is None):
         sites = {"read": findings.best.read, "write": findings.best.write, "sites_source": "calibrated"}
     changed = native.Manifest.model_validate(manifest.model_dump() | {"calibration": content} | sites)
     write_json(root / native.MANIFEST, changed.model_dump(mode="json", exclude_none=True))

@@ -192,7 +192,7 @@ def _looking(
     model: HookedModel, layer: int, scale: _Scale, real: Bool[Tensor, " token"], found: dict[int, SiteSums]
 ) -> list[Edit]:
     """Edits that change nothing: the layer is encoded and summed while the pass is at its write site."""
-    eps = float(getattr(model.host.model.config, "rms_norm_eps", 1e-6))  # type: ignore[arg-type]
+    eps = float(getattr(model.host.model.config, "rms_norm_eps", 1e-6))
 
     def read(x: Tensor, at: Pass) -> Tensor:
         at.memo["read", layer] = _real_tokens(x, real)

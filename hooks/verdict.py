@@ -18,7 +18,7 @@ CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their a
 GOOD = 0.5  # FVU: more is left than explained. The right model's sets stay far below, another model's come near 1
 APART = 3.0  # standard errors between two avoidable errors
 _LOSS_RATIO = 3.0  # measured over stated: other texts account for less
-_AVOIDABLE_SHARE = 0.5  # of the error
+_AVOIDABLE_SHARE = 1 / 3  # of the error: sets on their own model have a tenth or less
 _FEW = 1000  # tokens
 _MOST_CONTENDERS = 8
 
@@ -38,8 +38,10 @@ class Ranking:
 
     @property
     def contenders(self) -> list[Option]:
-        """The best one, and those too close to it for the FVU to decide."""
+        """The best one, and those too close to it for the FVU to decide; where none is good, the best one."""
         best = min(self.scores.values())
+        if best >= GOOD:
+            return [next(iter(self.scores))]
         return [option for option, score in self.scores.items() if score < best + CLOSE][:_MOST_CONTENDERS]
 
 
@@ -160,36 +162,52 @@ def layer_findings(
     return tuple(out)
 
 
-def notes(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding], tokens: int) -> tuple[str, ...]:
-    """What speaks against the set, the model or the measurement."""
+def doubts(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding]) -> tuple[str, ...]:
+    """Signs that the set was trained on another model than this one."""
     out, best = [], decision.candidates[0]
+    ratios = [layer.loss / layer.stored_loss for layer in layers if layer.stored_loss]
+    shares = [
+        layer.avoidable / layer.fvu_without_sinks for layer in layers if layer.avoidable and layer.fvu_without_sinks
+    ]
     if decision.verdict == "none is good":
         out.append(
             f"no candidate explains half of the variance (FVU {best.fvu:.2f} at best): these transcoders were probably "
             "trained on another model"
+        )
+    elif shares and median(shares) > _AVOIDABLE_SHARE:
+        out.append(
+            f"a refit of the decoder would take off {median(shares):.0%} of the error, so the set was trained on other "
+            "activations: of another model (base, instruct, another revision), of very different text, or at a site "
+            "that was not tried"
+        )
+    if ratios and median(ratios) > _LOSS_RATIO:
+        out.append(
+            f"the loss is {median(ratios):.1f} times the stored final_rec_loss, so the set was trained on other "
+            "activations: of another model (base, instruct, another revision) or of very different text"
+        )
+    return tuple(out)
+
+
+def remarks(
+    decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding], checkpoint: Checkpoint, tokens: int
+) -> tuple[str, ...]:
+    """What else has to be known before the findings are used."""
+    out, best = [], decision.candidates[0]
+    good = decision.verdict != "none is good"
+    stored = (checkpoint.read or decision.best.read, checkpoint.write or decision.best.write)
+    if good and stored != (decision.best.read, decision.best.write):
+        out.append(
+            f"the files say {stored[0]} -> {stored[1]} ({checkpoint.sites_source}), and {best.read} -> {best.write} "
+            "fits better"
         )
     if ranking.update is not None and ranking.update < best.fvu - CLOSE:
         out.append(
             f"the block's update, resid_post - resid_pre, is reconstructed better (FVU {ranking.update:.2f}): the set "
             "seems to write it, and it is no site here"
         )
-    ratios = [layer.loss / layer.stored_loss for layer in layers if layer.stored_loss]
-    if ratios and median(ratios) > _LOSS_RATIO:
-        out.append(
-            f"the loss is {median(ratios):.1f} times the stored final_rec_loss: another model (base, instruct, another "
-            "revision), or very different text"
-        )
-    shares = [
-        layer.avoidable / layer.fvu_without_sinks for layer in layers if layer.avoidable and layer.fvu_without_sinks
-    ]
-    if decision.verdict != "none is good" and shares and median(shares) > _AVOIDABLE_SHARE:
-        out.append(
-            f"a refit of the decoder would take off {median(shares):.0%} of the error: the set was trained on other "
-            "activations, of another model (base, instruct, another revision) or at a site that was not tried"
-        )
     weak = [layer.layer for layer in layers if not layer.ok]
-    if weak and decision.verdict != "none is good":
-        out.append(f"the convention does not fit at layers {', '.join(map(str, weak))}")
+    if weak and good:
+        out.append(f"it does not fit at layers {', '.join(map(str, weak))}")
     if tokens < _FEW:
         out.append(f"{tokens} tokens are few; 4,000 give steadier figures")
     return tuple(out)

@@ -28,7 +28,7 @@ from hooks import errors
 from hooks.plugins import discover
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
 REGISTRIES = {
     "hooks.interventions": ("INTERVENTIONS", ("Intervention", "from_text")),
     "hooks.formats": ("FORMATS", ("matches", "locate")),

@@ -200,7 +200,7 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "builtins.eval": lambda: packed(state_dict(note=EVAL)),
     "builtins.exec, as a weight": lambda: packed(state_dict(**{"dec.bias": Call(exec, f"open({CANARY!r}, 'w')")})),
     "getattr to reach system": lambda: archive(
-        f"cbuiltins\ngetattr\n(cos\n__dict__\nS'system'\ntR(S'{COMMAND}'\ntR.".encode()
+        f"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S'{COMMAND}'\ntR.".encode()
     ),
     "numpy's loader": lambda: packed(state_dict(note=Call(np.load, CANARY, None, True))),
     "torch.load within": lambda: packed(state_dict(note=Call(torch.load, CANARY))),

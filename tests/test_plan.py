@@ -15,20 +15,21 @@ from benchmarks._allocations import allocations
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from worlds import word_tokenizer
 
-from circuits import trace
+from circuits import prepare, trace
 from circuits.attribution import _factored, _middle, autograd
 from circuits.commands import _plan
 from circuits.commands._options import command
 from circuits.held import ROWS
 from hooks import Clamp, HookedModel, Site, Transcoder, kernels, sweep
 from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.errors import CheckpointError, ModelError, UserError
-from hooks.formats import recognise
+from hooks.errors import ModelError, UserError
+from hooks.formats import native, recognise
 from hooks.memory import (
     QWEN25,
     Ask,
     ModelShape,
     SetShape,
+    _modes,
     _work,
     explained,
     gib,
@@ -39,6 +40,7 @@ from hooks.memory import (
     repair_for,
     work,
 )
+from hooks.sites import SiteSpec
 
 SHAPE = ModelShape(8, 512, 1376, 8, 2, 64, 1000)
 CODERS = SetShape.of_numbers(8, 512, 2048, 245, "float32")
@@ -188,8 +190,6 @@ def test_a_folder_of_transcoders_is_planned_from_its_headers(name):
 
 
 def test_how_edges_are_found_follows_from_the_sites():
-    from hooks.sites import SiteSpec
-
     def kind(read: str, write: str) -> str:
         return CODERS.between(SiteSpec.parse(read), SiteSpec.parse(write)).edges
 
@@ -213,9 +213,9 @@ def test_limits_are_those_of_the_modules_that_have_them():
 def test_the_counter_by_hand():
     with allocations() as found:
         first = torch.zeros(1000, 100)
-        second = first + 1
+        second = first.neg()
         del first
-        third = second * 2  # noqa: F841
+        third = second.neg()  # noqa: F841
         del second
     assert (found.peak, found.left) == (800_000, 400_000)
 
@@ -241,15 +241,15 @@ def test_recording(case, batch):
     assert len(recording.layers) == 8
 
 
-def test_recording_a_set_that_writes_elsewhere():
-    for write, edges in (("resid_post", "here"), ("mlp_out", "walk")):
-        model = built(read="resid_pre", write=write)
-        ask = Ask(SHAPE, replace(CODERS, same_site=False, edges=edges), len(PROMPT), "float32", 4, on="cpu")
-        with allocations() as found:
-            recording = model.record([PROMPT] * 4)
-        check(work(ask, "features").kept, found.left)
-        check(work(ask, "features").peak, found.peak)
-        del recording
+@pytest.mark.parametrize(("write", "edges"), [("resid_post", "here"), ("mlp_out", "walk")])
+def test_recording_a_set_that_writes_elsewhere(write, edges):
+    model = built(read="resid_pre", write=write)
+    ask = Ask(SHAPE, replace(CODERS, same_site=False, edges=edges), len(PROMPT), "float32", 4, on="cpu")
+    with allocations() as found:
+        recording = model.record([PROMPT] * 4)
+    check(work(ask, "features").kept, found.left)
+    check(work(ask, "features").peak, found.peak)
+    assert len(recording.layers) == 8
 
 
 def test_steered_generation(case):
@@ -266,13 +266,25 @@ def test_a_sweep(case):
     check(work(replace(ask, sweep_tokens=2048), "sweep").peak, found.peak)
 
 
-@pytest.mark.parametrize("nodes", [200, 1600])
-def test_tracing(case, nodes):
+def test_tracing(case):
     model, ask = case
-    running = work(replace(ask, nodes=nodes), "trace")
+    running = work(replace(ask, nodes=200), "trace")
     with allocations() as found:
-        trace(model, PROMPT, max_nodes=nodes, sample=0)
+        trace(model, PROMPT, max_nodes=200, sample=0)
     check(running.peak, found.peak)
+
+
+def test_tracing_where_edges_are_the_peak(case):
+    """Which layers the nodes fall into is not known before: here half of them read the embedding and cost nothing. So
+    15 % holds with the weights; without them the estimate is too high, by a quarter at most."""
+    model, ask = case
+    running = work(replace(ask, nodes=1600), "trace")
+    assert max(running.peaks, key=lambda step: running.peaks[step]) == "edges"
+    weights = SHAPE.nbytes(ask.item) + ask.coders.nbytes
+    with allocations() as found:
+        trace(model, PROMPT, max_nodes=1600, sample=0)
+    check(weights + running.peak, weights + found.peak)
+    assert 1 < running.peak / found.peak < 1.25
 
 
 def test_verification_is_the_peak_of_a_short_prompt(case):
@@ -286,7 +298,7 @@ def test_verification_is_the_peak_of_a_short_prompt(case):
 
 @pytest.mark.parametrize(("write", "edges"), [("resid_post", "here"), ("mlp_out", "walk")])
 def test_tracing_in_other_conventions(write, edges):
-    """Which layers the nodes fall into is not known before; with the weights, 15 % holds; without, twice as much."""
+    """As above: with the weights 15 % holds; without them, twice as much."""
     model = built(read="mlp_in" if write == "mlp_out" else "resid_pre", write=write)
     coders = replace(CODERS, same_site=False, edges=edges)
     ask = Ask(SHAPE, coders, len(PROMPT), "float32", on="cpu", nodes=400, sample=0)
@@ -300,6 +312,213 @@ def test_tracing_in_other_conventions(write, edges):
 def test_edges_by_autograd(case):
     model, ask = case
     with allocations() as found:
-        trace(model, PROMPT[:16], max_nodes=400, sample=0, rule="autograd")
-    running = work(replace(ask, nodes=400, tokens=16), "trace", edges_by_autograd=True)
+        trace(model, PROMPT[:16], max_nodes=1600, sample=0, rule="autograd")
+    running = work(replace(ask, nodes=1600, tokens=16), "trace", edges_by_autograd=True)
     check(running.peak, found.peak)
+
+
+def test_whether_a_budget_holds_while_a_graph_is_traced(tmp_path):
+    """The cuts of a graph hold their transcoders, whatever the store has dropped: the plan must say which it is."""
+    plain, spec = built(), SiteSpec.parse("resid_pre")
+    native.save(tmp_path / "set", list(plain.store), read=spec, write=spec)
+    budget = 2 * CODERS.layer_bytes
+    model = HookedModel.from_model(plain.host.model, word_tokenizer(), tmp_path / "set", budget_bytes=budget)
+    run = prepare(model, PROMPT, max_nodes=40)
+    held = {cut.transcoder.W_dec.data_ptr() for cut in run.cuts}
+    assert model.store.nbytes <= budget
+    assert (len(held) == 8) == _modes.TRACE_KEEPS_THE_SET
+    ask = Ask(SHAPE, CODERS, len(PROMPT), "float32")
+    under = next(mode for mode in plan(ask).modes if mode.name == "transcoders under a budget")
+    assert (under.set_bytes("trace") == CODERS.nbytes) == _modes.TRACE_KEEPS_THE_SET
+    assert under.set_bytes("features") == 3 * CODERS.layer_bytes  # the budget, and one that is still in hand
+
+
+# -- what fits -------------------------------------------------------------------------------------------------------
+
+PUBLISHED_SET = SetShape.of_numbers(63, 5120, 12288, 1474)
+LARGE = Ask(QWEN25["32B"], PUBLISHED_SET, 32)
+
+
+def test_what_the_published_pair_needs_on_known_cards():
+    """65.5 GB of weights and 15.9 of transcoders: 81.4 is more than 80, and less than 141."""
+    found = plan(LARGE)
+    everything = ("features", "generate", "sweep", "trace")
+    assert found.fitting(141 * GB)["all on the device"] == everything
+    assert found.fitting(80 * GB)["all on the device"] == ()
+    assert found.fitting(80 * GB)["transcoders under a budget"] == everything[:3]
+    assert found.first("features", 40 * GB).name == "8-bit model, transcoders under a budget"
+    assert "features" in found.fitting(40 * GB)["4-bit model"]
+    assert found.first("features", 24 * GB).name == "4-bit model, transcoders under a budget"
+    assert found.first("trace", 40 * GB) is None
+    assert found.first("features", 1 * GB) is None
+
+
+def test_modes_weigh_what_they_say():
+    found = plan(LARGE)
+    whole, under = found.modes[:2]
+    expected = 65_527_752_704 + PUBLISHED_SET.nbytes + found.works["features"].peak
+    assert found.nbytes(whole, "features") == expected
+    assert found.nbytes(whole, "features") - found.nbytes(under, "features") == 60 * PUBLISHED_SET.layer_bytes
+    exact = found.nbytes(whole, "trace") + int(0.15 * found.works["trace"].peak) + 1
+    assert found.fits(whole, "trace", exact)
+    assert not found.fits(whole, "trace", exact - 2)
+
+
+def test_cards_by_hand():
+    """Blocks of 1 MB with transcoders of 1 MB, spread: nothing is cut in two."""
+    ask = Ask(replace(SHAPE, dtype="float32"), CODERS, 1, "float32", nodes=1, sample=0)
+    found = plan(ask)
+    piece = SHAPE.block_bytes(4) + CODERS.layer_bytes
+    assert found.cards("features", 9 * piece + SHAPE.outside * 4) == 1
+    running = found.works["features"]
+    share = int(1.15 * (running.kept / 4 + running.passing))
+    outside = SHAPE.d_vocab * SHAPE.d_model * 4  # embedding on the first, unembedding on the last
+    assert outside < piece / 2
+    assert found.cards("features", 2 * piece + piece // 2 + share) == 4
+    assert found.cards("features", piece // 2) is None
+
+
+def test_longer_prompts_more_nodes_and_larger_batches_never_take_less():
+    for task in ("features", "generate", "sweep", "trace"):
+        sizes = [work(replace(LARGE, tokens=tokens), task).peak for tokens in (8, 32, 128, 512)]
+        assert sizes == sorted(sizes)
+        assert work(replace(LARGE, batch=2), task).peak >= work(LARGE, task).peak
+        assert work(replace(LARGE, nodes=None), task).peak >= work(LARGE, task).peak
+
+
+def test_a_budget_leaves_room_for_one_more_layer():
+    found = plan(LARGE)
+    under = found.modes[1]
+    budget = found.budget(under, "features", 80 * GB)
+    layer = PUBLISHED_SET.layer_bytes
+    assert budget % layer == 0
+    held = under.model + budget + layer + int(1.15 * found.works["features"].peak)
+    assert held <= 80 * GB < held + layer
+
+
+def test_units_of_the_budget_option():
+    assert gib(1 << 30) == "1"
+    assert gib((1 << 30) + 1) == "1.01"
+    assert gib((1 << 30) + 1, down=True) == "1"
+
+
+# -- out of memory -----------------------------------------------------------------------------------------------------
+
+
+def test_the_repair_is_what_fits():
+    assert repair_for(LARGE, "features", 80 * GB).startswith("--budget-gb 12.89: 79.8 GB")
+    wide = replace(LARGE, dtype="float32", coders=replace(PUBLISHED_SET, dtype="float32"))
+    assert "--dtype bfloat16" in repair_for(wide, "features", 100 * GB)
+    assert repair_for(LARGE, "trace", 40 * GB) == "--device-map auto over 3 such devices"
+
+
+def test_refusal_names_everything():
+    with pytest.raises(ModelError) as caught:
+        refuse("loading the model", LARGE, "features", 80 * GB, "cuda:0")
+    said = str(caught.value)
+    assert said.startswith("memory ran out while loading the model")
+    for part in ("65.5 GB for the model", "15.9 GB for its 63 transcoders", "80.0 GB in all on cuda:0", "--budget-gb"):
+        assert part in said
+    with pytest.raises(ModelError, match="check --plan"):
+        refuse("running", None, "features", GB, "cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError("Unable to allocate 7 TiB"),
+    ],
+)
+def test_every_allocator_is_understood(error):
+    with pytest.raises(ModelError, match="memory ran out while tracing"), explained("tracing", "cpu", lambda: LARGE):
+        raise error
+
+
+def test_a_real_allocation_that_fails():
+    with pytest.raises(ModelError, match="memory ran out"), explained("trying", "cpu"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_other_errors_pass_and_sizes_are_not_asked_for():
+    def never() -> Ask:
+        raise AssertionError
+
+    with explained("running", "cpu", never):
+        pass
+    with pytest.raises(RuntimeError, match="another"), explained("running", "cpu", never):
+        raise RuntimeError("another")
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+def ran(*arguments: str) -> dict:
+    parser = argparse.ArgumentParser()
+    _plan.add(command(parser.add_subparsers(), "check", _plan.run, "measure"))
+    args = parser.parse_args(["check", "--plan", "--json", *arguments])
+    return json.loads(json.dumps(args.run(args), allow_nan=False))
+
+
+NUMBERS = ("--set-layers", "63", "--features", "12288", "--k", "1474", "--set-dtype", "bfloat16")
+
+
+def test_the_published_pair_from_numbers_alone():
+    found = ran("--model", "Qwen/Qwen2.5-32B", *NUMBERS, "--prompt-tokens", "32", "512", "--devices", "40", "h200")
+    assert found["model"]["bytes"] == 65_527_752_704
+    assert found["transcoders"]["bytes"] == PUBLISHED_SET.nbytes
+    assert [one["tokens"] for one in found["plans"]] == [32, 512]
+    first = found["plans"][0]
+    assert first["tasks"]["trace"]["peak"] == work(LARGE, "trace").peak
+    assert first["fits"]["40"]["all on the device"] == []
+    assert first["fits"]["h200"]["all on the device"] == ["features", "generate", "sweep", "trace"]
+    assert first["cards"]["40"]["trace"] == 3
+
+
+def test_a_folder_with_a_config_and_a_folder_of_transcoders(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(replace(SHAPE, d_model=32)).to_dict() | {"head_dim": 8}))
+    width = model_shape(WEIGHTS / "config.json").d_model
+    facts = config_of(replace(SHAPE, d_model=width)).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    found = ran("--model", str(tmp_path), "--transcoders", str(TRANSCODERS["demo"]), "--dtype", "bfloat16")
+    assert found["model"]["bytes"] == 2 * replace(SHAPE, d_model=width).parameters
+    assert found["model"]["dtype"] == "bfloat16"
+    assert capsys.readouterr().out == ""
+
+
+def test_what_people_see(capsys):
+    parser = argparse.ArgumentParser()
+    _plan.add(command(parser.add_subparsers(), "check", _plan.run, "measure"))
+    args = parser.parse_args(["check", "--plan", "--model", "32B", *NUMBERS])
+    args.run(args)
+    said = capsys.readouterr().out
+    for part in ("65.5 GB in bfloat16", "8-bit 34.3 GB", "= 15.9 GB", "at 512 tokens", "what blocks computed", "141"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "someone/unknown", *NUMBERS), "there is no config of someone/unknown"),
+        (("--model", "32B"), "no headers of the transcoders"),
+        (("--model", "32B", "--set-layers", "63"), "belong together"),
+        (("--model", "32B", *NUMBERS, "--devices", "many"), "unknown device"),
+        (("--model", "32B", *NUMBERS, "--devices", "-4"), "unknown device"),
+        (("--model", "32B", *NUMBERS, "--dtype", "int3"), "unknown dtype"),
+        (("--model", "32B", "--transcoders", "DEMO"), "do not fit the model"),
+    ],
+)
+def test_refusals(arguments, message):
+    filled = [str(TRANSCODERS["demo"]) if part == "DEMO" else part for part in arguments]
+    with pytest.raises(UserError, match=message):
+        ran(*filled)
+
+
+def test_a_broken_config_is_named(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match="is not a config"):
+            model_shape(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="is not a config"):
+        model_shape(tmp_path / "nothing.json")

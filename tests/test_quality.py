@@ -1,6 +1,5 @@
 """The quality report: sets whose every figure is known beforehand, sums by hand, and the slow way."""
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -13,8 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
-from circuits.commands import _quality
-from circuits.commands._options import command
+from circuits import cli
 from circuits.quality_plot import quality_plot
 from hooks import HookedModel, Site, Transcoder, UserError
 from hooks.demo.world import held_out_sentences
@@ -407,17 +405,16 @@ def test_the_picture_is_drawn_from_the_report(odd, tmp_path):
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def asked(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    _quality.add(command(parser.add_subparsers(), "check", _quality.run, "look"))
-    return parser.parse_args(["check", "--quality", *words])
+def asked(*words: str) -> dict:
+    args = cli.build_parser().parse_args(["check", "--quality", *words])
+    return args.run(args)
 
 
 def test_the_command_measures_a_file_and_writes_all_of_it(demo, tmp_path, capsys):
     texts = ["fact: the capital of the state containing Dallas is Austin", "fact: the capital of the state"]
     (tmp_path / "text.txt").write_text("\n".join(texts))
     files = ["--out", str(tmp_path / "q.json"), "--plot", str(tmp_path / "q.png")]
-    found = _quality.run(asked("--text", str(tmp_path / "text.txt"), *files))
+    found = asked("--text", str(tmp_path / "text.txt"), *files)
     shown = capsys.readouterr().out
     report = quality(demo, texts)
     assert found == {"text": "text.txt", **report.to_dict()}
@@ -426,19 +423,25 @@ def test_the_command_measures_a_file_and_writes_all_of_it(demo, tmp_path, capsys
     assert f"reconstruction on {report.tokens} tokens" in shown
     assert all(f"L{layer} " in shown for layer in demo.store.layers)
     assert "stored_loss" not in shown, "the demo's files state none"
-    few = _quality.run(asked("--text", str(tmp_path / "text.txt"), "--tokens", "6", "--json"))
+    few = asked("--text", str(tmp_path / "text.txt"), "--tokens", "6", "--layers", "3,1", "--json")
     assert few["tokens"] == 6
+    assert few["together"]["all"]["layers"] == [layer["layer"] for layer in few["layers"]] == [1, 3]
     assert capsys.readouterr().out == ""
 
 
 def test_the_command_has_a_text_of_its_own(capsys):
-    assert _quality.run(asked("--tokens", "300", "--json"))["tokens"] == 300
+    assert asked("--tokens", "300", "--json")["tokens"] == 300
 
 
 @pytest.mark.parametrize("words", [("--out", "q.txt"), ("--plot", "q.pdf"), ("--out", "/proc/none/q.json")])
 def test_files_are_looked_at_before_the_model_is_loaded(words):
     with pytest.raises(OutputError):
-        _quality.run(asked(*words, "--model", "there/is-none"))
+        asked(*words, "--model", "there/is-none")
+
+
+def test_quality_finds_no_sites_to_save():
+    with pytest.raises(UserError, match="--save writes down sites"):
+        asked("--save")
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------

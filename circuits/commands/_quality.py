@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from circuits.commands._options import count, load
+from circuits.commands._options import load
 from circuits.commands._output import Result, say, show, table
 from circuits.quality_plot import quality_plot
 from circuits.scatter import check_suffix
+from hooks.errors import UserError
 from hooks.files import check_writable
 from hooks.host import Host, Prompt
 from hooks.quality import quality
@@ -14,31 +15,26 @@ from hooks.quality_report import SUFFIXES, QualityReport, check_report_suffix
 from hooks.texts import Texts
 from hooks.walk import rows_of
 
-TOKENS = 4096
 SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")
 LOSSES = ("loss", "stored_loss")
 PREDICTIONS = ("swapped", "delta_ce", "ce_ablated", "ce_score", "kl", "kl_ablated", "kl_score", "top1_agreement")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options; those that `circuits check` has already are shared."""
-    group = parser.add_argument_group("quality")
-    group.add_argument(
-        "--quality", action="store_true", help="measure reconstruction, features and what swapping costs"
-    )
-    taken = parser._option_string_actions
-    if "--text" not in taken:
-        group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on")
-    if "--tokens" not in taken:
-        group.add_argument("--tokens", type=count, default=TOKENS, metavar="N", help="how much of it (default 4096)")
-    if "--out" not in taken:
-        group.add_argument("--out", type=Path, metavar="FILE", help=f"the whole report: {', '.join(SUFFIXES)}")
-    if "--plot" not in taken:
-        group.add_argument("--plot", type=Path, metavar="FILE", help="FVU, L0 and cost by layer, png or svg")
+    """Its options, beside --text, --tokens, --layers and --plot of `circuits check`."""
+    group = parser.add_argument_group("quality of the set")
+    group.add_argument("--quality", action="store_true", help="measure what it reconstructs and what swapping costs")
+    group.add_argument("--out", type=Path, metavar="FILE", help=f"the whole report: {', '.join(SUFFIXES)}")
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Load, measure, write."""
+    """Load, measure, write; --plot is a picture of FVU, L0 and cost by layer.
+
+    Raises:
+        UserError: --save, or a file cannot be written.
+    """
+    if args.save:
+        raise UserError("--save writes down sites, and --quality does not look for them", expected="one of them")
     if args.out:
         check_report_suffix(args.out)
         check_writable(args.out)
@@ -46,7 +42,7 @@ def run(args: argparse.Namespace) -> Result:
         check_suffix(args.plot)
         check_writable(args.plot)
     texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
-    model = load(args)
+    model = load(args, args.layers)
     prompts = _prompts(model.host, texts, args.tokens)
     say(f"{texts.name}: {sum(map(len, prompts)):,} tokens in {len(prompts)} rows; {len(model.store)} layers")
     report = quality(model, prompts, progress=not args.json)

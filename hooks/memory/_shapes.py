@@ -249,12 +249,14 @@ class SetShape:
 
 
 def _edges(write: Site, read: Site) -> Edges:
-    """Between what a layer writes and what the next one reads."""
+    """Between what a layer writes and what the next one reads; as in `circuits.attribution._factored.way_to`."""
     if not write.whole_stream or write.depth > read.depth:
         return "walk"
     if write.depth == read.depth:
         return "here"
-    return "middle" if write.depth == (0, 0) and read.depth[0] + bool(read.depth[1]) == 1 else "walk"
+    layer, within = write.depth
+    ahead = (read.depth[0], 2 if read.depth[1] else 0)
+    return "middle" if within == 0 and ahead in ((layer + 1, 0), (layer, 2)) else "walk"
 
 
 def _stored_dtype(source: LayerSource) -> str:

@@ -233,7 +233,8 @@ def _sweep(ask: Ask) -> list[Step]:
     if ask.on == "cpu":
         clean["clean activations"] = ask.coders.layers * T * ask.coders.d_features * 8
     tokens = min(ask.sweep_tokens, ask.active * T)
-    attention = tokens * 4 * (4 * m.query + 2 * m.keyvalue + 3 * m.n_heads * T)
+    attention = tokens * 4 * (4 * m.query + 2 * m.keyvalue + 3 * m.n_heads * T)  # in fp32, whatever the model is
+    attention += tokens * ask.item * (2 * m.query + 2 * m.keyvalue + 3 * m.d_model)
     rows = tokens * m.d_model * 4 + max(block_pass(ask, tokens), attention)
     return [*_record(one), Step("clean pass", max(passing, block_pass(one, T)), clean), Step("rows", rows)]
 
@@ -249,7 +250,8 @@ def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
     steps.append(Step("lay out", 4 * T * m.d_model * ask.wide, {"rest and error": rows + 20 * ask.chosen}))
     if by_autograd:
         copies = min(COPIES, _targets(ask))
-        steps.append(Step("edges", backward_pass(one, copies * T) + ENTRIES_AT_ONCE * 4))
+        found = 2 * 4 * ask.chosen * (_targets(ask) + 2 * T + 1)  # all edges of the groups that share a pass
+        steps.append(Step("edges", backward_pass(one, copies * T) + found))
     else:
         steps.append(Step("blocks", gathered(ask), {"what blocks computed": _stack(ask)}))
         kept = _kept_edges(ask)
@@ -275,9 +277,13 @@ def _targets(ask: Ask) -> int:
 
 
 def _kept_edges(ask: Ask) -> int:
-    """The strongest edges of every node, in host memory: two numbers of 8 bytes and one of 4."""
-    sources = _targets(ask) + 2 * ask.tokens + 1
-    return 20 * ask.chosen * min(ask.max_in_edges, sources) if ask.on == "cpu" else 0
+    """The strongest edges of every node, in host memory: two numbers of 8 bytes and one of 4. A layer that reads the
+    embedding has edges from tokens alone."""
+    if ask.on == "cuda":
+        return 0
+    nodes, most = _targets(ask), ask.max_in_edges
+    above = ask.chosen - (nodes if ask.coders.edges != "walk" else 0)
+    return 20 * (above * min(most, nodes + 2 * ask.tokens + 1) + (ask.chosen - above) * min(most, ask.tokens + 1))
 
 
 def _edges(ask: Ask) -> int:

@@ -1,0 +1,202 @@
+"""`circuits check`: what a set of transcoders reads and writes on a model, measured; how good it is; what it takes."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from circuits.check_plot import check_plot
+from circuits.commands import _plan, _quality
+from circuits.commands._options import command, count, layers
+from circuits.commands._output import Result, say, show, table
+from circuits.scatter import check_suffix
+from hooks.calibrate import TOKENS, Calibration, calibrate
+from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.errors import CheckpointError, OutputError, UserError, first_line
+from hooks.files import check_writable
+from hooks.findings import FILE, Findings, save
+from hooks.formats import Checkpoint, recognise
+from hooks.host import Host
+from hooks.model import precision, transcoder_folder
+from hooks.sites import SiteSpec
+from hooks.texts import Texts
+
+LAYERS = {
+    "layer": "layer",
+    "fvu": "fvu",
+    "fvu_without_sinks": "no sinks",
+    "fvu_normed": "normed",
+    "avoidable": "avoidable",
+    "loss": "loss",
+    "stored_loss": "stored",
+    "l0": "l0",
+    "winner": "best at this layer",
+    "ok": "ok",
+}
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    check = command(commands, "check", run, "measure which sites a set of transcoders reads and writes on a model")
+    group = check.add_argument_group("measurement")
+    group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
+    group.add_argument("--tokens", type=count, default=TOKENS, metavar="N", help=f"how much of it (default {TOKENS})")
+    group.add_argument("--layers", type=layers, default="all", metavar="0,1|all", help="which (default all)")
+    group.add_argument(
+        "--save", action="store_true", help="write the findings beside the set, where loading finds them"
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="a map of all candidates, png or svg")
+    _quality.add(check)
+    _plan.add(check)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measure, say, write."""
+    if args.plan and args.quality:
+        raise UserError("--plan and --quality are two questions", expected="one of them")
+    if args.plan:
+        return _plan.run(args)
+    if args.quality:
+        return _quality.run(args)
+    _check_before(args)
+    root, checkpoint = _set(args)
+    texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
+    sites = {
+        name: SiteSpec.parse(text) if text else None for name, text in (("read", args.read), ("write", args.write))
+    }
+    host = _host(args)
+    chosen = None if args.layers == "all" else args.layers
+    n_layers = len(checkpoint.layers if chosen is None else chosen)
+    say(f"up to {args.tokens:,} tokens of {texts.name}, {n_layers} layers; the bar's estimate is of the time left")
+    found = calibrate(
+        host,
+        checkpoint,
+        texts,
+        tokens=args.tokens,
+        layers=chosen,
+        encoder=args.encoder,
+        decoder=args.decoder,
+        k=args.k,
+        model=args.model,
+        progress=not args.json,
+        **sites,
+    )
+    if args.plot:
+        check_plot(found, args.plot)
+    where = save(root, found.findings) if args.save else None
+    show(args, _text(found, checkpoint) + (f"\nwritten to {where}" if where else ""))
+    return _result(found, checkpoint, where)
+
+
+def _check_before(args: argparse.Namespace) -> None:
+    if args.plot:
+        check_suffix(args.plot)
+        check_writable(args.plot)
+
+
+def _set(args: argparse.Namespace) -> tuple[Path, Checkpoint]:
+    name = args.transcoders or ("demo" if args.model == "demo" else None)
+    if name is None:
+        raise CheckpointError(
+            f"no transcoders given for {args.model}",
+            expected="a folder or hub id, for example KokosDev/qwen25-32b-clt",
+            repair="--transcoders PATH_OR_ID",
+        )
+    if args.save and name in TRANSCODERS:
+        raise OutputError(f"the embedded set {name} stays as it is", repair="leave --save away")
+    found = transcoder_folder(name, None if args.layers == "all" else args.layers)
+    checkpoint = recognise(found.root)
+    if args.save:
+        check_writable(found.root / FILE)
+    return found.root, checkpoint if checkpoint.revision else replace(checkpoint, revision=found.revision)
+
+
+def _host(args: argparse.Namespace) -> Host:
+    host = Host.load(
+        WEIGHTS if args.model == "demo" else args.model, dtype=precision(args.dtype), device_map=args.device_map
+    )
+    if args.device:
+        try:
+            host.model.to(torch.device(args.device))
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"the device {args.device!r} cannot be used", found=first_line(error), where="--device"
+            ) from None
+    return host
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def sentence(findings: Findings) -> str:
+    """The verdict."""
+    best, rest = findings.best, findings.ranking[1:]
+    fvu = f"FVU {best.fvu:.3g}"
+    if findings.verdict == "none is good":
+        return f"none is good: the best candidate, {best}, leaves {fvu}"
+    named = f"reads {best.read}, writes {best.write}, {best.encoder} encoder ({fvu}"
+    if findings.verdict == "too close":
+        near = [str(other) for other in rest if other.separation is not None]
+        return f"too close: {named}), but {' and '.join(near)} fit as well; give --read, --write and --encoder yourself"
+    ahead = "" if findings.margin is None else f", the next candidate {findings.margin:+.3g}"
+    told = [other.separation for other in rest if other.separation is not None]
+    apart = f"; told from {len(told)} close ones by {min(told):.0f} standard errors" if told else ""
+    return f"clear: {named}{ahead}{apart})"
+
+
+def _text(found: Calibration, checkpoint: Checkpoint) -> str:
+    findings, chosen = found.findings, found.findings.selection
+    frame = pd.DataFrame([layer.model_dump() for layer in findings.layers])[list(LAYERS)].rename(columns=LAYERS)
+    ranking = pd.DataFrame(
+        {
+            "candidate": [str(candidate) for candidate in findings.ranking],
+            "no sinks": [candidate.fvu for candidate in findings.ranking],
+            "avoidable": [candidate.avoidable for candidate in findings.ranking],
+            "standard errors behind": [candidate.separation for candidate in findings.ranking],
+        }
+    )
+    known = f"{chosen.activation or 'undetermined'}{f', k = {chosen.k}' if chosen.k else ''} ({chosen.source})"
+    lines = [
+        f"{findings.tokens:,} tokens of {findings.text}, {findings.sinks} of them attention sinks",
+        f"{findings.best} at every layer:",
+        table(frame.dropna(axis=1, how="all")),
+        "\ncandidates, median over layers:",
+        table(ranking.dropna(axis=1, how="all")),
+        f"\nselection: {known}; {chosen.reason}. Measured with {chosen.measured_with}",
+        "FVU by k: " + ", ".join(f"{'ReLU' if p.k is None else p.k} {p.fvu:.3g}" for p in chosen.curve),
+        f"the files say: {_stored(checkpoint)}",
+        *(f"decoder {d.best.decoder}: {d.verdict}: {d.best} (FVU {d.best.fvu:.3g})" for d in findings.decoders),
+        *(f"note: {note}" for note in findings.notes),
+        sentence(findings),
+    ]
+    return "\n".join(line for line in lines if line != "FVU by k: ")
+
+
+def _stored(checkpoint: Checkpoint) -> str:
+    facts = checkpoint.facts()
+    return ", ".join(
+        f"{name} {facts[name][0] or 'nothing'} ({facts[name][1]})" for name in ("read", "write", "input_norm")
+    )
+
+
+def _result(found: Calibration, checkpoint: Checkpoint, where: Path | None) -> Result:
+    findings = found.findings
+    best, clear = findings.best, findings.verdict == "clear"
+    whole = findings.model_dump(mode="json")
+    return {
+        **whole,
+        "convention": {
+            "read": best.read,
+            "write": best.write,
+            "encoder": best.encoder,
+            "margin": findings.margin,
+            "verdict": findings.verdict,
+            "source": "calibrated" if clear else "unknown",
+        },
+        "stored": {name: {"value": value, "source": source} for name, (value, source) in checkpoint.facts().items()},
+        "sentence": sentence(findings),
+        "saved": None if where is None else str(where),
+    }

@@ -1,0 +1,189 @@
+"""Layers on two devices, each transcoder beside its layer: nothing mixes devices, and no number changes."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pandas as pd
+import pytest
+import torch
+from test_store import save_native
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
+from two_devices import Judged, playing, spread
+from worlds import random_qwen2, random_transcoder, word_tokenizer
+
+from circuits import trace
+from hooks import Ablate, Clamp, HookedModel, Scale
+from hooks.sites import Site, SiteSpec
+from hooks.transcoder import WEIGHTS
+
+LAYERS = (0, 1, 3)  # the second device begins with layer 2
+PROMPT = "w1 w2 w3 w4 w5 w6"
+SITES = {
+    "same-site": ("resid_pre", "resid_pre", 0),
+    "mlp": ("mlp_in", "mlp_out", 0),
+    "resid_mid": ("resid_mid", "mlp_out", 0),
+    "next layer": ("resid_pre", "mlp_out", 1),  # layer 1 reads on one device and writes on the other
+}
+
+
+def device_of(name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) > 2:
+        return f"cuda:{int(parts[2]) // 2}"
+    return "cuda:1" if name in ("model.norm", "lm_head") else "cuda:0"
+
+
+def coders(convention: str):
+    read, write, offset = SITES[convention]
+    layers = [layer for layer in LAYERS if layer + offset < 4]
+    return [random_transcoder(n, 40, read=Site(read, n), write=Site(write, n + offset)) for n in layers]
+
+
+@pytest.fixture(params=SITES)
+def convention(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def alone(convention) -> HookedModel:
+    return HookedModel.from_model(random_qwen2(tied=False), word_tokenizer(), coders(convention))
+
+
+@pytest.fixture
+def machine() -> Iterator[Judged]:
+    with ExitStack() as stack:
+        yield playing(stack)
+
+
+@pytest.fixture
+def both(convention, alone, machine) -> HookedModel:
+    network = spread(random_qwen2(tied=False), machine, device_of, dispatched=True)
+    return HookedModel.from_model(network, word_tokenizer(), coders(convention))
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.held if isinstance(tensor, FakeTensor) else tensor
+
+
+def test_the_played_machine_refuses_mixed_devices_and_computes(machine):
+    one, two = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1")
+    for other in (two, torch.ones(3)):
+        with pytest.raises(RuntimeError, match="same device"):
+            one + other
+    assert (one + two.to("cuda:0")).tolist() == [2, 2, 2]
+    assert (one + 1).device == torch.device("cuda:0")
+    assert (one * torch.tensor(3.0)).cpu().tolist() == [3, 3, 3]  # a number may come from the CPU
+    assert one[torch.tensor([0, 2])].shape == (2,)  # and so may an index
+    assert type(one.cpu()) is torch.Tensor
+    with pytest.raises(RuntimeError):
+        one.numpy()
+    x = torch.arange(24.0).view(2, 3, 4)
+    y = x.to("cuda:1")
+    for key in (1, (0, slice(1, 3)), (..., 2), (None, 1), (slice(None), [0, 2]), (..., None), x > 5, (0, x[0] > 2)):
+        assert torch.equal(y[key].cpu(), x[key])
+    x[:, 1], y[:, 1] = 7.0, 7.0
+    assert torch.equal(y.cpu(), x)
+
+
+def test_each_transcoder_sits_with_its_layer(both):
+    assert [both.store[layer].device.index for layer in both.store.layers] == [
+        layer // 2 for layer in both.store.layers
+    ]
+    for layer in both.store.layers:
+        parts = [part for name in WEIGHTS if (part := getattr(both.store[layer], name)) is not None]
+        assert {part.device for part in parts} == {both.host.device_of(layer)}
+
+
+def test_encoding_takes_streams_from_anywhere(both, alone):
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    for layer in both.store.layers:
+        for device in ("cpu", "cuda:0", "cuda:1"):
+            acts = both.store[layer].encode(x.to(device))
+            assert acts.values.device == both.host.device_of(layer)
+            expected = alone.store[layer].encode(x)
+            assert torch.equal(acts.indices.cpu(), expected.indices)
+            torch.testing.assert_close(acts.values.cpu(), expected.values)
+            torch.testing.assert_close(both.store[layer].decode(acts).cpu(), alone.store[layer].decode(expected))
+
+
+@pytest.mark.parametrize("error", ["zero", "live", "frozen"])
+@pytest.mark.parametrize("swap", [None, "all"])
+def test_runs_with_interventions_and_swaps_are_the_same(both, alone, swap, error):
+    if swap is None and error != "zero":
+        pytest.skip("there is no error without a swap")
+    top = alone.features(PROMPT, 2)
+    addresses = [f"L{row.layer}/{row.feature}@{row.pos}" for row in top.itertuples() if row.pos > 2]
+    plan = [Ablate(addresses[0]), Scale(addresses[-1], 2.0), Clamp(f"L{alone.store.layers[-1]}/5", 6.0)]
+    options = {"swap": swap, "error": error} if swap else {}
+    one, two = alone.run(PROMPT, plan, **options), both.run(PROMPT, plan, **options)
+    assert not torch.equal(one.logits, one.baseline)
+    torch.testing.assert_close(plain(two.baseline), one.baseline)
+    torch.testing.assert_close(plain(two.logits), one.logits)
+
+
+def test_features_swap_reports_and_caches_are_the_same(both, alone):
+    columns = ["layer", "pos", "feature"]
+    one, two = alone.features(PROMPT, 9), both.features(PROMPT, 9)
+    pd.testing.assert_frame_equal(one[columns], two[columns])
+    reports = [model.swap(PROMPT) for model in (alone, both)]
+    assert reports[1].effect.kl == pytest.approx(reports[0].effect.kl, rel=1e-4)
+    for here, there in zip(*(report.layers for report in reports), strict=True):
+        assert there.fvu == pytest.approx(here.fvu, rel=1e-4)
+    batch = [model.record([PROMPT, "w7 w8"]) for model in (alone, both)]
+    for layer in alone.store.layers:
+        torch.testing.assert_close(plain(batch[1].layers[layer].error).cpu(), batch[0].layers[layer].error)
+
+
+def test_generation_is_the_same(both, alone):
+    plan = [Clamp(f"L{alone.store.layers[0]}/5@new", 6.0), Clamp(f"L{alone.store.layers[-1]}/7", 4.0)]
+    made = [model.generate(PROMPT, plan, max_new_tokens=4) for model in (alone, both)]
+    assert made[0].ids == made[1].ids
+
+
+def test_sweeps_are_the_same(both, alone):
+    groups = [[Ablate(f"L{row.layer}/{row.feature}@{row.pos}")] for row in alone.features(PROMPT, 2).itertuples()]
+    one, two = (model.sweep(PROMPT, groups).table["delta"] for model in (alone, both))
+    assert one.abs().max() > 0
+    assert torch.allclose(torch.tensor(list(two)), torch.tensor(list(one)), atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["exact", "affine"])
+def test_graphs_are_the_same(both, alone, rule):
+    one, two = (trace(model, PROMPT, max_nodes=12, rule=rule, sample=4) for model in (alone, both))
+    assert (one.n_nodes, one.n_edges) == (two.n_nodes, two.n_edges)
+    left, right = (graph.edges_frame().sort_values(["source", "target"]) for graph in (one, two))
+    assert list(left["source"]) == list(right["source"])
+    assert torch.allclose(torch.tensor(list(right["weight"])), torch.tensor(list(left["weight"])), atol=1e-4)
+
+
+def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):
+    """From files: loaded on one device, then on the other, then back on the CPU."""
+    from hooks.store import TranscoderStore
+
+    made = [random_transcoder(layer, 40) for layer in LAYERS]
+    store = TranscoderStore.open(save_native(tmp_path, made), budget_bytes=2 * made[0].nbytes)
+    x = torch.randn(5, 40)
+    for device in ("cuda:0", "cuda:1", "cpu"):
+        for layer in LAYERS:
+            store.place(layer, torch.device(device))
+        for expected in made:
+            found = store[expected.layer]
+            assert found.device == torch.device(device)
+            assert store.decoder_rows(expected.layer, [3]).device == torch.device(device)
+            torch.testing.assert_close(found.encode(x).values.cpu(), expected.encode(x).values)
+    store._settle()
+
+
+def test_shapes_and_devices_under_torchs_own_mode():
+    """Without numbers: the pure functions of a transcoder on cuda:1, given streams from cuda:0."""
+    coder = dataclasses.replace(random_transcoder(0, 40), read=Site("resid_pre", 0))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        weights = {name: mode.from_tensor(w) for name in WEIGHTS if (w := getattr(coder, name)) is not None}
+        there = dataclasses.replace(coder, **weights).to("cuda:1")
+        x = torch.randn(5, 40, device="cuda:0")
+        pre = there.preactivations(x)
+        assert (pre.device, pre.shape) == (torch.device("cuda:1"), (5, 96))
+        with pytest.raises(UnsupportedFakeTensorException if False else RuntimeError, match="same device"):
+            x @ there.W_enc.T
+    assert SiteSpec("resid_pre").at(0) == coder.read
