@@ -118,9 +118,27 @@ def run_python(block: Block, namespace: dict[str, object], plugins: "Plugins") -
 
 
 def run_shell(block: Block) -> None:
-    script = "\n".join(command for command in commands_in(block.code) if not NOT_RUN.match(command))
-    if not script:
-        return
+    """Our own commands in this process, which has imported everything; the others in a shell, line by line."""
+    for command in commands_in(block.code):
+        if NOT_RUN.match(command):
+            continue
+        if command.startswith("circuits ") and not re.search(r"[|<>&;$`]", command):
+            run_command(command, block)
+        else:
+            run_in_bash(command, block)
+
+
+def run_command(command: str, block: Block) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            status = cli.main(shlex.split(command, comments=True)[1:])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    assert status == 0, f"{block.place}: exit status {status}\n\n{command}\n{said.getvalue()[-3000:]}"
+
+
+def run_in_bash(script: str, block: Block) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
