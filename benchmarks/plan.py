@@ -111,7 +111,8 @@ def measure(case: Case, threads: int) -> dict[str, Any]:
         action(case, model)()
     del model
     with allocations() as loading:
-        model = random_model(case.shape, dtype=getattr(torch, case.dtype))
+        again = random_model(case.shape, dtype=getattr(torch, case.dtype))
+    del again
     ask = case.ask
     weights = ask.model.nbytes(ask.item) + ask.coders.nbytes
     running = work(ask, case.task)

@@ -11,7 +11,7 @@ How many features TopK keeps, or whether there is a TopK at all, is not decided 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -19,26 +19,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hooks.convention import Convention, choose, spans
 from hooks.errors import CheckpointError
 from hooks.findings import DecoderFinding, Findings
-from hooks.formats import Checkpoint, encoders, for_decoder
+from hooks.formats import Checkpoint, encoders
 from hooks.host import Host, stored_tensors
-from hooks.refit import avoidable_by_row, by_row
-from hooks.selection import Curve, Rule, curve_at, rules, selection
-from hooks.site_fits import Fit, Option, fits, options, sink_mask, target
+from hooks.selection import selection
+from hooks.site_fits import Fit, Option, options
+from hooks.site_passes import Passes, Settled
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 from hooks.texts import Texts
-from hooks.transcoder import Transcoder
-from hooks.verdict import Evidence, Ranking, decide, doubts, layer_findings, rank, remarks
-from hooks.walk import Rows, Streams, rows_of, walk
+from hooks.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
+from hooks.walk import Rows, rows_of
 
 TOKENS = 4096
-_SETTLE_TOKENS, _SETTLE_LAYERS = 4096, 16
-_PILOT_TOKENS, _PILOT_LAYERS = 512, 3
-_LEAST_ROWS = 8  # with fewer, every token counts as a row
-_UNDECIDED = Convention(SiteSpec("resid_pre"), SiteSpec("resid_pre"), "unknown")
 
 
 def fingerprint(host: Host) -> str:
@@ -99,7 +92,7 @@ def calibrate(
             the model.
         PromptError: there is no text.
     """
-    found = _Measured.of(host, checkpoint, layers, k, _wanted(checkpoint, read, write, encoder, decoder))
+    found = Passes.of(host, checkpoint, layers, k, _wanted(checkpoint, read, write, encoder, decoder))
     rows = rows_of(host, texts.texts, tokens)
     bar = tqdm(total=found.steps, desc="check", unit="layer", disable=not progress, leave=False)
     with bar, torch.no_grad():
@@ -147,12 +140,12 @@ def _wanted(
 
 
 def _conclude(
-    found: "_Measured",
+    found: Passes,
     rows: Rows,
     measured: Sequence[Fit],
     sinks: int,
     rankings: Sequence[Ranking],
-    settled: "_Settled",
+    settled: Settled,
 ) -> dict[str, Any]:
     """What was measured, in the words of `Findings`."""
     decisions = [decide(ranking, settled.mean(ranking.layers)) for ranking in rankings]
@@ -181,176 +174,3 @@ def _conclude(
 
 def _of(measured: Sequence[Fit], decoder: int) -> list[Fit]:
     return [fit for fit in measured if fit.option.decoder == decoder]
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """Of every contender: per layer, what tells it from the others, and its FVU by k."""
-
-    evidence: dict[Option, dict[int, Evidence]]
-    curves: dict[Option, list[tuple[int, Curve]]]
-
-    def mean(self, layers: Sequence[int]) -> dict[Option, Evidence]:
-        """Over those of the layers at which it was measured."""
-        return {
-            option: Evidence.mean([part for layer, part in parts.items() if layer in layers])
-            for option, parts in self.evidence.items()
-        }
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A set on a model, and how it is gone through."""
-
-    host: Host
-    checkpoint: Checkpoint
-    options: tuple[Option, ...]
-    rule: Rule
-
-    @classmethod
-    def of(
-        cls,
-        host: Host,
-        checkpoint: Checkpoint,
-        layers: Sequence[int] | None,
-        k: int | None,
-        wanted: tuple[Option, ...],
-    ) -> "_Measured":
-        """Refuses what can be refused before anything is computed."""
-        for source in checkpoint.layers:
-            if source.d_model != host.d_model:
-                raise CheckpointError(
-                    "the transcoders do not fit the model",
-                    expected=f"width {host.d_model}, the model's hidden size",
-                    found=f"width {source.d_model} at layer {source.layer}",
-                    where=str(checkpoint.root),
-                    repair="use the transcoders that were trained on this model",
-                )
-        known = _part(checkpoint, layers, k)
-        inside = tuple(source for source in known.layers if source.layer < host.n_layers)
-        if len(inside) < len(known.layers):
-            raise CheckpointError(
-                "the set has transcoders for layers that the model lacks",
-                expected=f"layers 0 to {host.n_layers - 1}",
-                found=f"layer {known.layers[-1].layer}",
-                where=str(checkpoint.root),
-                repair="use the model they were trained on, or name its layers with --layers",
-            )
-        return cls(host, known, wanted, rules(known)[0])
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those that are measured."""
-        return tuple(source.layer for source in self.checkpoint.layers)
-
-    @property
-    def decoders(self) -> tuple[int, ...]:
-        """Those that are measured."""
-        return tuple(sorted({option.decoder for option in self.options}))
-
-    @property
-    def steps(self) -> int:
-        """Layers that are gone through, over all passes."""
-        possible = rules(self.checkpoint)
-        pilot = len(possible) * len(_spread(self.layers, _PILOT_LAYERS)) if len(possible) > 1 else 0
-        return pilot + len(self.layers) + min(len(self.layers), _SETTLE_LAYERS)
-
-    @property
-    def ahead(self) -> int:
-        """How many blocks behind a transcoder's own its write site may be."""
-        return max(option.write.offset for option in self.options if option.write)
-
-    def with_best_rule(self, rows: Rows, bar: Any) -> "_Measured":
-        """Where the files leave open how features are selected: the rule under which some candidate fits best."""
-        possible = rules(self.checkpoint)
-        if len(possible) == 1:
-            return self
-        few, layers = rows.head(_PILOT_TOKENS), _spread(self.layers, _PILOT_LAYERS)
-        best: dict[Rule, float] = {}
-        for rule in possible:
-            ranking = rank(replace(self, rule=rule).grid(few, layers, bar)[0])
-            best[rule] = min(ranking.scores.values()) if ranking else float("inf")
-        return replace(self, rule=min(possible, key=lambda rule: best[rule]))
-
-    def stores(self) -> dict[str, list[TranscoderStore]]:
-        """By encoder, one per decoder."""
-        out = {}
-        for name, described in encoders(self.checkpoint).items():
-            if any(option.encoder == name for option in self.options):
-                ruled = replace(described, layers=tuple(map(self.rule.apply, described.layers)))
-                parts = [for_decoder(ruled, number) for number in range(ruled.decoders)]
-                out[name] = [
-                    TranscoderStore.described(part, _UNDECIDED, budget_bytes=1, prefetch=False) for part in parts
-                ]
-        return out
-
-    def _load(self, stores: dict[str, list[TranscoderStore]], layer: int) -> dict[str, list[Transcoder]]:
-        for parts in stores.values():
-            for store in parts:
-                store.place(layer, self.host.device_of(layer))
-        return {name: [store[layer] for store in parts] for name, parts in stores.items()}
-
-    def grid(self, rows: Rows, layers: Sequence[int], bar: Any) -> tuple[list[Fit], int]:
-        """Every option at every layer; and how many tokens are sinks somewhere."""
-        out: list[Fit] = []
-        stores, ever = self.stores(), torch.zeros(rows.n_tokens, dtype=torch.bool)
-        for layer, streams in walk(self.host, rows, layers, self.ahead):
-            sinks = sink_mask(streams)
-            ever |= sinks
-            out += fits(self._load(stores, layer), streams, layer, sinks, self.options)
-            bar.update()
-        return out, int(ever.sum())
-
-    def settle(self, rows: Rows, rankings: Sequence[Ranking], bar: Any) -> _Settled:
-        """The contenders' avoidable errors and curves, at up to `_SETTLE_LAYERS` layers."""
-        few, stores = rows.head(_SETTLE_TOKENS), self.stores()
-        contenders = [option for ranking in rankings for option in ranking.contenders]
-        out = _Settled({option: {} for option in contenders}, {option: [] for option in contenders})
-        ranked = _spread(rankings[0].layers, _SETTLE_LAYERS)
-        others = [layer for layer in self.layers if layer not in rankings[0].layers]  # for the table alone
-        for layer, streams in walk(self.host, few, (*ranked, *others), self.ahead):
-            transcoders = self._load(stores, layer)
-            for option in contenders:
-                if option.write and option.write.at(layer) in streams:
-                    self._settle_one(transcoders[option.encoder][option.decoder], streams, few, option, out)
-            bar.update()
-        return out
-
-    def _settle_one(self, transcoder: Transcoder, streams: Streams, rows: Rows, option: Option, out: _Settled) -> None:
-        layer, sinks = transcoder.layer, sink_mask(streams)
-        assert option.write is not None, "the update is no candidate"
-        x, aim = streams[option.read.at(layer)], target(streams[option.write.at(layer)], sinks)
-        acts, calm = transcoder.encode(x), ~sinks.to(transcoder.device)
-        error = transcoder.error(acts, x, aim.x)[calm]
-        features = acts.dense(transcoder.d_features)[calm]
-        unit = rows.row if len(rows.row.unique()) >= _LEAST_ROWS else torch.arange(rows.n_tokens)
-        own, units, spread = unit[~sinks], int(unit.max()) + 1, float(aim.spread[1])
-        out.evidence[option][layer] = Evidence(
-            by_row(error.square().sum(-1), own, units) / spread,
-            avoidable_by_row(features, error, own, units, spread),
-        )
-        out.curves[option].append((transcoder.d_features, curve_at(transcoder, x, aim, sinks)))
-
-
-def _part(checkpoint: Checkpoint, layers: Sequence[int] | None, k: int | None) -> Checkpoint:
-    """Some layers, and k if it was given; with all encoders and decoders."""
-    if layers is not None:
-        sources = {source.layer: source for source in checkpoint.layers}
-        missing = sorted(set(layers) - set(sources))
-        if missing or not layers:
-            raise CheckpointError(
-                f"no transcoder for layer {missing[0]}" if missing else "no layers chosen",
-                expected=f"layers among {spans(sorted(sources))}",
-                where=str(checkpoint.root),
-            )
-        checkpoint = replace(checkpoint, layers=tuple(sources[layer] for layer in sorted(set(layers))))
-    if k is None:
-        return checkpoint
-    return replace(choose(replace(checkpoint, decoders=1), k=k), decoders=checkpoint.decoders)
-
-
-def _spread(layers: Sequence[int], most: int) -> tuple[int, ...]:
-    """At most so many, evenly spaced, the first and the last among them."""
-    if len(layers) <= most:
-        return tuple(layers)
-    return tuple(layers[round(place * (len(layers) - 1) / (most - 1))] for place in range(most))

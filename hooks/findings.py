@@ -149,12 +149,13 @@ class Findings(_Strict):
         return SiteSpec.parse(self.best.write)
 
 
-def of(root: Path) -> Findings | None:
+def of(root: str | Path) -> Findings | None:
     """What an earlier check wrote about a set; None where there was none.
 
     Raises:
         CheckpointError: what is there is damaged, or of another version.
     """
+    root = Path(root)
     if native.matches(root):
         stored, path = native.read_manifest(root).calibration, root / native.MANIFEST
         return None if stored is None else _parsed(stored, path)
@@ -177,7 +178,7 @@ def _parsed(stored: Any, path: Path) -> Findings:
         ) from None
 
 
-def save(root: Path, findings: Findings) -> Path:
+def save(root: str | Path, findings: Findings) -> Path:
     """Write findings where `of` finds them; returns the file.
 
     A native set whose sites were unknown or assumed gets them too, if the verdict is clear and nothing points to
@@ -186,7 +187,7 @@ def save(root: Path, findings: Findings) -> Path:
     Raises:
         OutputError: the folder cannot be written to.
     """
-    content = findings.model_dump(mode="json")
+    root, content = Path(root), findings.model_dump(mode="json")
     if not native.matches(root):
         write_json(root / FILE, content)
         return root / FILE

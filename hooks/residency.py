@@ -1,4 +1,7 @@
-"""What is near without being resident: the layer that is read ahead, and layers kept in host memory."""
+"""Which layers are resident under a byte budget, and what is near: one that is read ahead, some in host memory.
+
+Room is made before a layer is read, by dropping the one used longest ago.
+"""
 
 import threading
 import weakref
@@ -9,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hooks.errors import CheckpointError
 from hooks.transcoder import WEIGHTS, Transcoder
 
 
@@ -134,3 +138,153 @@ def _smallest(stored: torch.dtype, held: torch.dtype) -> torch.dtype:
 def _on_host(part: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(part.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
     return out.copy_(part)
+
+
+class Residency:
+    """The resident layers, the one used longest ago first.
+
+    Attributes:
+        resident: by layer.
+        ahead: the layer that is read ahead.
+        host: layers that wait in host memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        loader: Callable[[int], Load],
+        needed: Callable[[int], int],
+        from_files: Callable[[int], bool],
+        budget_bytes: int | None,
+        host: HostTier,
+        prefetch: bool,
+    ):
+        """`loader` says how to load a layer, `needed` the bytes this takes, `from_files` whether a file is read."""
+        self.budget_bytes, self.host, self._prefetch = budget_bytes, host, prefetch
+        self._layers, self._loader, self._needed, self._from_files = layers, loader, needed, from_files
+        self.resident: OrderedDict[int, Transcoder] = OrderedDict()
+        self.ahead: ReadAhead | None = None
+        self._dtypes: dict[int, Mapping[str, torch.dtype]] = {}  # of what is resident, as the files have it
+        self._derived: dict[int, dict[str, tuple[list[weakref.ref[Tensor]], list[int], Tensor]]] = {}
+        self._last: int | None = None  # asked for
+        self._unused: set[int] = set()  # read ahead and not asked for yet
+        self._in_vain: set[int] = set()  # read ahead, and dropped before anyone asked
+
+    def get(self, layer: int) -> Transcoder:
+        """A layer, loaded now if it is not resident."""
+        if layer not in self.resident:
+            self._admit(self._fetch(layer))
+        self.resident.move_to_end(layer)
+        self._unused.discard(layer)
+        self._in_vain.discard(layer)
+        self._look_ahead(layer)
+        return self.resident[layer]
+
+    def _admit(self, loaded: Loaded) -> None:
+        layer = loaded.transcoder.layer
+        self.resident[layer], self._dtypes[layer] = loaded.transcoder, loaded.dtypes
+
+    def _fetch(self, layer: int) -> Loaded:
+        """The layer, from the thread that reads it already, or loaded now into room made for it."""
+        if self.ahead is not None and self.ahead.layer == layer:
+            ahead, self.ahead = self.ahead, None
+            return ahead.result()
+        self.settle()
+        if self.budget_bytes is not None:
+            need = self._needed(layer)
+            while self.resident and self.nbytes + need > self.budget_bytes:
+                self.drop(next(iter(self.resident)))
+        return self._loader(layer)(lambda: False)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Let a thread read the layer that is probably next, if there is room for it beside this one."""
+        previous, self._last = self._last, layer
+        if not self._prefetch or self.budget_bytes is None or layer == previous:
+            return
+        coming = following(self._layers, previous, layer)
+        known = {*self.resident, *self._in_vain, *([self.ahead.layer] if self.ahead else [])}
+        if coming is None or coming in known or not self._from_files(coming):
+            return
+        self.settle()
+        try:
+            need = self._needed(coming)
+        except CheckpointError:  # said when the layer is asked for
+            return
+        if self._taken(layer) + need > self.budget_bytes:
+            return
+        dropped = []
+        while self.nbytes + need > self.budget_bytes:
+            oldest = next(other for other in self.resident if other != layer)
+            dropped.append(self.resident[oldest])
+            self.drop(oldest)
+        self.ahead = ReadAhead(coming, need, self._loader(coming), dropped)
+        dropped.clear()
+        self.ahead.start()
+
+    def settle(self) -> None:
+        """End reading ahead. What is there already stays, as the first to be dropped."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None:
+            return
+        loaded = ahead.stop()
+        self._in_vain.add(ahead.layer)
+        if loaded is not None:
+            self._admit(loaded)
+            self.resident.move_to_end(ahead.layer, last=False)
+            self._unused.add(ahead.layer)
+
+    def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """See `TranscoderStore.derived`."""
+        kept = self._derived.get(layer, {})
+        versions = [tensor._version for tensor in given]
+        if name in kept:
+            seen, then, made = kept[name]
+            if all(ref() is tensor for ref, tensor in zip(seen, given, strict=True)) and then == versions:
+                return made
+        made = make()
+        if layer in self.resident:
+            references = [weakref.ref(tensor) for tensor in given]
+            self._derived.setdefault(layer, {})[name] = (references, versions, made)
+            self._evict()
+        return made
+
+    def _evict(self) -> None:
+        """Make room for what has been derived."""
+        if self.budget_bytes is None:
+            return
+        ahead = self.ahead.nbytes if self.ahead else 0
+        while len(self.resident) > 1 and self.nbytes + ahead > self.budget_bytes:
+            self.drop(next(iter(self.resident)))
+        if ahead and self.nbytes + ahead > self.budget_bytes:
+            self.settle()
+            self._evict()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is resident."""
+        return sum(map(self._taken, self.resident))
+
+    def _taken(self, layer: int) -> int:
+        derived = self._derived.get(layer, {}).values()
+        return self.resident[layer].nbytes + sum(made.nbytes for _, _, made in derived)
+
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's weights."""
+        transcoder, dtypes = self.resident.pop(layer, None), self._dtypes.pop(layer, None)
+        self._derived.pop(layer, None)
+        if layer in self._unused:
+            self._unused.discard(layer)
+            self._in_vain.add(layer)
+        if transcoder is not None and dtypes is not None and self._from_files(layer):
+            self.host.keep(Loaded(transcoder, dtypes))
+
+    def close(self) -> None:
+        """End reading ahead, and let go of everything."""
+        self.settle()
+        self.host = HostTier(0)
+        for layer in list(self.resident):
+            self.drop(layer)
+
+    def __del__(self) -> None:
+        if self.ahead is not None:
+            self.ahead.stop(wait=False)

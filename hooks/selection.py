@@ -5,21 +5,24 @@ is the number of active features: a set whose metadata states an L0 was not trai
 several times as many features active.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.findings import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
+from hooks.refit import avoidable_by_row
 from hooks.site_fits import Target
 from hooks.transcoder import Transcoder
 
 _SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.25)  # tried where the files say nothing of k
+_DENSEST = 0.25  # where the search for a share starts if ReLU fits best so far
 _MULTIPLES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of k, in the curve
+_UNSAID = "the files do not say it; measured with the rule under which the decoder leaves least to improve"
 _ALIKE, _UNLIKE = 2.0, 4.0  # a measured L0 within, and beyond, this factor of the stated one
 
 
@@ -39,6 +42,12 @@ class Rule:
         assert self.share is not None
         return replace(source, activation="topk", k=_k(self.share, source.d_features))
 
+    def on(self, transcoder: Transcoder) -> Transcoder:
+        """A transcoder as its files describe it, with this rule."""
+        if self.kind == "described":
+            return transcoder
+        return replace(transcoder, k=None if self.share is None else _k(self.share, transcoder.d_features))
+
     def words(self, source: LayerSource) -> str:
         """What it means at a layer."""
         own = self.apply(source)
@@ -55,6 +64,13 @@ def rules(checkpoint: Checkpoint) -> list[Rule]:
         stated = stated_share(checkpoint)
         return [Rule(), *([Rule("topk", stated)] if stated and source.activation == "relu" else [])]
     return [*(Rule("topk", share) for share in _SHARES), Rule("relu")]
+
+
+def finer(rule: Rule) -> list[Rule]:
+    """Shares around a rule's own, in steps of a fifth, and ReLU."""
+    share = _DENSEST if rule.share is None else rule.share
+    steps = [share * 1.2**step for step in range(-5, 6)]
+    return [*(Rule("topk", step) for step in steps if step < 1), Rule("relu")]
 
 
 def stated_share(checkpoint: Checkpoint) -> float | None:
@@ -92,6 +108,31 @@ def curve_at(
     return out
 
 
+def fit_by_rule(
+    transcoder: Transcoder,
+    x: Float[Tensor, "token d_model"],
+    aim: Target,
+    sinks: Bool[Tensor, " token"],
+    row: Int[Tensor, " token"],
+    tried: Sequence[Rule],
+) -> list[tuple[float, float]]:
+    """FVU without sinks and avoidable error under several rules.
+
+    The decoder of a trained set is the best one for the features that it was trained with: under another rule it could
+    be improved. So the rule to measure with is the one that leaves least to improve. It does not become a finding.
+    """
+    pre, out = transcoder.preactivations(x), []
+    calm, spread, rows = ~sinks.to(pre.device), float(aim.spread[1]), int(row.max()) + 1
+    for rule in tried:
+        own = rule.on(transcoder)
+        acts = own.select(pre)
+        error = (aim.x.to(pre) - own.reconstruct(acts, x))[calm]
+        features = acts.dense(own.d_features)[calm]
+        gone = avoidable_by_row(features, error, row[~sinks], rows, spread)
+        out.append((float(error.square().sum(dtype=torch.float64)) / spread, float(gone.sum())))
+    return out
+
+
 def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Curve]], good: bool) -> Selection:
     """What is known about the selection rule.
 
@@ -100,33 +141,37 @@ def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Cu
         curves: per layer, its dictionary's size and its curve at the set's best candidate.
         good: whether that candidate explains anything; if not, no L0 measured there means anything.
     """
-    source = checkpoint.layers[0]
-    points = _medians(curves)
-    known = {"measured_with": rule.words(source), "curve": points}
-    if source.k_source not in ("metadata", "assumed", "unknown"):
-        origin = "given" if source.k_source == "given" else "stored"
-        size = source.k or source.groups
-        return Selection(activation=source.activation, k=size, source=origin, reason="the files say it", **known)
-    stated = stated_share(checkpoint)
+    source, stated = checkpoint.layers[0], stated_share(checkpoint)
     by_relu = [l0 / size for size, curve in curves for k, _, l0 in curve if k is None]
-    if stated is None or not stated or not by_relu or not good:
-        reason = "the files do not say it" if not stated else "no candidate fits, so nothing measured says it"
-        return Selection(activation=None, k=None, source="undetermined", reason=reason, **known)
-    return _by_l0(source, stated, median(by_relu), known)
+    undetermined = Selection(
+        activation=None,
+        k=None,
+        source="undetermined",
+        measured_with=rule.words(source),
+        reason="no candidate fits, so nothing measured says it" if stated else _UNSAID,
+        curve=_medians(curves),
+    )
+    if source.k_source not in ("metadata", "assumed", "unknown"):
+        origin, reason = ("given", "given with --k") if source.k_source == "given" else ("stored", "the files say it")
+        known = {"activation": source.activation, "k": source.k or source.groups, "source": origin, "reason": reason}
+        return undetermined.model_copy(update=known)
+    if not stated or not by_relu or not good:
+        return undetermined
+    return undetermined.model_copy(update=_by_l0(source, stated, median(by_relu)))
 
 
-def _by_l0(source: LayerSource, stated: float, by_relu: float, known: Mapping[str, object]) -> Selection:
+def _by_l0(source: LayerSource, stated: float, by_relu: float) -> dict[str, object]:
+    """What the stated L0 says, beside that of plain ReLU."""
     said = f"the metadata state an L0 of {stated:.1%}; plain ReLU makes {by_relu:.1%} active"
     factor = by_relu / stated
-    alike, unlike = 1 / _ALIKE < factor < _ALIKE, factor > _UNLIKE
     if source.activation == "topk" and factor >= _ALIKE:
-        return Selection(activation="topk", k=source.k, source="metadata", reason=said, **known)
-    if source.activation == "relu" and alike:
-        return Selection(activation="relu", k=None, source="metadata", reason=said, **known)
-    if source.activation == "relu" and unlike:
+        return {"activation": "topk", "k": source.k, "source": "metadata", "reason": said}
+    if source.activation == "relu" and 1 / _ALIKE < factor < _ALIKE:
+        return {"activation": "relu", "source": "metadata", "reason": said}
+    if source.activation == "relu" and factor > _UNLIKE:
         about = f"{said}, so it was TopK of about {round(stated * source.d_features)}"
-        return Selection(activation="topk", k=None, source="metadata", reason=about, **known)
-    return Selection(activation=None, k=None, source="undetermined", reason=f"{said}: either is possible", **known)
+        return {"activation": "topk", "source": "metadata", "reason": about}
+    return {"reason": f"{said}: either is possible"}
 
 
 def _medians(curves: Sequence[tuple[int, Curve]]) -> tuple[CurvePoint, ...]:

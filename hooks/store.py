@@ -1,13 +1,10 @@
 """Opens a described checkpoint: one `Transcoder` per layer, read when first asked for.
 
-One of the two objects of this project that change over time: it remembers which layers are resident, and with
-`budget_bytes` it makes room before a layer is read, by dropping the one used longest ago. Near those that are resident
-are one that is read ahead and, with `host_budget_bytes`, those that wait in host memory (`hooks.residency`).
+One of the two objects of this project that change over time: it remembers which layers are resident
+(`hooks.residency`). Here is what the set is, and where each layer's weights come from.
 """
 
 import logging
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +20,7 @@ from hooks.convention import given_sites as given_sites
 from hooks.errors import AddressError, CheckpointError
 from hooks.formats import Checkpoint, LayerSource, Norm, Source
 from hooks.loading import bytes_needed, load_rows, load_weights, part_bytes
-from hooks.residency import HostTier, Load, Loaded, ReadAhead, following
+from hooks.residency import HostTier, Load, Loaded, Residency
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 
@@ -54,18 +51,19 @@ class TranscoderStore:
         host_budget_bytes: int | None = None,
         prefetch: bool = True,
     ):
-        self.convention, self.name, self.budget_bytes, self.prefetch = convention, name, budget_bytes, prefetch
+        self.convention, self.name = convention, name
         self._sources, self._dtype = dict(sorted(sources.items())), dtype
         self._norm_eps, self._norm_centred = norm_eps, norm != "rms"
         self._devices = devices or {}
-        self._resident: OrderedDict[int, Transcoder] = OrderedDict()
-        self._derived: dict[int, dict[str, tuple[list[weakref.ref[Tensor]], list[int], Tensor]]] = {}
-        self._dtypes: dict[int, Mapping[str, torch.dtype]] = {}  # of what is resident, as the files have it
-        self._host = HostTier(host_budget_bytes or 0)
-        self._ahead: ReadAhead | None = None
-        self._last: int | None = None  # asked for
-        self._unused: set[int] = set()  # read ahead and not asked for yet
-        self._in_vain: set[int] = set()  # read ahead, and dropped before anyone asked
+        self._near = Residency(
+            tuple(self._sources),
+            self._loader,
+            self._needed,
+            self._from_files,
+            budget_bytes,
+            HostTier(host_budget_bytes or 0),
+            prefetch,
+        )
         self._said_cost = False
 
     @classmethod
@@ -211,7 +209,7 @@ class TranscoderStore:
         """Say where a layer's transcoder belongs: the device of the block it sits at."""
         if self._devices.get(layer) != device:
             self._devices[layer] = device
-            self._settle()
+            self._near.settle()
             self.drop(layer)
 
     def __getitem__(self, layer: int) -> Transcoder:
@@ -221,14 +219,20 @@ class TranscoderStore:
             CheckpointError: there is none for this layer, or its file is damaged or holds NaN or infinity.
         """
         self.require(layer)
-        if layer not in self._resident:
-            loaded = self._fetch(layer)
-            self._resident[layer], self._dtypes[layer] = loaded.transcoder, loaded.dtypes
-        self._resident.move_to_end(layer)
-        self._unused.discard(layer)
-        self._in_vain.discard(layer)
-        self._look_ahead(layer)
-        return self._resident[layer]
+        return self._near.get(layer)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """At most so many bytes are resident, except that one layer is always served."""
+        return self._near.budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, budget_bytes: int | None) -> None:
+        self._near.budget_bytes = budget_bytes
+
+    @property
+    def _resident(self) -> Mapping[int, Transcoder]:
+        return self._near.resident
 
     def require(self, layer: int) -> None:
         """Refuse a layer that has no transcoder, without loading anything.
@@ -268,7 +272,7 @@ class TranscoderStore:
             if not 0 <= row < size:
                 raise AddressError(f"L{layer}: there is no feature {row}", expected=f"0 to {size - 1}")
         source, device = self._sources[layer], self._device(layer)
-        waiting = self._host.get(layer)
+        waiting = self._near.host.get(layer)
         held = self._resident.get(layer) or (waiting.transcoder if waiting else None)
         if held is None and isinstance(source, Transcoder):
             held = source
@@ -297,29 +301,18 @@ class TranscoderStore:
 
     # -- coming and going --------------------------------------------------------------------------------------
 
-    def _fetch(self, layer: int) -> Loaded:
-        """The layer, from the thread that reads it already, or read now into room made for it."""
-        if self._ahead is not None and self._ahead.layer == layer:
-            ahead, self._ahead = self._ahead, None
-            return ahead.result()
-        self._settle()
-        if self.budget_bytes is not None:
-            need = self._needed(layer)
-            while self._resident and self.nbytes + need > self.budget_bytes:
-                self.drop(next(iter(self._resident)))
-        return self._loader(layer)(lambda: False)
-
     def _loader(self, layer: int) -> Load:
         """What loads a layer; it knows nothing of the store, which may be gone before a thread is done."""
         source, device = self._sources[layer], self._device(layer)
-        waiting = self._host.get(layer)
+        waiting = self._near.host.get(layer)
         if isinstance(source, Transcoder):
             dtypes = {name: part.dtype for name in WEIGHTS if (part := getattr(source, name)) is not None}
             waiting = waiting or Loaded(source, dtypes)
         if waiting is not None:
             return partial(_moved, waiting, device, self._dtype)
         assert isinstance(source, LayerSource)
-        room = None if self.budget_bytes is None else self.budget_bytes - self.nbytes - self._needed(layer)
+        budget = self.budget_bytes
+        room = None if budget is None else budget - self.nbytes - bytes_needed(source, self._dtype)
         facts = {
             "read": self.convention.read.at(layer),
             "write": self.convention.write.at(layer),
@@ -328,9 +321,12 @@ class TranscoderStore:
         }
         return partial(_read, source, device, self._dtype, part_bytes(room), facts)
 
+    def _from_files(self, layer: int) -> bool:
+        return isinstance(self._sources[layer], LayerSource)
+
     def _needed(self, layer: int) -> int:
         """Bytes that a layer takes once it is there, or while it is read if that is more."""
-        source, waiting = self._sources[layer], self._host.get(layer)
+        source, waiting = self._sources[layer], self._near.host.get(layer)
         if isinstance(source, LayerSource) and waiting is None:
             return bytes_needed(source, self._dtype)
         there = waiting.transcoder if waiting else source
@@ -338,53 +334,18 @@ class TranscoderStore:
         parts = (part for name in WEIGHTS if (part := getattr(there, name)) is not None)
         return sum(part.numel() * (self._dtype or part.dtype).itemsize for part in parts)
 
-    def _look_ahead(self, layer: int) -> None:
-        """Let a thread read the layer that is probably next, if there is room for it beside this one."""
-        previous, self._last = self._last, layer
-        if not self.prefetch or self.budget_bytes is None or layer == previous:
-            return
-        coming = following(self.layers, previous, layer)
-        known = {*self._resident, *self._in_vain, *([self._ahead.layer] if self._ahead else [])}
-        if coming is None or coming in known or isinstance(self._sources[coming], Transcoder):
-            return
-        self._settle()
-        try:
-            need = self._needed(coming)
-        except CheckpointError:  # said when the layer is asked for
-            return
-        dropped = []
-        if self._taken(layer) + need > self.budget_bytes:
-            return
-        while self.nbytes + need > self.budget_bytes:
-            oldest = next(other for other in self._resident if other != layer)
-            dropped.append(self._resident[oldest])
-            self.drop(oldest)
-        self._ahead = ReadAhead(coming, need, self._loader(coming), dropped)
-        dropped.clear()
-        self._ahead.start()
-
-    def _settle(self) -> None:
-        """End reading ahead. What is there already stays, as the first to be dropped."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return
-        loaded = ahead.stop()
-        self._in_vain.add(ahead.layer)
-        if loaded is not None:
-            self._resident[ahead.layer], self._dtypes[ahead.layer] = loaded.transcoder, loaded.dtypes
-            self._resident.move_to_end(ahead.layer, last=False)
-            self._unused.add(ahead.layer)
-
     def close(self) -> None:
         """End reading ahead, and let go of everything that is resident or waits in host memory."""
-        self._settle()
-        self._host = HostTier(0)
-        for layer in list(self._resident):
-            self.drop(layer)
+        self._near.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_ahead", None) is not None:
-            self._ahead.stop(wait=False)  # type: ignore[union-attr]
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's weights; they are read again when asked for, or come back from host memory."""
+        self._near.drop(layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is resident."""
+        return self._near.nbytes
 
     def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends on a layer's weights and the `given` ones alone: made once, kept with the layer.
@@ -392,48 +353,7 @@ class TranscoderStore:
         It counts in the byte budget. It is made anew when a given tensor is another one, or was written to. For a layer
         that the budget has dropped nothing is kept.
         """
-        kept = self._derived.get(layer, {})
-        versions = [tensor._version for tensor in given]
-        if name in kept:
-            seen, then, made = kept[name]
-            if all(ref() is tensor for ref, tensor in zip(seen, given, strict=True)) and then == versions:
-                return made
-        made = make()
-        if layer in self._resident:
-            references = [weakref.ref(tensor) for tensor in given]
-            self._derived.setdefault(layer, {})[name] = (references, versions, made)
-            self._evict()
-        return made
-
-    def _evict(self) -> None:
-        """Make room for what has been derived."""
-        if self.budget_bytes is None:
-            return
-        ahead = self._ahead.nbytes if self._ahead else 0
-        while len(self._resident) > 1 and self.nbytes + ahead > self.budget_bytes:
-            self.drop(next(iter(self._resident)))
-        if ahead and self.nbytes + ahead > self.budget_bytes:
-            self._settle()
-            self._evict()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is resident."""
-        return sum(map(self._taken, self._resident))
-
-    def _taken(self, layer: int) -> int:
-        derived = self._derived.get(layer, {}).values()
-        return self._resident[layer].nbytes + sum(made.nbytes for _, _, made in derived)
-
-    def drop(self, layer: int) -> None:
-        """Let go of a layer's weights; they are read again when asked for, or come back from host memory."""
-        transcoder, dtypes = self._resident.pop(layer, None), self._dtypes.pop(layer, None)
-        self._derived.pop(layer, None)
-        if layer in self._unused:
-            self._unused.discard(layer)
-            self._in_vain.add(layer)
-        if transcoder is not None and dtypes is not None and not isinstance(self._sources[layer], Transcoder):
-            self._host.keep(Loaded(transcoder, dtypes))
+        return self._near.derived(layer, name, given, make)
 
 
 def _moved(waiting: Loaded, device: torch.device, dtype: torch.dtype | None, stop: Callable[[], bool]) -> Loaded:

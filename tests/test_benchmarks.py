@@ -199,3 +199,34 @@ def test_a_thousand_ablations_equal_both_loops(run):
         assert case["batched_rows"] in (32, 64, 128)
     assert found["last_position_ratio"] == found["last_position"]["ratio"]
     assert found["uniform_ratio"] == found["uniform"]["ratio"]
+
+
+def test_the_memory_plan_against_what_was_allocated(run):
+    """At a tiny shape the weights are most of it, and they are known to the byte."""
+    found = run("plan", "--threads", "1")
+    assert [case["case"].split(",")[0] for case in found["cases"]] == [
+        "features", "features", "generate", "sweep", "trace", "trace",
+    ]  # fmt: skip
+    for case in found["cases"]:
+        estimate, allocated = case["estimate"], case["allocated"]
+        assert case["ratio_weights"] == pytest.approx(estimate["weights"] / allocated["weights"])
+        assert case["ratio_weights"] == pytest.approx(1, rel=0.01)
+        assert case["ratio_work"] == pytest.approx(estimate["work"] / allocated["work"])
+        assert max(case["steps"].values()) == estimate["work"]
+    assert found["worst"] == pytest.approx(max(abs(case["ratio_whole"] - 1) for case in found["cases"]))
+
+
+def test_loading_transcoders(run):
+    """Each case in a process of its own. Small sizes: the shares of memory mean nothing, the bytes do."""
+    found = run("store", "--threads", "1")
+    layer = 2 * (2 * 64 * 256 + 256 + 3 * 64)  # bf16
+    assert found["load_encode"]["layer_bytes"] == found["load_encode_native"]["layer_bytes"] == layer
+    assert found["open_native"]["layers"] == 5
+    for name in ("five_in_turn", "five_in_turn_without_prefetch"):
+        assert 2 * layer < found[name]["resident_bytes"] <= found[name]["budget_bytes"] == 200_000
+    rows = 10 * 2 * 64
+    assert rows < found["rows_native"]["bytes_read"] < rows + (1 << 14)  # beside them a header
+    assert found["rows_published"]["extra_bytes"] > 0
+    assert found["open_sibling"]["layers"] == found["load_sibling"]["layers"] == 27
+    assert found["load_sibling"]["layer_bytes"] == 2 * (2 * 48 * 64 + 64 + 3 * 48)
+    assert all(case["seconds"] > 0 for name, case in found.items() if name.startswith(("open", "rows")))

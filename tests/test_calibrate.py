@@ -1,7 +1,7 @@
 """`circuits check` against sets that are trained here, each under a convention of its own: the truth is known."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,9 +16,10 @@ from hooks.demo import TRANSCODERS
 from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
 from hooks.findings import Findings
-from hooks.formats import recognise
+from hooks.formats import Checkpoint, LayerSource, recognise
 from hooks.host import Host
 from hooks.refit import avoidable_by_row, separation
+from hooks.selection import Rule, selection
 from hooks.site_fits import fits, options, sink_mask
 from hooks.sites import Site, SiteSpec
 from hooks.store import TranscoderStore
@@ -211,6 +212,8 @@ def test_without_metadata_the_selection_stays_open(density: str, request, host: 
     found = check(host, root)
     assert convention(found) == (EASY.read, EASY.write, EASY.encoder)
     assert (found.selection.activation, found.selection.k, found.selection.source) == (None, None, "undetermined")
+    # what it was measured with is the k of training, although at 12 % the FVU falls on behind it
+    assert found.selection.measured_with == f"topk, {DENSITIES[density][1]}"
     ks = [point.k for point in found.selection.curve]
     assert ks[-1] is None
     assert ks[:-1] == sorted(set(ks[:-1]))
@@ -247,20 +250,38 @@ def test_every_decoder_has_its_own_target(dense: Trained, seen: dict[Site, Tenso
     """A second decoder, by least squares on the same features, for the MLP two blocks on."""
     truth = Truth("mlp_in", "mlp_out+1", "trained", 1)
     file = dense.write(tmp_path, truth) / "transcoder_L1.pt"
-    coder = TranscoderStore.open(tmp_path, read=truth.read, write=truth.write)[1]
-    acts = coder.encode(seen[Site("mlp_in", 1)]).dense(coder.d_features)
-    given = torch.cat([acts, torch.ones(len(acts), 1)], dim=1)
-    fitted = torch.linalg.lstsq(given, seen[Site("mlp_out", 3)]).solution.bfloat16()
+    weight, bias = refitted(tmp_path, truth, seen, seen[Site("mlp_out", 3)])
     content = torch.load(file, weights_only=True)
     state = content["state_dict"]
-    state["_orig_mod.dec.weight"] = torch.cat([state["_orig_mod.dec.weight"], fitted[:-1].T])
-    state["_orig_mod.dec.bias"] = torch.cat([state["_orig_mod.dec.bias"], fitted[-1]])
+    state["_orig_mod.dec.weight"] = torch.cat([state["_orig_mod.dec.weight"], weight])
+    state["_orig_mod.dec.bias"] = torch.cat([state["_orig_mod.dec.bias"], bias])
     torch.save(content, file)
-    root = tmp_path
-    found = check(host, root)
+    found = check(host, tmp_path)
     assert [(d.best.write, d.verdict) for d in found.decoders] == [("mlp_out+1", "clear"), ("mlp_out+2", "clear")]
-    second = check(host, root, decoder=1)
+    second = check(host, tmp_path, decoder=1)
     assert (second.best.decoder, second.best.write, second.decoders) == (1, "mlp_out+2", ())
+
+
+def refitted(root: Path, truth: Truth, seen: dict[Site, Tensor], aim: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoder for another target, by least squares on a set's own features; weight and bias as stored."""
+    coder = TranscoderStore.open(root, read=truth.read, write=truth.write)[truth.layer]
+    acts = coder.encode(seen[truth.sites[0]]).dense(coder.d_features)
+    fitted = torch.linalg.lstsq(torch.cat([acts, torch.ones(len(acts), 1)], dim=1), aim).solution.bfloat16()
+    return fitted[:-1].T.contiguous(), fitted[-1].clone()
+
+
+@pytest.mark.slow
+def test_a_set_that_writes_the_blocks_update_is_recognised(
+    dense: Trained, seen: dict[Site, Tensor], host: Host, tmp_path: Path
+) -> None:
+    truth = Truth("resid_pre", "resid_post", "trained", 1)
+    file = dense.write(tmp_path, truth) / "transcoder_L1.pt"
+    update = seen[Site("resid_post", 1)] - seen[Site("resid_pre", 1)]
+    weight, bias = refitted(tmp_path, truth, seen, update)
+    content = torch.load(file, weights_only=True)
+    content["state_dict"] |= {"_orig_mod.dec.weight": weight, "_orig_mod.dec.bias": bias}
+    torch.save(content, file)
+    assert any("resid_post - resid_pre, is reconstructed better" in note for note in check(host, tmp_path).notes)
 
 
 # -- the wrong model is called out -----------------------------------------------------------------------------------
@@ -428,6 +449,33 @@ def test_an_avoidable_error_is_what_a_refit_takes_off(tokens: int, features: int
     assert abs(float(kept.sum())) < 0.1  # noise is independent of any feature
     assert separation(kept, kept) == 0.0
     assert separation(torch.zeros(100), torch.randn(100).abs()) > 5
+
+
+@pytest.mark.parametrize(
+    ("described", "stated", "by_relu", "named"),
+    [
+        ("topk", 12.0, 0.45, ("topk", 1474, "metadata")),  # ReLU would make far more active
+        ("topk", 12.0, 0.14, (None, None, "undetermined")),  # either rule fits what is stated
+        ("relu", 5.0, 0.06, ("relu", None, "metadata")),
+        ("relu", 5.0, 0.45, ("topk", None, "metadata")),  # k only to the rounding of what is stated
+        ("relu", 5.0, 0.15, (None, None, "undetermined")),
+        ("topk", None, 0.45, (None, None, "undetermined")),
+    ],
+)
+def test_what_a_stated_l0_says(described: str, stated: float | None, by_relu: float, named: tuple) -> None:
+    k = 1474 if described == "topk" else None
+    origin = "assumed" if stated is None else "metadata"
+    metadata = {} if stated is None else {"final_l0_pct": stated}
+    source = LayerSource(0, 64, 12288, {}, k, origin, metadata, activation=described)
+    checkpoint = Checkpoint(Path("set"), "published", (source,), None, None)
+    curves = [(12288, [(1474, 0.1, 1474.0), (None, 0.05, by_relu * 12288)])]
+    found = selection(checkpoint, Rule(), curves, good=True)
+    assert (found.activation, found.k, found.source) == named
+    assert [(point.k, point.fvu) for point in found.curve] == [(1474, 0.1), (None, 0.05)]
+    assert selection(checkpoint, Rule(), curves, good=False).activation is None
+    stored = Checkpoint(Path("set"), "native", (replace(source, k_source="stored"),), None, None)
+    known = selection(stored, Rule(), curves, good=False)
+    assert (known.activation, known.k, known.source) == (described, k, "stored")
 
 
 def test_texts_are_paragraphs_or_lines() -> None:

@@ -15,7 +15,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "readout", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
         "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",
         "dose", "bridge", "lens", "feature_cache", "demo", "memory", "walk", "refit", "site_fits", "selection", "verdict",
-        "texts", "calibrate", "model", "layer_step", "decode", "site_sums", "quality_report", "quality",
+        "texts", "site_passes", "calibrate", "model", "layer_step", "decode", "site_sums", "quality_report", "quality",
     ],
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",

@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from test_store import save_native
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from two_devices import Judged, playing, spread
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
-from circuits import trace
 from hooks import Ablate, Clamp, HookedModel, Scale
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS
@@ -58,7 +57,7 @@ def machine() -> Iterator[Judged]:
 
 @pytest.fixture
 def both(convention, alone, machine) -> HookedModel:
-    network = spread(random_qwen2(tied=False), machine, device_of, dispatched=True)
+    network = spread(random_qwen2(tied=False), machine, device_of)
     return HookedModel.from_model(network, word_tokenizer(), coders(convention))
 
 
@@ -78,6 +77,8 @@ def test_the_played_machine_refuses_mixed_devices_and_computes(machine):
     assert type(one.cpu()) is torch.Tensor
     with pytest.raises(RuntimeError):
         one.numpy()
+    with pytest.raises(RuntimeError, match="same device"):
+        one[two > 0]  # a shape that depends on numbers
     x = torch.arange(24.0).view(2, 3, 4)
     y = x.to("cuda:1")
     for key in (1, (0, slice(1, 3)), (..., 2), (None, 1), (slice(None), [0, 2]), (..., None), x > 5, (0, x[0] > 2)):
@@ -114,7 +115,8 @@ def test_runs_with_interventions_and_swaps_are_the_same(both, alone, swap, error
         pytest.skip("there is no error without a swap")
     top = alone.features(PROMPT, 2)
     addresses = [f"L{row.layer}/{row.feature}@{row.pos}" for row in top.itertuples() if row.pos > 2]
-    plan = [Ablate(addresses[0]), Scale(addresses[-1], 2.0), Clamp(f"L{alone.store.layers[-1]}/5", 6.0)]
+    free = next(n for n in range(96) if not any(f"/{n}@" in address for address in addresses))
+    plan = [Ablate(addresses[0]), Scale(addresses[-1], 2.0), Clamp(f"L{alone.store.layers[-1]}/{free}", 6.0)]
     options = {"swap": swap, "error": error} if swap else {}
     one, two = alone.run(PROMPT, plan, **options), both.run(PROMPT, plan, **options)
     assert not torch.equal(one.logits, one.baseline)
@@ -141,28 +143,20 @@ def test_generation_is_the_same(both, alone):
     assert made[0].ids == made[1].ids
 
 
-def test_sweeps_are_the_same(both, alone):
+def test_sweeps_are_the_same(both, alone, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
     groups = [[Ablate(f"L{row.layer}/{row.feature}@{row.pos}")] for row in alone.features(PROMPT, 2).itertuples()]
     one, two = (model.sweep(PROMPT, groups).table["delta"] for model in (alone, both))
     assert one.abs().max() > 0
     assert torch.allclose(torch.tensor(list(two)), torch.tensor(list(one)), atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["exact", "affine"])
-def test_graphs_are_the_same(both, alone, rule):
-    one, two = (trace(model, PROMPT, max_nodes=12, rule=rule, sample=4) for model in (alone, both))
-    assert (one.n_nodes, one.n_edges) == (two.n_nodes, two.n_edges)
-    left, right = (graph.edges_frame().sort_values(["source", "target"]) for graph in (one, two))
-    assert list(left["source"]) == list(right["source"])
-    assert torch.allclose(torch.tensor(list(right["weight"])), torch.tensor(list(left["weight"])), atol=1e-4)
-
-
 def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):
-    """From files: loaded on one device, then on the other, then back on the CPU."""
+    """From files: loaded on one device, then on the other, then back on the CPU. (Threads are not played.)"""
     from hooks.store import TranscoderStore
 
     made = [random_transcoder(layer, 40) for layer in LAYERS]
-    store = TranscoderStore.open(save_native(tmp_path, made), budget_bytes=2 * made[0].nbytes)
+    store = TranscoderStore.open(save_native(tmp_path, made), budget_bytes=2 * made[0].nbytes, prefetch=False)
     x = torch.randn(5, 40)
     for device in ("cuda:0", "cuda:1", "cpu"):
         for layer in LAYERS:
@@ -172,7 +166,6 @@ def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):
             assert found.device == torch.device(device)
             assert store.decoder_rows(expected.layer, [3]).device == torch.device(device)
             torch.testing.assert_close(found.encode(x).values.cpu(), expected.encode(x).values)
-    store._settle()
 
 
 def test_shapes_and_devices_under_torchs_own_mode():
@@ -184,6 +177,6 @@ def test_shapes_and_devices_under_torchs_own_mode():
         x = torch.randn(5, 40, device="cuda:0")
         pre = there.preactivations(x)
         assert (pre.device, pre.shape) == (torch.device("cuda:1"), (5, 96))
-        with pytest.raises(UnsupportedFakeTensorException if False else RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="same device"):
             x @ there.W_enc.T
     assert SiteSpec("resid_pre").at(0) == coder.read

@@ -6,20 +6,22 @@ takes are held to 15 % *without* the weights, which alone would make most of the
 """
 
 import argparse
+import inspect
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks._allocations import allocations
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from worlds import word_tokenizer
 
+from benchmarks._allocations import allocations
 from circuits import prepare, trace
 from circuits.attribution import _factored, _middle, autograd
 from circuits.commands import _plan
 from circuits.commands._options import command
 from circuits.held import ROWS
+from circuits.trace import EDGE_BYTES
 from hooks import Clamp, HookedModel, Site, Transcoder, kernels, sweep
 from hooks.demo import TRANSCODERS, WEIGHTS
 from hooks.errors import ModelError, UserError
@@ -203,6 +205,8 @@ def test_limits_are_those_of_the_modules_that_have_them():
     assert (_work.TARGETS_AT_ONCE, _work.ENTRIES_AT_ONCE) == (_factored.MOST_AT_ONCE, _factored.ENTRIES_AT_ONCE)
     assert _factored.STREAM_ENTRIES == _work.STREAM_ENTRIES
     assert (_work.POSITIONS_AT_ONCE, _work.GATHERED) == (_middle.POSITIONS_AT_ONCE, _middle.GATHERED)
+    default = inspect.signature(trace).parameters["budget_bytes"].default
+    assert default // EDGE_BYTES == _work.MOST_EDGES
     assert (_work.COPIES, _work.HELD_ROWS, _work.SWEEP_TOKENS) == (autograd.COPIES, ROWS, sweep.TOKENS_AT_ONCE)
     assert (_work.CAST, _work.CAST_ROWS) == (kernels._CAST_CHUNK, kernels._CAST_BLOCK)
 
@@ -309,6 +313,15 @@ def test_tracing_in_other_conventions(write, edges):
     assert running == pytest.approx(found.peak, rel=0.30)
 
 
+def test_a_graph_of_every_feature_keeps_images_of_whole_dictionaries():
+    model = built()
+    running = work(Ask(SHAPE, CODERS, 12, "float32", on="cpu", nodes=None, sample=0), "trace")
+    assert any("images" in step.adds for step in running.steps)
+    with allocations() as found:
+        trace(model, PROMPT[:12], max_nodes=None, sample=0)
+    check(running.peak, found.peak)
+
+
 def test_edges_by_autograd(case):
     model, ask = case
     with allocations() as found:
@@ -359,9 +372,10 @@ def test_modes_weigh_what_they_say():
     expected = 65_527_752_704 + PUBLISHED_SET.nbytes + found.works["features"].peak
     assert found.nbytes(whole, "features") == expected
     assert found.nbytes(whole, "features") - found.nbytes(under, "features") == 60 * PUBLISHED_SET.layer_bytes
-    exact = found.nbytes(whole, "trace") + int(0.15 * found.works["trace"].peak) + 1
+    peak = found.works["trace"].peak
+    exact = found.nbytes(whole, "trace") - peak + int(1.15 * peak)
     assert found.fits(whole, "trace", exact)
-    assert not found.fits(whole, "trace", exact - 2)
+    assert not found.fits(whole, "trace", exact - 1)
 
 
 def test_cards_by_hand():

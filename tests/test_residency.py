@@ -237,7 +237,7 @@ def test_room_is_made_before_a_layer_is_read(four, reads, room, prefetch):
     seen: list[int] = []
     for layer in (0, 2, 5, 7, 5, 2, 0, 7):
         store[layer]
-    store._settle()
+    store._near.settle()
     assert len(seen) >= 4
     assert max(seen) <= budget
 
@@ -299,7 +299,7 @@ def test_nothing_is_read_ahead(four, reads, options, asked):
     store = TranscoderStore.open(four, **options)
     for layer in asked:
         store[layer]
-        assert store._ahead is None
+        assert store._near.ahead is None
     assert reads.layers == asked
     assert all(reads.mine)
 
@@ -308,7 +308,7 @@ def test_transcoders_in_memory_are_not_read_ahead():
     store = TranscoderStore.of(coders(*LAYERS))
     store.budget_bytes = 2 * ONE
     store[0]
-    assert store._ahead is None
+    assert store._near.ahead is None
 
 
 def test_what_the_thread_raises_is_raised_where_the_layer_is_asked_for(tmp_path):
@@ -316,7 +316,7 @@ def test_what_the_thread_raises_is_raised_where_the_layer_is_asked_for(tmp_path)
     bad.W_enc[4, 4] = float("nan")
     store = TranscoderStore.open(save_native(tmp_path, [good, bad, last]), budget_bytes=2 * ONE)
     assert same(store[0], good)
-    store._ahead._thread.join()  # it has failed by now, and nobody has heard of it
+    store._near.ahead._thread.join()  # it has failed by now, and nobody has heard of it
     assert same(store[0], good)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="NaN in W_enc, row 4"):
@@ -337,8 +337,8 @@ def test_reading_begins_only_when_the_dropped_layer_is_gone(four, reads):
     held = store[0]
     store[2]  # 5 could be read now, in the place of 0; but 0 is still in memory
     assert list(store._resident) == [2]
-    assert store._ahead.layer == 5
-    assert not store._ahead._begin.is_set()
+    assert store._near.ahead.layer == 5
+    assert not store._near.ahead._begin.is_set()
     assert reads.layers == [0, 2]
     del held
     gc.collect()
@@ -358,7 +358,7 @@ def test_back_and_forth_costs_one_read_in_vain_at_most(four, reads):
     for _ in range(20):
         store[0]
         store[2]
-    store._settle()
+    store._near.settle()
     assert len(reads.layers) <= 2 + 2  # each once, 5 in vain, and one again for that
 
 
@@ -374,7 +374,7 @@ def test_reading_ahead_changes_no_weight_and_keeps_the_budget(four, room, asked,
     expected = {t.layer: t.to("cpu", dtype) for t in coders(*LAYERS)}
     for layer in asked:
         assert same(store[layer], expected[layer])
-        assert store.nbytes + (store._ahead.nbytes if store._ahead else 0) <= budget
+        assert store.nbytes + (store._near.ahead.nbytes if store._near.ahead else 0) <= budget
         assert next(reversed(store._resident)) == layer
     store.close()
     assert store.nbytes == 0
@@ -386,7 +386,7 @@ def test_what_is_derived_ends_reading_ahead_where_both_do_not_fit(four, reads):
     store[0]
     assert reads.entered[2].wait(30)
     store.derived(0, "values", (torch.ones(1),), lambda: torch.zeros(100))
-    assert store._ahead is None
+    assert store._near.ahead is None
     assert list(store._resident) == [0]
 
 
@@ -396,7 +396,7 @@ def test_the_thread_ends_with_the_store(four, reads, how):
     store = TranscoderStore.open(four, budget_bytes=2 * ONE)
     store[0]
     assert reads.entered[2].wait(30)
-    thread = store._ahead._thread
+    thread = store._near.ahead._thread
     assert thread.daemon
     if how == "closed":
         store.close()
@@ -415,7 +415,7 @@ def test_another_device_ends_reading_ahead(four, reads):
     store[0]
     assert reads.entered[2].wait(30)
     store.place(2, torch.device("meta"))
-    assert store._ahead is None
+    assert store._near.ahead is None
     reads.gate.set()
     assert store[2].device == torch.device("meta")
 
@@ -443,14 +443,16 @@ def test_a_cast_layer_comes_back_from_host_memory_without_reading(four, reads, d
         for expected, transcoder in zip(coders(*LAYERS), store, strict=True):
             assert same(transcoder, expected.to("cpu", dtype))
     assert reads.layers == list(LAYERS)  # the first time; 7 is resident and then kept
-    assert store._host.nbytes == 4 * (ONE if dtype == torch.float64 else ONE // 2)  # the smaller of both precisions
+    assert store._near.host.nbytes == 4 * (
+        ONE if dtype == torch.float64 else ONE // 2
+    )  # the smaller of both precisions
 
 
 def test_host_memory_has_a_budget_of_its_own(four, reads):
     store = TranscoderStore.open(four, budget_bytes=1, dtype=torch.float64, host_budget_bytes=2 * ONE + 1)
     for layer in LAYERS:
         store[layer]
-        assert store._host.nbytes <= 2 * ONE + 1
+        assert store._near.host.nbytes <= 2 * ONE + 1
     assert store.nbytes == 2 * ONE  # of fp64: not what waits in host memory
     reads.layers.clear()
     store[5]  # one of the two dropped last
@@ -462,10 +464,10 @@ def test_host_memory_has_a_budget_of_its_own(four, reads):
 def test_what_would_be_there_twice_is_not_kept(four, reads):
     store = TranscoderStore.open(four, budget_bytes=1, host_budget_bytes=9 * ONE)
     list(store)
-    assert store._host.nbytes == 0
+    assert store._near.host.nbytes == 0
     none = TranscoderStore.open(four, budget_bytes=1, dtype=torch.float64)
     list(none)
-    assert none._host.nbytes == 0
+    assert none._near.host.nbytes == 0
 
 
 def test_layers_of_another_device_come_back_as_they_were(four, reads, monkeypatch):
@@ -476,7 +478,7 @@ def test_layers_of_another_device_come_back_as_they_were(four, reads, monkeypatc
         for expected, transcoder in zip(coders(*LAYERS), store, strict=True):
             assert same(transcoder, expected)
     assert reads.layers == list(LAYERS)
-    assert store._host.nbytes == 4 * ONE
+    assert store._near.host.nbytes == 4 * ONE
 
 
 # -- single rows ---------------------------------------------------------------------------------------------

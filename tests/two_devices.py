@@ -45,8 +45,12 @@ class Judged(FakeTensorMode):
         self._judging = True
         try:
             told = super().dispatch(func, types, args, kwargs)
-        except UNKNOWABLE:  # it depends on numbers; where they are is known
-            told = None
+        except (RuntimeError, *UNKNOWABLE) as error:
+            told = None  # it depends on numbers, or asks for a CUDA that is not there
+            if not isinstance(error, UNKNOWABLE) and "not linked" not in str(error):
+                raise
+            if len({tensor.fake_device for tensor in placed}) > 1:
+                raise RuntimeError(f"{func}: expected all tensors to be on the same device") from None
         finally:
             self._judging = False
         on_cpu = {} if device is None else {"device": torch.device("cpu")}
@@ -71,7 +75,6 @@ def _held(value: Any) -> Any:
     return value.held if isinstance(value, FakeTensor) else value
 
 
-_PLAIN = {Tensor.contiguous: aten.contiguous, Tensor.nonzero: aten.nonzero}
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.item, Tensor.tolist}
 
 
@@ -90,8 +93,11 @@ class Methods(TorchFunctionMode):
             return aten.index_put_(view, index, value) if index else _copy(view, value)
         if func is Tensor.copy_:
             return _copy(*args[:2])
-        if func in _PLAIN:
-            return _PLAIN[func](args[0])
+        if func is Tensor.contiguous:
+            return aten.contiguous(args[0])
+        if func is Tensor.nonzero:
+            found = aten.nonzero(args[0])
+            return found.unbind(1) if kwargs and kwargs.get("as_tuple") else found
         if func in _NUMBERS:  # they are fetched from wherever they are
             return func(args[0].held)
         return func(*args, **(kwargs or {}))
@@ -139,7 +145,7 @@ def playing(stack: ExitStack) -> Judged:
     return stack.enter_context(Judged())
 
 
-def spread(model: nn.Module, mode: Judged, device_of: Callable[[str], str], *, dispatched: bool) -> nn.Module:
+def spread(model: nn.Module, mode: Judged, device_of: Callable[[str], str]) -> nn.Module:
     """Put every parameter on the device of its module, and let inputs follow as accelerate's dispatch does."""
     for name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
@@ -147,8 +153,7 @@ def spread(model: nn.Module, mode: Judged, device_of: Callable[[str], str], *, d
                 if tensor is not None:
                     placed = mode.put(tensor.detach(), device_of(name))
                     tensors[key] = nn.Parameter(placed, False) if tensors is module._parameters else placed
-    if dispatched:
-        for name in (*(f"model.layers.{n}" for n in range(len(model.model.layers))), "model.norm", "lm_head"):
-            hook = AlignDevicesHook(execution_device=torch.device(device_of(name)))
-            add_hook_to_module(model.get_submodule(name), hook)
+    for name in (*(f"model.layers.{n}" for n in range(len(model.model.layers))), "model.norm", "lm_head"):
+        hook = AlignDevicesHook(execution_device=torch.device(device_of(name)))
+        add_hook_to_module(model.get_submodule(name), hook)
     return model

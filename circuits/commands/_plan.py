@@ -1,4 +1,4 @@
-"""`circuits check --plan`: what model, transcoders, cache and tracing will take, and what fits, with no weights read."""
+"""`circuits check --plan`: what model, transcoders, cache and tracing will take, and what fits; no weights."""
 
 import argparse
 from dataclasses import replace
@@ -181,7 +181,7 @@ def _facts(one: Plan, devices: dict[str, int]) -> dict[str, Any]:
 def _text(ask: Ask, plans: list[Plan], devices: dict[str, int]) -> str:
     m, s, item = ask.model, ask.coders, ask.item
     stored = f"{m.bits}-bit" if m.bits else ask.dtype
-    lines = [f"model          {m.parameters / 1e9:.2f}e9 numbers, {gb(m.nbytes(item, m.bits))} in {stored}"]
+    lines = [f"model          {m.parameters:,} numbers, {gb(m.nbytes(item, m.bits))} in {stored}"]
     if m.bits is None:
         lines[0] += f"; 8-bit {gb(m.nbytes(item, 8))}, 4-bit {gb(m.nbytes(item, 4))}"
     lines.append(

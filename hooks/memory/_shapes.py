@@ -226,7 +226,7 @@ class SetShape:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, dtype: str | None = None) -> "SetShape":
-        """The largest layer of an opened folder stands for all. `dtype`: as which it is held; the stored one by default."""
+        """The largest layer of an opened folder stands for all. `dtype`: it is held in; the stored one by default."""
         largest = max(checkpoint.layers, key=lambda source: source.d_features)
         width, features = largest.d_model, largest.d_features
         sizes = {"norm_weight": width, "norm_bias": width, "b_dec": width, "b_enc": features, "threshold": features}

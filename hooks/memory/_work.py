@@ -17,6 +17,7 @@ Task = Literal["features", "generate", "sweep", "trace"]
 
 # what other modules hold at once; a test keeps these equal to theirs
 TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/attribution/_factored.py
+MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
@@ -117,7 +118,7 @@ class Work:
 
 
 def work(ask: Ask, task: Task, *, edges_by_autograd: bool = False) -> Work:
-    """The steps of a task. `edges_by_autograd`: as on a quantised model, whose blocks the edge algebra does not know."""
+    """The steps of a task. `edges_by_autograd`: on a quantised model, whose blocks the edge algebra does not know."""
     if task == "trace":
         return Work(task, tuple(_trace(ask, edges_by_autograd)))
     steps = {"features": _record, "generate": _generate, "sweep": _sweep}[task](ask)
@@ -255,7 +256,7 @@ def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
     else:
         steps.append(Step("blocks", gathered(ask), {"what blocks computed": _stack(ask)}))
         kept = _kept_edges(ask)
-        steps += [Step("edges", _edges(ask) + kept), Step("keep", 2 * kept)]
+        steps += [Step("edges", _edges(ask) + kept, _tables(ask)), Step("keep", 2 * kept)]
     if ask.sample:
         tokens = min(HELD_ROWS, 2 * ask.sample + 2 * ask.sample // 15 + 1) * T  # one row in 16 is left as it is
         held = block_pass(one, tokens) + 2 * tokens * m.d_model * ask.item
@@ -276,12 +277,19 @@ def _targets(ask: Ask) -> int:
     return -(-ask.chosen // ask.coders.layers)
 
 
+def _tables(ask: Ask) -> dict[str, int]:
+    """Images of whole dictionaries in key and value space, which the store keeps once half of one is asked for."""
+    s = ask.coders
+    whole = s.edges == "middle" and 2 * _targets(ask) > s.d_features
+    return {"images": s.layers * 2 * s.d_features * ask.model.keyvalue * ask.item} if whole else {}
+
+
 def _kept_edges(ask: Ask) -> int:
     """The strongest edges of every node, in host memory: two numbers of 8 bytes and one of 4. A layer that reads the
     embedding has edges from tokens alone."""
     if ask.on == "cuda":
         return 0
-    nodes, most = _targets(ask), ask.max_in_edges
+    nodes, most = _targets(ask), min(ask.max_in_edges, MOST_EDGES // ask.chosen)
     above = ask.chosen - (nodes if ask.coders.edges != "walk" else 0)
     return 20 * (above * min(most, nodes + 2 * ask.tokens + 1) + (ask.chosen - above) * min(most, ask.tokens + 1))
 
@@ -325,7 +333,7 @@ def _everywhere(ask: Ask) -> int:
 def host_tables(ask: Ask, task: Task) -> int:
     """Host memory of tables and graphs in pandas and NumPy, roughly: what `trace` and `sweep` keep beside tensors."""
     if task == "trace":
-        return 6 * 8 * 4 * ask.active + 100 * ask.chosen * ask.max_in_edges
+        return 6 * 8 * 4 * ask.active + 100 * min(ask.chosen * ask.max_in_edges, MOST_EDGES)
     return 8 * 16 * ask.active if task == "sweep" else 0
 
 

@@ -1,0 +1,238 @@
+"""The passes of a check over the model: which rule, the grid of all candidates, and what tells the best of them apart.
+
+Each pass walks block by block (`hooks.walk`), with one layer's transcoders loaded at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooks.convention import Convention, choose, spans
+from hooks.errors import CheckpointError
+from hooks.formats import Checkpoint, encoders, for_decoder
+from hooks.host import Host
+from hooks.refit import avoidable_by_row, by_row
+from hooks.selection import Curve, Rule, curve_at, finer, fit_by_rule, rules
+from hooks.site_fits import Fit, Option, fits, sink_mask, target
+from hooks.sites import SiteSpec
+from hooks.store import TranscoderStore
+from hooks.transcoder import Transcoder
+from hooks.verdict import CLOSE, Evidence, Ranking, rank
+from hooks.walk import Rows, Streams, walk
+
+_SETTLE_TOKENS, _SETTLE_LAYERS = 4096, 16
+_PILOT_TOKENS, _PILOT_LAYERS, _PILOT_CONTENDERS = 1024, 3, 4
+_LEAST_ROWS = 8  # with fewer, every token counts as a row
+_UNDECIDED = Convention(SiteSpec("resid_pre"), SiteSpec("resid_pre"), "unknown")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Of every contender: per layer, what tells it from the others, and its FVU by k."""
+
+    evidence: dict[Option, dict[int, Evidence]]
+    curves: dict[Option, list[tuple[int, Curve]]]
+
+    def mean(self, layers: Sequence[int]) -> dict[Option, Evidence]:
+        """Over those of the layers at which it was measured."""
+        return {
+            option: Evidence.mean([part for layer, part in parts.items() if layer in layers])
+            for option, parts in self.evidence.items()
+        }
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A set on a model, and how it is gone through."""
+
+    host: Host
+    checkpoint: Checkpoint
+    options: tuple[Option, ...]
+    rule: Rule
+
+    @classmethod
+    def of(
+        cls,
+        host: Host,
+        checkpoint: Checkpoint,
+        layers: Sequence[int] | None,
+        k: int | None,
+        wanted: tuple[Option, ...],
+    ) -> "Passes":
+        """Refuses what can be refused before anything is computed."""
+        for source in checkpoint.layers:
+            if source.d_model != host.d_model:
+                raise CheckpointError(
+                    "the transcoders do not fit the model",
+                    expected=f"width {host.d_model}, the model's hidden size",
+                    found=f"width {source.d_model} at layer {source.layer}",
+                    where=str(checkpoint.root),
+                    repair="use the transcoders that were trained on this model",
+                )
+        known = _part(checkpoint, layers, k)
+        inside = tuple(source for source in known.layers if source.layer < host.n_layers)
+        if len(inside) < len(known.layers):
+            raise CheckpointError(
+                "the set has transcoders for layers that the model lacks",
+                expected=f"layers 0 to {host.n_layers - 1}",
+                found=f"layer {known.layers[-1].layer}",
+                where=str(checkpoint.root),
+                repair="use the model they were trained on, or name its layers with --layers",
+            )
+        return cls(host, known, wanted, rules(known)[0])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that are measured."""
+        return tuple(source.layer for source in self.checkpoint.layers)
+
+    @property
+    def decoders(self) -> tuple[int, ...]:
+        """Those that are measured."""
+        return tuple(sorted({option.decoder for option in self.options}))
+
+    @property
+    def steps(self) -> int:
+        """Layers that are gone through, over all passes."""
+        possible = rules(self.checkpoint)
+        pilot = len(possible) * len(_spread(self.layers, _PILOT_LAYERS)) + 1 if len(possible) > 1 else 0
+        return pilot + len(self.layers) + min(len(self.layers), _SETTLE_LAYERS)
+
+    @property
+    def ahead(self) -> int:
+        """How many blocks behind a transcoder's own its write site may be."""
+        return max(option.write.offset for option in self.options if option.write)
+
+    def with_best_rule(self, rows: Rows, bar: Any) -> "Passes":
+        """Where the files leave open how features are selected: the rule that leaves least to improve.
+
+        First the one with the smallest FVU of any candidate; then, for the candidates near the best, the one with the
+        least avoidable error among those near it.
+        """
+        possible = rules(self.checkpoint)
+        if len(possible) == 1:
+            return self
+        few, layers = rows.head(_PILOT_TOKENS), _spread(self.layers, _PILOT_LAYERS)
+        tried = {rule: rank(replace(self, rule=rule).grid(few, layers, bar)[0]) for rule in possible}
+        ranked = {rule: ranking for rule, ranking in tried.items() if ranking}
+        if not ranked:
+            return self
+        best = min(ranked, key=lambda rule: min(ranked[rule].scores.values()))
+        near = possible if self.checkpoint.layers[0].k_source == "metadata" else finer(best)
+        found = self._by_rule(few, ranked[best], near)
+        bar.update()
+        bound = min(fvu for fvu, _ in found.values()) + CLOSE
+        chosen = min((pair for pair in found if found[pair][0] < bound), key=lambda pair: found[pair][1])
+        return replace(self, rule=chosen[1])
+
+    def _by_rule(
+        self, rows: Rows, ranking: Ranking, near: Sequence[Rule]
+    ) -> dict[tuple[Option, Rule], tuple[float, float]]:
+        """FVU and avoidable error, over a few layers, of each of the best candidates under each rule."""
+        sums: dict[tuple[Option, Rule], list[tuple[float, float]]] = {}
+        stores = replace(self, rule=Rule()).stores()
+        for layer, streams in walk(self.host, rows, _spread(ranking.layers, _PILOT_LAYERS), self.ahead):
+            transcoders, sinks = self._load(stores, layer), sink_mask(streams)
+            for option in ranking.contenders[:_PILOT_CONTENDERS]:
+                assert option.write is not None, "the update is no candidate"
+                x, aim = streams[option.read.at(layer)], target(streams[option.write.at(layer)], sinks)
+                coder = transcoders[option.encoder][option.decoder]
+                for rule, pair in zip(near, fit_by_rule(coder, x, aim, sinks, _units(rows), near), strict=True):
+                    sums.setdefault((option, rule), []).append(pair)
+        return {
+            pair: (mean(part[0] for part in parts), mean(part[1] for part in parts)) for pair, parts in sums.items()
+        }
+
+    def stores(self) -> dict[str, list[TranscoderStore]]:
+        """By encoder, one per decoder."""
+        out = {}
+        for name, described in encoders(self.checkpoint).items():
+            if any(option.encoder == name for option in self.options):
+                ruled = replace(described, layers=tuple(map(self.rule.apply, described.layers)))
+                parts = [for_decoder(ruled, number) for number in range(ruled.decoders)]
+                out[name] = [
+                    TranscoderStore.described(part, _UNDECIDED, budget_bytes=1, prefetch=False) for part in parts
+                ]
+        return out
+
+    def _load(self, stores: dict[str, list[TranscoderStore]], layer: int) -> dict[str, list[Transcoder]]:
+        for parts in stores.values():
+            for store in parts:
+                store.place(layer, self.host.device_of(layer))
+        return {name: [store[layer] for store in parts] for name, parts in stores.items()}
+
+    def grid(self, rows: Rows, layers: Sequence[int], bar: Any) -> tuple[list[Fit], int]:
+        """Every option at every layer; and how many tokens are sinks somewhere."""
+        out: list[Fit] = []
+        stores, ever = self.stores(), torch.zeros(rows.n_tokens, dtype=torch.bool)
+        for layer, streams in walk(self.host, rows, layers, self.ahead):
+            sinks = sink_mask(streams)
+            ever |= sinks
+            out += fits(self._load(stores, layer), streams, layer, sinks, self.options)
+            bar.update()
+        return out, int(ever.sum())
+
+    def settle(self, rows: Rows, rankings: Sequence[Ranking], bar: Any) -> Settled:
+        """The contenders' avoidable errors and curves, at up to `_SETTLE_LAYERS` layers."""
+        few, stores = rows.head(_SETTLE_TOKENS), self.stores()
+        contenders = [option for ranking in rankings for option in ranking.contenders]
+        out = Settled({option: {} for option in contenders}, {option: [] for option in contenders})
+        ranked = _spread(rankings[0].layers, _SETTLE_LAYERS)
+        others = [layer for layer in self.layers if layer not in rankings[0].layers]  # for the table alone
+        for layer, streams in walk(self.host, few, (*ranked, *others), self.ahead):
+            transcoders = self._load(stores, layer)
+            for option in contenders:
+                if option.write and option.write.at(layer) in streams:
+                    self._settle_one(transcoders[option.encoder][option.decoder], streams, few, option, out)
+            bar.update()
+        return out
+
+    def _settle_one(self, transcoder: Transcoder, streams: Streams, rows: Rows, option: Option, out: Settled) -> None:
+        layer, sinks = transcoder.layer, sink_mask(streams)
+        assert option.write is not None, "the update is no candidate"
+        x, aim = streams[option.read.at(layer)], target(streams[option.write.at(layer)], sinks)
+        acts, calm = transcoder.encode(x), ~sinks.to(transcoder.device)
+        error = transcoder.error(acts, x, aim.x)[calm]
+        features = acts.dense(transcoder.d_features)[calm]
+        unit = _units(rows)
+        own, units, spread = unit[~sinks], int(unit.max()) + 1, float(aim.spread[1])
+        out.evidence[option][layer] = Evidence(
+            by_row(error.square().sum(-1), own, units) / spread,
+            avoidable_by_row(features, error, own, units, spread),
+        )
+        out.curves[option].append((transcoder.d_features, curve_at(transcoder, x, aim, sinks)))
+
+
+def _units(rows: Rows) -> Int[Tensor, " token"]:
+    """What errors are summed over: rows; with few of them, tokens."""
+    row = rows.row
+    return row if int(row.max()) + 1 >= _LEAST_ROWS else torch.arange(rows.n_tokens)
+
+
+def _part(checkpoint: Checkpoint, layers: Sequence[int] | None, k: int | None) -> Checkpoint:
+    """Some layers, and k if it was given; with all encoders and decoders."""
+    if layers is not None:
+        sources = {source.layer: source for source in checkpoint.layers}
+        missing = sorted(set(layers) - set(sources))
+        if missing or not layers:
+            raise CheckpointError(
+                f"no transcoder for layer {missing[0]}" if missing else "no layers chosen",
+                expected=f"layers among {spans(sorted(sources))}",
+                where=str(checkpoint.root),
+            )
+        checkpoint = replace(checkpoint, layers=tuple(sources[layer] for layer in sorted(set(layers))))
+    if k is None:
+        return checkpoint
+    return replace(choose(replace(checkpoint, decoders=1), k=k), decoders=checkpoint.decoders)
+
+
+def _spread(layers: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if len(layers) <= most:
+        return tuple(layers)
+    return tuple(layers[round(place * (len(layers) - 1) / (most - 1))] for place in range(most))
