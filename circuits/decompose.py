@@ -96,7 +96,7 @@ def _through_one_block(graph: Graph, run: LocalRun) -> Int[np.ndarray, " edge"]:
         feeders = run.feeders(number)
         if len(feeders) > 1 or feeders[0] is None:
             continue
-        bottom, site = joins_at(run.cuts[feeders[0]].transcoder.write), run.reads(number)
+        bottom, site = joins_at(run.cuts[feeders[0]].write), run.reads(number)
         top = (n_layers, 0) if site is None else read_from(site)
         if bottom[1] == 0 and top in ((bottom[0] + 1, 0), (bottom[0], MIDDLE)):
             layer = run.cuts[number].layer if number < len(run.cuts) else -1
@@ -129,7 +129,7 @@ def _parts(
     which = torch.tensor([place[int(row)] for row in target], device=pos.device)
     (feeder,) = run.feeders(number)
     assert feeder is not None
-    layer, _ = joins_at(run.cuts[feeder].transcoder.write)
+    layer, _ = joins_at(run.cuts[feeder].write)
     written = _written(graph, run, feeder, source).to(gradients)
     at = torch.from_numpy(index.pos[source]).to(pos.device)
     return parts_of(stack.blocks[layer], point, gradients[which], pos[which], written, at, rule)

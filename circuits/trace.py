@@ -13,6 +13,7 @@ from circuits.targets import TargetLike
 from circuits.verify import verify_in
 from hooks.errors import UserError
 from hooks.host import Prompt
+from hooks.memory import explained
 from hooks.model import HookedModel
 
 log = logging.getLogger("circuits")
@@ -69,18 +70,21 @@ def trace(
     """
     check_options(rule, max_nodes, max_in_edges, node_threshold, edge_threshold, sample, seed, select_by)
     _check_convention(model)
-    setting = settle(model, prompt, targets, counterfactual=counterfactual, rule=rule)
-    chosen = select(setting, max_nodes, select_by)
-    run = make_run(setting, by_layer(setting, chosen))
-    rows = sum(len(run.target_rows(number)) for number in run.groups)
-    most = max(1, min(max_in_edges, budget_bytes // (EDGE_BYTES * rows)))
-    if most < max_in_edges:
-        log.warning("keeping %d edges into each of %d nodes: more do not fit into %d bytes", most, rows, budget_bytes)
-    graph = assemble(setting, run, most, progress=progress)
-    graph = graph.with_meta(selection=coverage(setting, chosen, select_by), max_in_edges=most)
-    if sample:
-        check = verify_in(setting, graph, n=sample, seed=seed)
-        graph = graph.with_meta(verification=check.summary(), verification_sample=check.sample())
+    with explained("tracing", model.host.device_of(0), lambda: model.request(prompt), "trace"):
+        setting = settle(model, prompt, targets, counterfactual=counterfactual, rule=rule)
+        chosen = select(setting, max_nodes, select_by)
+        run = make_run(setting, by_layer(setting, chosen))
+        rows = sum(len(run.target_rows(number)) for number in run.groups)
+        most = max(1, min(max_in_edges, budget_bytes // (EDGE_BYTES * rows)))
+        if most < max_in_edges:
+            log.warning(
+                "keeping %d edges into each of %d nodes: more do not fit into %d bytes", most, rows, budget_bytes
+            )
+        graph = assemble(setting, run, most, progress=progress)
+        graph = graph.with_meta(selection=coverage(setting, chosen, select_by), max_in_edges=most)
+        if sample:
+            check = verify_in(setting, graph, n=sample, seed=seed)
+            graph = graph.with_meta(verification=check.summary(), verification_sample=check.sample())
     return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
 
 
@@ -142,6 +146,14 @@ def _check_convention(model: HookedModel) -> None:
             f"there is no graph for transcoders that read {convention.read} and write {convention.write}",
             expected=f"a write site at or above the read site, one of {', '.join(WRITABLE)}",
             repair="features, swap, ablate and steer work for this set as it is",
+        )
+    elsewhere = sum(part.is_meta for part in model.host.model.parameters())
+    if elsewhere:
+        raise UserError(
+            "a graph needs the weights of every block, and some are kept outside the device",
+            expected="a model that is wholly loaded",
+            found=f"{elsewhere} offloaded tensors",
+            repair="more devices, or a quantised model: `circuits check --plan` says what fits",
         )
     if convention.source == "undecided":
         raise UserError(

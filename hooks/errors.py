@@ -6,6 +6,8 @@ Everything a person or a file got wrong is a `UserError` (exit status 2, no trac
 
 import re
 
+import torch
+
 
 class UserError(ValueError):
     """The input was wrong. `str(error)` is a complete message; nothing was written.
@@ -65,3 +67,10 @@ class InterventionError(UserError):
 
 class OutputError(UserError):
     """A place that cannot be written to, or an export format that is not known."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on either kind of device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

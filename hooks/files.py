@@ -169,7 +169,7 @@ def _stored_at(path: Path, key: str) -> tuple[torch.dtype, tuple[int, ...], int]
 
 def _fill(place: Tensor, file: io.FileIO, path: Path) -> None:
     """Read as many bytes as a tensor takes, straight into it."""
-    room = memoryview(place.view(-1).view(torch.uint8).numpy())
+    room = memoryview(place.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     while len(room):
         count = file.readinto(room)
         if not count:

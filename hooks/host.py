@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
-from hooks.errors import ModelError, PromptError, TargetError, first_line
+from hooks.errors import ModelError, PromptError, TargetError, first_line, memory_ran_out
 from hooks.kernels import linear_fp32
 from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
@@ -92,6 +92,8 @@ class Host:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
             tokenizer = _load_tokenizer(name)
         except Exception as error:  # transformers, safetensors and the hub client raise many kinds
+            if memory_ran_out(error):
+                raise
             raise ModelError(
                 f"cannot load the model {str(name)!r}",
                 expected="demo, a folder with config.json, weights and tokenizer, or a hub id like Qwen/Qwen2.5-32B",

@@ -31,8 +31,8 @@ from hooks.files import (
 )
 from hooks.formats import LayerSource, TensorSource
 
-PART_BYTES = 8 << 20  # of a file in memory at a time, with its cast up to four times as much
-LEAST_PART_BYTES = 1 << 20  # the same where memory is short
+PART_BYTES = 2 << 20  # of a file in memory at a time, with its cast up to four times as much
+LEAST_PART_BYTES = 512 << 10  # the same where memory is short
 
 
 class Stopped(Exception):  # noqa: N818

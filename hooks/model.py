@@ -1,12 +1,13 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, TypeVar, cast, overload
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ from hooks.host import Batch, Host, Prompt, stored_tensors, tap
 from hooks.hub import Resolved, resolve
 from hooks.intervene import lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
+from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, effect
@@ -88,6 +90,26 @@ class SwapReport:
     run: Run
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _within_memory(task: Task) -> Callable[[Method], Method]:
+    """A method of `HookedModel` whose first argument is a prompt; where memory runs out, it says what would fit."""
+
+    def wrap(method: Method) -> Method:
+        @functools.wraps(method)
+        def explaining(model: "HookedModel", *args: Any, **options: Any) -> Any:
+            def ask() -> Ask:
+                return model.request(args[0] if args else next(iter(options.values())))
+
+            with explained(f"running {task}", model.host.device_of(0), ask, task):
+                return method(model, *args, **options)
+
+        return cast(Method, explaining)
+
+    return wrap
+
+
 class HookedModel:
     """A language model and its transcoders.
 
@@ -149,10 +171,11 @@ class HookedModel:
         wanted = precision(dtype)
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
-        host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
-        if chosen:
-            host.model.to(chosen)
-        return cls(host, store, str(name))
+        with explained("loading the model", chosen or ("cuda" if torch.cuda.is_available() else "cpu")):
+            host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
+            if chosen:
+                host.model.to(chosen)
+            return cls(host, store, str(name))
 
     @classmethod
     def from_model(
@@ -175,6 +198,13 @@ class HookedModel:
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
         return cls(Host(model, tokenizer), store, name)
 
+    def request(self, prompts: Prompt | Sequence[Prompt]) -> Ask:
+        """What running some prompts asks of memory, for `hooks.memory.plan`."""
+        batch, model = self.host.batch(_listed(prompts)), self.host.model
+        loaded: Any = model.config
+        tokens, config = max(batch.lengths), dict(loaded.to_dict())
+        return ask_for(config, self.store, tokens, next(model.parameters()).dtype, self.host.device_of(0).type)
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells models and transcoder sets apart by a few of their numbers, wherever they came from and in whatever
@@ -190,6 +220,7 @@ class HookedModel:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
+    @_within_memory("features")
     def record(self, prompts: Prompt | Sequence[Prompt], layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
         chosen = None if layers is None else self._layers(layers)
@@ -252,6 +283,7 @@ class HookedModel:
 
     # -- changing ----------------------------------------------------------------------------------------------
 
+    @_within_memory("features")
     def run(
         self,
         prompt: Prompt,
@@ -316,7 +348,8 @@ class HookedModel:
         self, prompt: Sequence[Prompt], interventions: Sequence[object] = (), **options: Any
     ) -> list[Generated]: ...
 
-    def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
+    @_within_memory("generate")  # type: ignore[misc]
+    def generate(  # the overloads leave the options to this signature
         self,
         prompt: Prompt | Sequence[Prompt],
         interventions: Sequence[object] = (),

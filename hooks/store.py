@@ -161,6 +161,11 @@ class TranscoderStore:
         return cls({t.layer: t for t in transcoders}, Convention(read, write, "given"))
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision that weights are held in; None: the one they are stored in."""
+        return self._dtype
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Layers that have a transcoder, ascending."""
         return tuple(self._sources)

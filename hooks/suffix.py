@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooks.errors import memory_ran_out
 from hooks.freeze import own_attention, plain_attention
 from hooks.host import Batch, Host, tap
 from hooks.sites import Site
@@ -272,10 +273,8 @@ def out_of_memory() -> Iterator[list[bool]]:
     failed: list[bool] = []
     try:
         yield failed
-    except torch.OutOfMemoryError:
-        failed.append(True)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the first kind, NumPy's the second
+        if not memory_ran_out(error):
             raise
         failed.append(True)
     if failed and torch.cuda.is_available():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
+from circuits import trace
 from hooks import Ablate, HookedModel, Site, UserError
 from hooks.errors import ModelError, PromptError, TargetError
 from hooks.host import Host, tap
@@ -230,6 +231,15 @@ def test_single_positions_give_the_same_logits(odd):
     batch = odd.host.batch(["w1 w2 w3", "w4 w5"])
     whole = odd.host.forward(batch)
     assert torch.equal(odd.host.forward_at(batch, batch.last), whole[torch.arange(2), batch.last])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_offloaded_model_gets_no_graph():
+    accelerate = pytest.importorskip("accelerate")
+    moved = random_hooked(missing=None)
+    accelerate.cpu_offload(moved.host.model, execution_device=torch.device("cpu"))
+    with pytest.raises(UserError, match="needs the weights of every block"):
+        trace(moved, "w1 w2 w3")
 
 
 @pytest.mark.filterwarnings("ignore")

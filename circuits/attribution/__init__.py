@@ -33,6 +33,7 @@ from hooks.model import HookedModel
 from hooks.plugins import discover
 from hooks.recording import Recording
 from hooks.sites import EMBEDDING, Site
+from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs
 
@@ -51,13 +52,28 @@ class Cut:
     """
 
     layer: int
-    transcoder: Transcoder
+    store: TranscoderStore
     pos: Int[Tensor, " node"]
     feature: Int[Tensor, " node"]
     activation: Float[Tensor, " node"]
     rest: Float[Tensor, "pos d_model"]
     error: Float[Tensor, "pos d_model"]
     bias: Float[Tensor, " d_model"]
+
+    @property
+    def transcoder(self) -> Transcoder:
+        """Looked up each time, so that a store's byte budget holds while a graph is built."""
+        return self.store[self.layer]
+
+    @property
+    def read(self) -> Site:
+        """Where the transcoder reads."""
+        return self.store.sites(self.layer)[0]
+
+    @property
+    def write(self) -> Site:
+        """Where it writes."""
+        return self.store.sites(self.layer)[1]
 
 
 @dataclass(frozen=True)
@@ -91,14 +107,14 @@ class LocalRun:
 
     def reads(self, number: int) -> Site | None:
         """Where a target group reads; None: the logits."""
-        return self.cuts[number].transcoder.read if number < len(self.cuts) else self.targets[0].site
+        return self.cuts[number].read if number < len(self.cuts) else self.targets[0].site
 
     def feeders(self, number: int) -> tuple[int | None, ...]:
         """Numbers of the cuts that feed a target group, newest first; None, always last, stands for the tokens."""
         site = self.reads(number)
         found: list[int | None] = []
         for below in reversed(range(number)):
-            write = self.cuts[below].transcoder.write
+            write = self.cuts[below].write
             if site is None or write.depth <= site.depth:
                 found.append(below)
                 if write.whole_stream:
@@ -235,7 +251,7 @@ def _cut(
     claimed = torch.zeros_like(written)
     for t, here in stretches(pos, len(written)):  # one position's decoder rows at a time
         claimed[t] = activation[here].to(written.dtype) @ transcoder.W_dec[feature[here]].to(written.dtype)
-    return Cut(layer, transcoder, pos, feature, activation, written - bias - claimed, error, bias)
+    return Cut(layer, model.store, pos, feature, activation, written - bias - claimed, error, bias)
 
 
 def _named(acts: SparseActs, pos: Int[Tensor, " node"], feature: Int[Tensor, " node"]) -> Float[Tensor, " node"]:

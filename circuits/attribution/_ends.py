@@ -28,7 +28,7 @@ def ends(run: LocalRun, stack: Stack, number: int, part: slice, rule: Rule) -> E
         return target_ends(run.model.host, stack, run.targets[part], rule)
     cut = run.cuts[number]
     gradients, values = _feature_ends(stack, cut.transcoder, cut.feature[part], cut.pos[part], rule)
-    return read_from(cut.transcoder.read), gradients, cut.pos[part], values
+    return read_from(cut.read), gradients, cut.pos[part], values
 
 
 def constants(run: LocalRun, number: int, part: slice) -> Float[Tensor, " target"] | float:

@@ -42,7 +42,7 @@ STREAM_ENTRIES = 1 << 26  # of gradients held at every position at once
 
 def all_edges(run: LocalRun, rule: Rule) -> Iterator[Rows] | None:
     """Every edge of the graph under a rule; None where the algebra does not know the model or a site."""
-    sites = [site for cut in run.cuts for site in (cut.transcoder.read, cut.transcoder.write)]
+    sites = [site for cut in run.cuts for site in (cut.read, cut.write)]
     reads = [run.targets[0].site] if run.targets else []
     known = all(site.name in READABLE for site in [*sites[::2], *(site for site in reads if site)])
     if not known or not all(site.name in WRITABLE for site in sites[1::2]) or run.stack is None:
@@ -146,20 +146,20 @@ class Way:
 def way_to(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Way:
     """Work out what feeds a group, and project its sources where they are met in the middle."""
     feeders = tuple(None if feeder is None else run.cuts[feeder] for feeder in run.feeders(number))
-    writes = (cut.transcoder.write for cut in run.cuts)
+    writes = (cut.write for cut in run.cuts)
     held = frozenset(site for site in writes if not site.whole_stream)
     site, cut = run.reads(number), feeders[0]
     top = (len(stack.blocks), 0) if site is None else read_from(site)
     projected = None
     if cut is not None and len(feeders) == 1:
-        layer, within = joins_at(cut.transcoder.write)
+        layer, within = joins_at(cut.write)
         if within == 0 and top in ((layer + 1, 0), (layer, MIDDLE)):
             projected = project(run.model.store, cut, stack.blocks[layer], rule)
     return Way(run, stack, rule, feeders, held, projected)
 
 
 def _place(cut: Cut | None) -> Point:
-    return (0, 0) if cut is None else joins_at(cut.transcoder.write)
+    return (0, 0) if cut is None else joins_at(cut.write)
 
 
 # -- gradients of the metric in the plain model --------------------------------------------------------------------

@@ -167,6 +167,7 @@ class _Features:
         # rows are gathered into memory that is already there: fresh pages would cost ten times the copy
         self._rooms = [table.new_empty(most, table.shape[1]) for table in projected.images]
         W_dec, unit = cut.transcoder.W_dec, projected.fields.vectors[-1]
+        self._W_dec = W_dec
         places = enumerate(pairwise(first))
         parts = [part for t, (start, stop) in places for part in (same[start:stop], unit[t : t + norms])]
         self._probes = torch.cat(parts)
@@ -213,5 +214,5 @@ class _Features:
     def _gathered(
         self, probes: Float[Tensor, "probe d_model"], feature: Int[Tensor, " node"]
     ) -> Float[Tensor, "probe node"]:
-        rows = torch.index_select(self._cut.transcoder.W_dec, 0, feature, out=self._room[: len(feature)])
+        rows = torch.index_select(self._W_dec, 0, feature, out=self._room[: len(feature)])
         return probes @ rows.to(probes.dtype).T

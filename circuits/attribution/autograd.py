@@ -37,7 +37,7 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
     """
     tokens = [number for number in run.groups if run.reads_embedding(number)]
     numbers = [number for number in run.groups if number not in tokens]
-    apart = all(cut.transcoder.write.whole_stream for cut in run.cuts)
+    apart = all(cut.write.whole_stream for cut in run.cuts)
     for together in [numbers] if apart else [[number] for number in numbers]:
         most = max((len(run.target_rows(n)) for n in together), default=0)
         found: dict[int, list[Rows]] = {number: [] for number in together}
@@ -85,7 +85,7 @@ def _forward(run: LocalRun, copies: int) -> tuple[dict[Site | None, Tensor], dic
             leaves[number] = x.detach().requires_grad_()
             return leaves[number]
 
-        return Edit(EMBEDDING if number is None else run.cuts[number].transcoder.write, apply)
+        return Edit(EMBEDDING if number is None else run.cuts[number].write, apply)
 
     reads = {site for number in run.groups if (site := run.reads(number))} - {EMBEDDING}
     looks = [tap(site, arriving) for site in sorted(reads, key=str)]

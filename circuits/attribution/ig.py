@@ -40,7 +40,7 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
         UserError: the algebra does not know the model's blocks, or several cuts feed a target.
     """
     blocks = known_blocks(run.model.host)
-    if blocks is None or not all(cut.transcoder.write.whole_stream for cut in run.cuts):
+    if blocks is None or not all(cut.write.whole_stream for cut in run.cuts):
         raise UserError(
             "rule ig needs known blocks, and one cut that feeds a target",
             expected="a Qwen2, Qwen3 or Llama model, and transcoders that write the whole stream",
@@ -68,7 +68,7 @@ def _moved_stack(run: LocalRun, stack: Stack, number: int, share: float) -> Stac
     if feeder is None:
         start, moved = (0, 0), run.embedding
     else:
-        start, moved = joins_at(run.cuts[feeder].transcoder.write), _held_by(run.cuts[feeder])
+        start, moved = joins_at(run.cuts[feeder].write), _held_by(run.cuts[feeder])
     if share == 0:
         return stack
     return _run_again(run.model.host, stack, start, top, stack.stream(start) - share * moved.to(stack.end))

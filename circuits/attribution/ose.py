@@ -87,7 +87,7 @@ def _unreachable(
 
 def _packs(run: LocalRun, sizes: Mapping[int | None, int]) -> list[dict[int | None, int]]:
     """Which sources share a row: one of each cut where no group sees two, else one alone."""
-    if all(cut.transcoder.write.whole_stream for cut in run.cuts):
+    if all(cut.write.whole_stream for cut in run.cuts):
         longest = max(sizes.values(), default=0)
         return [{feeder: n for feeder, size in sizes.items() if n < size} for n in range(longest)]
     return [{feeder: n} for feeder, size in sizes.items() for n in range(size)]
@@ -104,7 +104,7 @@ def _fill(
 
 
 def _site(run: LocalRun, feeder: int | None) -> Site:
-    return EMBEDDING if feeder is None else run.cuts[feeder].transcoder.write
+    return EMBEDDING if feeder is None else run.cuts[feeder].write
 
 
 def _sources(run: LocalRun, feeder: int | None) -> list[Removal]:

@@ -5,7 +5,7 @@ weights, and where they fit (`plan`). Nothing is loaded. docs/memory.md derives 
 """
 
 from hooks.memory._modes import DEVICES, MARGIN, Mode, Plan, gb, gib, plan
-from hooks.memory._refusal import capacity_of, explained, refuse, repair_for
+from hooks.memory._refusal import ask_for, capacity_of, explained, refuse, repair_for
 from hooks.memory._shapes import ITEM, QWEN25, ModelShape, SetShape, known_model, model_shape
 from hooks.memory._work import Ask, Step, Task, Work, host_tables, tasks, work
 
@@ -22,6 +22,7 @@ __all__ = [
     "Step",
     "Task",
     "Work",
+    "ask_for",
     "capacity_of",
     "explained",
     "gb",

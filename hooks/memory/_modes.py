@@ -10,7 +10,6 @@ from hooks.memory._work import Ask, Task, Work, tasks, work
 MARGIN = 1.15  # on what running takes: estimates are held to 15 % of what is measured
 BUDGET_LAYERS = 2  # a target's transcoder and its sources'
 SWEEP_AT_LEAST = 512  # tokens of a sweep's batch that are worth the while; it takes what fits
-TRACE_KEEPS_THE_SET = True  # the cuts of a graph hold every layer's transcoder, whatever the store's budget
 MOST_CARDS = 16
 DEVICES = {"rtx4090": 24, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141}
 """GB by name. A card's GB count as 10^9 bytes; what it has beyond (up to 7 %) is for driver, context and fragments."""
@@ -23,7 +22,7 @@ class Mode:
     Attributes:
         how: what to type, or what to load.
         model: bytes of the model on the device.
-        coders, traced: of transcoders, in general and in `trace`.
+        coders: of transcoders, resident at once.
         host: bytes that host memory must hold for as long as it runs.
         passing: needed for a moment beside all else: a matrix as it is dequantised, a block as it arrives.
         tasks: what can be done at all.
@@ -35,16 +34,11 @@ class Mode:
     how: str
     model: int
     coders: int
-    traced: int
     host: int = 0
     passing: int = 0
     tasks: tuple[Task, ...] = ("features", "generate", "sweep", "trace")
     by_autograd: bool = False
     spread: bool = False
-
-    def set_bytes(self, task: Task) -> int:
-        """Of transcoders, resident at once."""
-        return self.traced if task == "trace" else self.coders
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Plan:
 
     def nbytes(self, mode: Mode, task: Task) -> int:
         """The most a single device holds at once, without margin."""
-        return mode.model + mode.set_bytes(task) + mode.passing + self.running(mode, task).peak
+        return mode.model + mode.coders + mode.passing + self.running(mode, task).peak
 
     def fits(self, mode: Mode, task: Task, capacity: int) -> bool:
         """Whether a task fits a device of so many bytes (or several, where the mode is spread)."""
@@ -77,7 +71,7 @@ class Plan:
             return False
         if mode.spread:
             return self.cards(task, capacity) is not None
-        return mode.model + mode.set_bytes(task) + mode.passing + self._with_margin(mode, task) <= capacity
+        return mode.model + mode.coders + mode.passing + self._with_margin(mode, task) <= capacity
 
     def _with_margin(self, mode: Mode, task: Task) -> int:
         running = self._short_sweep if task == "sweep" else self.running(mode, task)
@@ -144,21 +138,18 @@ def plan(ask: Ask) -> Plan:
     """
     m, s, item = ask.model, ask.coders, ask.item
     few = min(s.nbytes, (BUDGET_LAYERS + 1) * s.layer_bytes)
-    traced = s.nbytes if TRACE_KEEPS_THE_SET else few
     modes = []
     for bits in (None, 8, 4) if m.bits is None else (m.bits,):
         name = f"{bits}-bit model" if bits else "all on the device"
         how = "" if bits is None or m.bits else f"a checkpoint quantised to {bits} bits, or a model given to from_model"
         passing = m.d_model * m.d_ff * item if bits else 0
         weights, quantised = m.nbytes(item, bits), bits is not None
-        whole = Mode(name, how, weights, s.nbytes, s.nbytes, passing=passing, by_autograd=quantised)
+        whole = Mode(name, how, weights, s.nbytes, passing=passing, by_autograd=quantised)
         under = "transcoders under a budget" if not bits else f"{bits}-bit model, transcoders under a budget"
         budget = f"--budget-gb {gib(BUDGET_LAYERS * s.layer_bytes)}"
-        modes += [whole, replace(whole, name=under, how=f"{how}; {budget}".strip("; "), coders=few, traced=traced)]
+        modes += [whole, replace(whole, name=under, how=f"{how}; {budget}".strip("; "), coders=few)]
     if ask.on == "cuda":
-        modes.append(
-            Mode("several cards", "--device-map auto", m.nbytes(item, m.bits), s.nbytes, s.nbytes, spread=True)
-        )
+        modes.append(Mode("several cards", "--device-map auto", m.nbytes(item, m.bits), s.nbytes, spread=True))
         modes.append(_offloaded(m, item, few))
     return Plan(ask, tuple(modes))
 
@@ -171,7 +162,6 @@ def _offloaded(m: ModelShape, item: int, few: int) -> Mode:
         "blocks in host memory",
         "--device-map auto and a --budget-gb; every pass moves the blocks that do not fit",
         m.outside * item,
-        few,
         few,
         host=m.n_layers * block,
         passing=2 * block,

@@ -1,16 +1,18 @@
 """Out of memory, said in words: what was wanted, what is there, and the way that would fit."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import torch
 
 from hooks.errors import ModelError
 from hooks.memory._modes import Mode, Plan, gb, gib, plan
+from hooks.memory._shapes import ModelShape, SetShape
 from hooks.memory._work import Ask, Task
+from hooks.store import TranscoderStore
 from hooks.suffix import out_of_memory
 
 
@@ -38,7 +40,7 @@ def _options(one: Plan, mode: Mode, task: Task, capacity: int, wanted: Ask) -> s
     parts, total = [], one.nbytes(mode, task)
     if "budget" in mode.name:
         budget = one.budget(mode, task, capacity)
-        total += budget + one.ask.coders.layer_bytes - mode.set_bytes(task)
+        total += budget + one.ask.coders.layer_bytes - mode.coders
         parts.append(f"--budget-gb {gib(budget, down=True)}")
     if one.ask.dtype != wanted.dtype:
         parts.append(f"--dtype {one.ask.dtype}")
@@ -77,6 +79,18 @@ def refuse(doing: str, ask: Ask | None, task: Task, capacity: int, where: str) -
     ) from None
 
 
+def ask_for(config: Mapping[str, Any], store: TranscoderStore, tokens: int, dtype: torch.dtype, on: str) -> Ask:
+    """What a loaded model and its set are asked to do. `on`: the type of device."""
+    largest = max(store.layers, key=store.d_features)
+    d_features = store.d_features(largest)
+    item = str(store.dtype or torch.bfloat16).removeprefix("torch.")
+    k = store.k(largest) or max(1, d_features // 8)
+    coders = SetShape.of_numbers(len(store), store.d_model(largest), d_features, k, item)
+    coders = coders.between(store.convention.read, store.convention.write)
+    model = ModelShape.of_config(config, "the model's config")
+    return Ask(model, coders, tokens, str(dtype).removeprefix("torch."), on="cuda" if on == "cuda" else "cpu")
+
+
 @contextlib.contextmanager
 def explained(
     doing: str, device: torch.device | str, ask: Callable[[], Ask | None] = lambda: None, task: Task = "features"
@@ -90,10 +104,7 @@ def explained(
         ModelError: memory ran out inside.
     """
     with out_of_memory() as failed:
-        try:
-            yield
-        except MemoryError:  # NumPy's
-            failed.append(True)
+        yield
     if failed:
         place = torch.device(device)
         refuse(doing, ask(), task, capacity_of(place), str(place))
