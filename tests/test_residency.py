@@ -39,6 +39,17 @@ def four(tmp_path_factory) -> Path:
     return save_native(tmp_path_factory.mktemp("four"), coders(*LAYERS))
 
 
+@pytest.fixture(autouse=True)
+def no_thread_outlives_its_test():
+    """A thread of one test would count in the next."""
+    yield
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("read ahead"):
+            thread.join(30)
+            assert not thread.is_alive(), thread.name
+
+
 class Reads:
     """Which layers were read, by whom; with `gate`, reads of other threads wait for it (or for being stopped)."""
 
@@ -62,7 +73,7 @@ class Reads:
 
 
 @pytest.fixture
-def reads(monkeypatch) -> Reads:
+def reads(monkeypatch, no_thread_outlives_its_test) -> Reads:
     counter = Reads()
     monkeypatch.setattr(hooks.store, "load_weights", counter)
     return counter
