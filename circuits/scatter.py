@@ -5,6 +5,7 @@ floor or to a small share of the largest effect, and decades beyond. Both axes o
 says "as predicted".
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxtyping import Float
 
 from circuits.agreement import Agreement, Values, agree
 from hooks.errors import OutputError
-from hooks.files import replacing
+from hooks.files import check_writable, replacing
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 3  # panels side by side
@@ -56,6 +57,18 @@ def check_suffix(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(f"unknown picture format {path.suffix!r}", expected=" or ".join(SUFFIXES), where=str(path))
+
+
+def check_drawing(path: Path) -> None:
+    """Refuse a picture that cannot be drawn or written, before minutes of work.
+
+    Raises:
+        OutputError: the suffix is unknown, matplotlib is missing, or the folder cannot be written to.
+    """
+    check_suffix(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'")
+    check_writable(path)
 
 
 def scatter_plot(panels: Sequence[Panel], path: Path) -> None:

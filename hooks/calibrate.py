@@ -148,7 +148,7 @@ def _conclude(
     settled: Settled,
 ) -> dict[str, Any]:
     """What was measured, in the words of `Findings`."""
-    decisions = [decide(ranking, settled.mean(ranking.layers)) for ranking in rankings]
+    decisions = [decide(ranking, settled.mean(ranking.layers), rows.n_tokens - sinks) for ranking in rankings]
     first, best = decisions[0], decisions[0].best
     by_layer = {layer: float(part.avoidable.sum()) for layer, part in settled.evidence.get(best, {}).items()}
     at_layers = layer_findings(_of(measured, best.decoder), best, found.checkpoint, by_layer)

@@ -53,6 +53,21 @@ def given_sites(
     return out[0], out[1]
 
 
+def sites_source(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Source:
+    """How a pair of sites is known: `given` if both were, or one beside a certain other one; else as the files know it.
+
+    What is only half known is unknown as a whole.
+    """
+    asked = [site is not None for site in (read, write)]
+    known = [site is not None for site in (checkpoint.read, checkpoint.write)]
+    certain = checkpoint.sites_source not in _OPEN
+    if certain and all(known):
+        return checkpoint.sites_source
+    if all(asked) or (certain and all(a or k for a, k in zip(asked, known, strict=True))):
+        return "given"
+    return checkpoint.sites_source if all(known) else "unknown"
+
+
 def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Convention:
     """Stored sites, else given ones, else the assumption that is said aloud.
 
@@ -61,8 +76,7 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     """
     given_read, given_write = given_sites(checkpoint, read, write)
     if given_read and given_write:
-        as_stored = (given_read, given_write) == (checkpoint.read, checkpoint.write)
-        return Convention(given_read, given_write, checkpoint.sites_source if as_stored else "given")
+        return Convention(given_read, given_write, sites_source(checkpoint, read, write))
     undecided = checkpoint.sites_source == "undecided"
     known_read, known_write = given_read or DEFAULT_SITE, given_write
     if known_write is None:
@@ -90,12 +104,31 @@ def describe(root: Path, **choice: Any) -> Checkpoint:
     return choose(checkpoint, found=findings.of(root), **choice)
 
 
-def _measured(found: Findings, decoder: int | None) -> tuple[Candidate, bool]:
-    """The best candidate for the decoder that is wanted, and whether it is clear."""
-    for number, finding in enumerate(found.decoders):
-        if number == decoder:
-            return finding.best, finding.verdict == "clear"
-    return found.best, found.verdict == "clear" and not found.other_model
+def _measured(found: Findings, decoder: int | None) -> tuple[Candidate, bool] | None:
+    """The best candidate for the decoder that is wanted, and whether it may be built on; None: it was not measured."""
+    usable = not found.other_model
+    for finding in found.decoders:
+        if finding.best.decoder == decoder:
+            return finding.best, finding.verdict == "clear" and usable
+    if decoder is not None and decoder != found.best.decoder:
+        return None
+    return found.best, found.verdict == "clear" and usable
+
+
+def narrowed(found: Findings | None, decoder: int) -> Findings | None:
+    """What was found about one decoder, as findings about a set that has no other; None where it was not measured."""
+    if found is None:
+        return None
+    for finding in found.decoders:
+        if finding.best.decoder == decoder:
+            verdict, margin = finding.verdict, finding.margin
+            best = finding.best.model_copy(update={"decoder": 0})
+            return found.model_copy(
+                update={"best": best, "verdict": verdict, "margin": margin, "ranking": (best,), "decoders": ()}
+            )
+    if decoder != found.best.decoder:
+        return None
+    return found.model_copy(update={"best": found.best.model_copy(update={"decoder": 0}), "decoders": ()})
 
 
 def _settled(checkpoint: Checkpoint, best: Candidate, clear: bool) -> Checkpoint:
@@ -126,12 +159,13 @@ def choose(
         CheckpointError: the set has no such encoder, decoder, layer or k.
     """
     source: Source | None = "given" if encoder else None
-    if found:
-        best, clear = _measured(found, decoder)
+    measured = _measured(found, decoder) if found else None
+    if measured:
+        best, clear = measured
         checkpoint = _settled(checkpoint, best, clear)
         if clear:
-            decoder = best.decoder if decoder is None else decoder
-            if encoder is None and best.encoder in encoders(checkpoint):
+            decoder = best.decoder if decoder is None and checkpoint.decoders > 1 else decoder
+            if encoder is None and checkpoint.encoder_source in _OPEN and best.encoder in encoders(checkpoint):
                 encoder, source = best.encoder, "calibrated"
     known = encoders(checkpoint)
     if encoder is not None and encoder not in known:

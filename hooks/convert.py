@@ -4,7 +4,7 @@ source folder → described by its format → one layer at a time → a new fold
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from hooks import findings
-from hooks.convention import DEFAULT_SITE, Convention, describe, given_sites
+from hooks.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
 from hooks.errors import CheckpointError
 from hooks.files import new_folder, sha256
-from hooks.formats import FORMATS, Checkpoint, LayerSource, Source
-from hooks.sites import SiteSpec
+from hooks.formats import FORMATS, Checkpoint, LayerSource
 from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 
@@ -77,38 +76,40 @@ def convert(
     """
     root, out = Path(source), Path(target)
     if to not in WRITERS:
-        raise CheckpointError(f"cannot write the format {to!r}", expected=", ".join(WRITERS), where="--to")
+        raise CheckpointError(
+            f"cannot write the format {to!r}", expected=", ".join(WRITERS), where="--to", repair="take one of these"
+        )
     checkpoint = describe(root, encoder=encoder, decoder=decoder, layers=layers, k=k)
-    found = findings.of(root)
     _check_base(checkpoint, base_model)
     given_read, given_write = given_sites(checkpoint, read, write)
+    known = replace(
+        checkpoint,
+        read=given_read,
+        write=given_write,
+        sites_source=sites_source(checkpoint, read, write),
+        base_model=base_model or checkpoint.base_model,
+    )
+    facts = known.facts()
+    found = narrowed(findings.of(root), checkpoint.decoder)
     convention = Convention(given_read or DEFAULT_SITE, given_write or DEFAULT_SITE, "unknown")
     store = TranscoderStore.described(checkpoint, convention, dtype=dtype)
-    sources = {source.layer: source for source in checkpoint.layers}
     with new_folder(out, sum(_bytes(source, dtype) for source in checkpoint.layers)) as folder:
         WRITERS[to].save(
             folder,
             _layers(store, progress),
             read=given_read,
             write=given_write,
-            sites_source=_sites_source(checkpoint, given_read, given_write),
+            sites_source=known.sites_source,
             encoder_source=checkpoint.encoder_source,
-            activation_source=checkpoint.layers[0].k_source,
-            base_model=base_model or checkpoint.base_model,
+            activation_source=facts["activation"][1],
+            base_model=known.base_model,
             base_revision=checkpoint.base_revision,
             calibration=found.model_dump(mode="json") if found else None,
-            metadata={layer: _plain(source.metadata) for layer, source in sources.items()},
+            metadata={source.layer: _plain(source.metadata) for source in checkpoint.layers},
             **_origin(checkpoint, origin),
         )
     size = sum(path.stat().st_size for path in out.iterdir())
-    return Converted(out, to, store.layers, size, dict(checkpoint.facts()))
-
-
-def _sites_source(checkpoint: Checkpoint, read: SiteSpec | None, write: SiteSpec | None) -> Source:
-    """How the sites are known; what is only half known is unknown as a whole."""
-    if (read, write) != (checkpoint.read, checkpoint.write):
-        return "given"
-    return checkpoint.sites_source if checkpoint.read and checkpoint.write else "unknown"
+    return Converted(out, to, store.layers, size, dict(facts))
 
 
 def _check_base(checkpoint: Checkpoint, base_model: str | None) -> None:
@@ -146,7 +147,8 @@ def _origin(checkpoint: Checkpoint, origin: dict[str, Any] | None) -> dict[str, 
         "files": {str(file.relative_to(checkpoint.root)): sha256(file) for file in files},
         "assumed": [*checkpoint.notes, *checkpoint.selection_notes],
         "decoder": checkpoint.decoder,
+        **({"revision": checkpoint.revision} if checkpoint.revision else {}),
         "converted_by": f"qwen-circuits {version('qwen-circuits')}",
         "date": datetime.now(UTC).date().isoformat(),
-        **(origin or {}),
+        **{key: value for key, value in (origin or {}).items() if value is not None},
     }

@@ -5,6 +5,7 @@ tensors (some published files carry a 240 MB table nobody needs) are never read.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -318,13 +319,34 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with _disk_errors(path):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What a full or failing disk raises while `path` is written; any other error is not the disk's."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        raise OutputError(
+            f"{path} could not be written to its end",
+            expected="a disk with room for it",
+            found=first_line(error),
+            where=str(path.parent),
+            repair="make room, or choose another disk; what was there before is unchanged",
+        ) from None
 
 
 def check_writable(path: Path) -> None:
@@ -368,11 +390,12 @@ def new_folder(path: Path, nbytes: int) -> Iterator[Path]:
         if free < nbytes:
             found = f"{free / 1e9:.1f} GB"
             raise OutputError(f"{path} would not fit on its disk", expected=f"{nbytes / 1e9:.1f} GB free", found=found)
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        temporary.replace(path)  # over an empty folder, or where nothing is
+        with _disk_errors(path):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o777 & ~umask)
+            temporary.replace(path)  # over an empty folder, or where nothing is
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,15 +7,15 @@ format looks at it: a downloaded set must not be able to name the reader's own f
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from hooks.errors import CheckpointError
 
 _DEPTH = 4  # folders below the given one: `layer_3/width_16k/average_l0_71/params.npz` is the deepest layout known
 _ENTRIES = 100_000
+_TOOLS = {".git", ".cache"}  # where git and the hub client keep their own files: no format looks there
 _REPOSITORY = re.compile(r"models--(?P<name>[^/]+)")
 
 
@@ -43,12 +43,26 @@ def check_links(root: Path) -> None:
     """Look at every entry of a folder, and of the folders in it, before any is opened.
 
     Raises:
-        CheckpointError: an entry leads out of the folder, or is neither a file nor a folder.
+        CheckpointError: an entry leads out of the folder, or is neither a file nor a folder; or there are too many.
     """
     home = _home(root)
-    for entry in islice(_entries(root, _DEPTH), _ENTRIES):
+    for count, entry in enumerate(_entries(root, _DEPTH)):
+        if count == _ENTRIES:
+            raise CheckpointError(
+                f"{root} has more than {_ENTRIES:,} entries",
+                expected="the folder of one set",
+                found=f"at least {_ENTRIES + 1:,} files and folders",
+                where=str(root),
+                repair="name the folder that the files are in",
+            )
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             _check(Path(entry.path), root, home)
+
+
+def found(root: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder that match, sorted; none of what `check_links` leaves alone."""
+    files = {path for pattern in patterns for path in root.glob(pattern)}
+    return sorted(path for path in files if _TOOLS.isdisjoint(path.relative_to(root).parts))
 
 
 def check_file(path: Path, root: Path) -> None:
@@ -67,7 +81,7 @@ def _home(root: Path) -> Path:
 
 def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
     try:
-        found = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         if depth < _DEPTH:  # no format can look there either
             return
@@ -78,10 +92,9 @@ def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
             where=str(folder),
             repair="give yourself permission to read it",
         ) from None
-    for entry in found:
+    for entry in entries:
         yield entry
-        inner = entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-        if inner and depth:
+        if depth and entry.name not in _TOOLS and Path(entry.path).is_dir():  # of a link too: it was checked by now
             yield from _entries(entry.path, depth - 1)
 
 

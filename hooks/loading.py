@@ -6,7 +6,7 @@ up beside the tensors that are made from them; a decoder stored the other way ro
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -96,9 +96,31 @@ def _within(content: Any, where: TensorSource) -> Any:
 
 
 def bytes_needed(source: LayerSource, dtype: torch.dtype | None) -> int:
-    """Bytes that a layer takes once it is loaded; with a `finish` and a cast, also those of the stored precision."""
-    sizes = stored(source).values()
-    return sum(size.nbytes(dtype) + (size.nbytes() if source.finish and dtype else 0) for size in sizes)
+    """Bytes that a layer takes once it is loaded, or while it is worked out from what is stored if that is more."""
+    described = stored(source)
+    if source.finish is None:
+        return sum(size.nbytes(dtype) for size in described.values())
+    given = {name: _shaped(source.tensors[name], size) for name, size in described.items()}
+    finished = source.finish(dict(given))
+    before, now = _held(given.values()), _held(finished.values())
+    most = _held((*given.values(), *finished.values()))  # `finish` makes new tensors beside the stored ones
+    most = max(most, before, now)
+    for part in finished.values():  # cast one at a time: each goes when its cast is there
+        if dtype is not None and part.dtype != dtype:
+            now += part.numel() * dtype.itemsize
+            most = max(most, now)
+            now -= part.nbytes
+    return most
+
+
+def _shaped(where: TensorSource, size: Stored) -> Tensor:
+    """A tensor of the right shape and precision without any bytes, so that `finish` can be followed."""
+    return torch.empty(size.shape[::-1] if where.transposed else size.shape, dtype=size.dtype, device="meta")
+
+
+def _held(parts: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(part.nbytes for part in {id(part): part for part in parts}.values())
 
 
 def part_bytes(room: int | None) -> int:
@@ -136,8 +158,8 @@ def load_weights(
     weights = source.finish(weights)
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     for name in weights:
-        _require_finite(weights[name], f"{name}, worked out from the file", source.files[0], 0)
-        weights[name] = weights[name].to(dtype or weights[name].dtype)  # one at a time: the stored one goes
+        key = f"{name}, worked out from the file"  # one at a time: the stored one goes
+        weights[name] = _cast(weights[name], dtype, key, source.files[0], 0)
     return weights, dtypes
 
 
@@ -155,8 +177,7 @@ def _tensor(
     for start, part in _parts(where, size, at_once):
         if stop():
             raise Stopped
-        cast = part.to(out.dtype)
-        _require_finite(cast, where.key[-1], where.file, first + start)
+        cast = _cast(part, out.dtype, where.key[-1], where.file, first + start)
         if not size.shape:
             out.copy_(cast.view(()))
         elif where.transposed:
@@ -192,17 +213,39 @@ def _opener(where: TensorSource) -> Callable[[], Tensor]:
     return lambda: content
 
 
-def _require_finite(part: Tensor, key: str, file: Path, first: int) -> None:
+def _cast(part: Tensor, dtype: torch.dtype | None, key: str, file: Path, first: int) -> Tensor:
+    """Rows of a file in another precision, looked through for what is no number, in the file or because of the cast."""
+    cast = part.to(dtype or part.dtype)
+    if not _is_finite(cast):
+        _require_finite(part, key, file, first)
+        row, kind = first + _first_bad_row(cast), str(cast.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{kind} cannot hold the numbers in {key}, row {row}, of {file.name}",
+            expected=f"numbers up to {torch.finfo(cast.dtype).max:.4g}, for --dtype {kind}",
+            found=f"{float(part.abs().max()):.4g}",
+            where=str(file),
+            repair="--dtype bfloat16 or float32, or leave --dtype away; the file itself is sound",
+        )
+    return cast
+
+
+def _is_finite(part: Tensor) -> bool:
     """`aminmax` is NaN where anything is, and several times faster than looking at each number by itself."""
     if not part.numel() or not part.is_floating_point():
+        return True
+    return all(math.isfinite(bound) for bound in torch.aminmax(part))
+
+
+def _first_bad_row(part: Tensor) -> int:
+    return int((~torch.isfinite(part.reshape(len(part) if part.ndim else 1, -1)).all(-1)).nonzero()[0])
+
+
+def _require_finite(part: Tensor, key: str, file: Path, first: int) -> None:
+    if _is_finite(part):
         return
-    low, high = torch.aminmax(part)
-    if math.isfinite(low) and math.isfinite(high):
-        return
-    row = int((~torch.isfinite(part.reshape(len(part) if part.ndim else 1, -1)).all(-1)).nonzero()[0])
-    kind = "NaN" if math.isnan(low) else "infinity"
+    kind = "NaN" if bool(part.isnan().any()) else "infinity"
     raise CheckpointError(
-        f"{file.name} holds {kind} in {key}, row {first + row}",
+        f"{file.name} holds {kind} in {key}, row {first + _first_bad_row(part)}",
         expected=f"finite numbers (in {str(part.dtype).removeprefix('torch.')})",
         found=kind,
         where=str(file),
@@ -210,8 +253,8 @@ def _require_finite(part: Tensor, key: str, file: Path, first: int) -> None:
     )
 
 
-def load_rows(where: TensorSource, rows: Sequence[int]) -> Tensor | None:
-    """Single rows of a tensor as we hold it, read alone; None where that cannot be done."""
+def load_rows(where: TensorSource, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
+    """Single rows of a tensor as we hold it, read alone, in another precision if one is given; else None."""
     first = where.rows[0] if where.rows else 0
     if where.transposed:
         return None
@@ -222,8 +265,8 @@ def load_rows(where: TensorSource, rows: Sequence[int]) -> Tensor | None:
     else:
         return None
     for row, part in zip(rows, out, strict=True):
-        _require_finite(part[None], where.key[-1], where.file, first + row)
-    return out
+        _cast(part[None], dtype, where.key[-1], where.file, first + row)
+    return out.to(dtype or out.dtype)
 
 
 def check_digest(source: LayerSource) -> None:

@@ -4,8 +4,9 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar, cast, overload
 
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import AutoConfig
 
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
@@ -100,7 +102,9 @@ def _within_memory(task: Task) -> Callable[[Method], Method]:
         @functools.wraps(method)
         def explaining(model: "HookedModel", *args: Any, **options: Any) -> Any:
             def ask() -> Ask:
-                return model.request(args[0] if args else next(iter(options.values())))
+                bound = signature(method).bind(model, *args, **options).arguments
+                prompt: Any = bound.get("prompt", bound.get("prompts"))
+                return replace(model.request(prompt), new=int(bound.get("max_new_tokens", 32)))
 
             with explained(f"running {task}", model.host.device_of(0), ask, task):
                 return method(model, *args, **options)
@@ -171,7 +175,13 @@ class HookedModel:
         wanted = precision(dtype)
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
-        with explained("loading the model", chosen or ("cuda" if torch.cuda.is_available() else "cpu")):
+        where = chosen or torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
+
+        def ask() -> Ask:
+            config = AutoConfig.from_pretrained(WEIGHTS if demo else name)
+            return ask_for(config.to_dict(), store, 32, wanted or config.dtype or torch.bfloat16, where.type)
+
+        with explained("loading the model", where, ask):
             host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
             if chosen:
                 host.model.to(chosen)
@@ -203,7 +213,8 @@ class HookedModel:
         batch, model = self.host.batch(_listed(prompts)), self.host.model
         loaded: Any = model.config
         tokens, config = max(batch.lengths), dict(loaded.to_dict())
-        return ask_for(config, self.store, tokens, next(model.parameters()).dtype, self.host.device_of(0).type)
+        asked = ask_for(config, self.store, tokens, next(model.parameters()).dtype, self.host.device_of(0).type)
+        return replace(asked, batch=len(batch.lengths))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ candidates that reconstruct about equally well, the one whose decoder cannot be 
 The error itself is no such test: a target that is easier to hit can have the smaller one.
 
 The refit is a ridge regression of the error on the features, fitted on one half of the rows and judged on the other,
-both ways; of `PENALTIES` the best one counts.
+both ways; of `PENALTIES` the best one counts, and where none helps, the decoder is left as it is: nothing is avoidable.
 """
 
 import torch
@@ -31,6 +31,7 @@ def avoidable_by_row(
     """
     wide, left, odd = features.double(), error.double(), (row % 2 == 1).to(error.device)
     gains = _gain(wide, left, odd) + _gain(wide, left, ~odd)
+    gains = torch.cat([gains, torch.zeros_like(gains[:1])])  # with few tokens every refit only adds noise
     return by_row(gains[int(gains.sum(-1).argmax())], row, rows) / spread
 
 

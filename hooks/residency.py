@@ -160,7 +160,7 @@ class Residency:
         prefetch: bool,
     ):
         """`loader` says how to load a layer, `needed` the bytes this takes, `from_files` whether a file is read."""
-        self.budget_bytes, self.host, self._prefetch = budget_bytes, host, prefetch
+        self._budget_bytes, self.host, self._prefetch = budget_bytes, host, prefetch
         self._layers, self._loader, self._needed, self._from_files = layers, loader, needed, from_files
         self.resident: OrderedDict[int, Transcoder] = OrderedDict()
         self.ahead: ReadAhead | None = None
@@ -174,11 +174,22 @@ class Residency:
         """A layer, loaded now if it is not resident."""
         if layer not in self.resident:
             self._admit(self._fetch(layer))
+            self._evict(layer)  # the layer may be larger than what was foreseen
         self.resident.move_to_end(layer)
         self._unused.discard(layer)
         self._in_vain.discard(layer)
         self._look_ahead(layer)
         return self.resident[layer]
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """At most so many bytes are resident, except that the layer asked for last stays."""
+        return self._budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, budget_bytes: int | None) -> None:
+        self._budget_bytes = budget_bytes
+        self._evict(self._last)
 
     def _admit(self, loaded: Loaded) -> None:
         layer = loaded.transcoder.layer
@@ -245,19 +256,20 @@ class Residency:
         if layer in self.resident:
             references = [weakref.ref(tensor) for tensor in given]
             self._derived.setdefault(layer, {})[name] = (references, versions, made)
-            self._evict()
+            self._evict(layer)
         return made
 
-    def _evict(self) -> None:
-        """Make room for what has been derived."""
+    def _evict(self, keep: int | None) -> None:
+        """Drop the layers used longest ago until the budget holds, but never the one to keep."""
         if self.budget_bytes is None:
             return
         ahead = self.ahead.nbytes if self.ahead else 0
-        while len(self.resident) > 1 and self.nbytes + ahead > self.budget_bytes:
-            self.drop(next(iter(self.resident)))
+        for layer in [layer for layer in self.resident if layer != keep]:
+            if self.nbytes + ahead > self.budget_bytes:
+                self.drop(layer)
         if ahead and self.nbytes + ahead > self.budget_bytes:
             self.settle()
-            self._evict()
+            self._evict(keep)
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.recording import SINK
+from hooks.site_sums import CONSTANT
 from hooks.sites import SITE_NAMES, SiteSpec
 from hooks.transcoder import Transcoder
 from hooks.walk import Streams
@@ -114,7 +115,13 @@ def target(x: Float[Tensor, "token d_model"], sinks: Bool[Tensor, " token"]) -> 
     """A write site's tokens."""
     calm, wide = ~sinks.to(x.device), x.float()
     parts = (wide, wide[calm], rms_normed(wide))
-    return Target(x, torch.stack([(part - part.mean(0)).square().sum(dtype=torch.float64) for part in parts]))
+    return Target(x, torch.stack([_spread(part) for part in parts]))
+
+
+def _spread(x: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
+    """sum |x − mean x|²; 0 where all that is left of it is rounding."""
+    spread = (x - x.mean(0)).square().sum(dtype=torch.float64)
+    return torch.where(spread > CONSTANT * x.square().sum(dtype=torch.float64), spread, 0)
 
 
 def _update(streams: Streams, layer: int) -> Float[Tensor, "token d_model"]:

@@ -196,6 +196,8 @@ class Passes:
         layer, sinks = transcoder.layer, sink_mask(streams)
         assert option.write is not None, "the update is no candidate"
         x, aim = streams[option.read.at(layer)], target(streams[option.write.at(layer)], sinks)
+        if not aim.spread[1] > 0:
+            return
         acts, calm = transcoder.encode(x), ~sinks.to(transcoder.device)
         error = transcoder.error(acts, x, aim.x)[calm]
         features = acts.dense(transcoder.d_features)[calm]

@@ -60,10 +60,10 @@ class SiteSpec:
         Raises:
             UserError: the name is not a site; the message lists the known ones.
         """
-        match = re.fullmatch(r"(\w+?)(?:\+(\d+))?", text.strip())
+        match = re.fullmatch(r"(\w+?)(?:\+(\d{1,6}))?", text.strip())
         if not match or match[1] not in _PLACES:
             raise UserError(
-                f"unknown site {text!r}",
+                f"unknown site {text[:80]!r}",
                 expected=f"one of {', '.join(SITE_NAMES)}, optionally followed by +N for N layers later",
                 where="--read / --write or the manifest",
             )
@@ -136,7 +136,7 @@ def from_lens(name: str) -> tuple[Site | SiteSpec, bool]:
     Raises:
         UserError: it is the name of no site; the message lists the known ones.
     """
-    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name.strip())
+    match = re.fullmatch(r"(?:blocks\.(\d{1,6})\.)?(.+)", name.strip())
     known = {
         lens.removeprefix("blocks.{layer}."): site
         for site, place in _PLACES.items()
@@ -146,7 +146,7 @@ def from_lens(name: str) -> tuple[Site | SiteSpec, bool]:
     known[_NORMED_MID] = "resid_mid"
     if not match or match[2] not in known:
         raise UserError(
-            f"no site is called {name!r}",
+            f"no site is called {name[:80]!r}",
             expected=f"{', '.join(known)}, alone or after `blocks.LAYER.`",
             where="hook name",
         )
@@ -170,11 +170,11 @@ def from_module(path: str, end: End) -> Site:
     Raises:
         UserError: no site is there; the message lists the known ones.
     """
-    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)(?:\.(.+))?", path.strip())
+    match = re.fullmatch(r"(?:model\.)?layers\.(\d{1,6})(?:\.(.+))?", path.strip())
     known = {(place.path, place.end): site for site, place in _PLACES.items()}
     if not match or (match[2] or "", end) not in known:
         names = ", ".join(f"layers.N{'.' if path else ''}{path} ({end})" for path, end in known)
-        raise UserError(f"no site is at the {end} of {path!r}", expected=names, where="module name")
+        raise UserError(f"no site is at the {end} of {path[:80]!r}", expected=names, where="module name")
     return Site(known[match[2] or "", end], int(match[1]))
 
 

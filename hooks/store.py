@@ -58,7 +58,7 @@ class TranscoderStore:
         self._near = Residency(
             tuple(self._sources),
             self._loader,
-            self._needed,
+            self.bytes_of,
             self._from_files,
             budget_bytes,
             HostTier(host_budget_bytes or 0),
@@ -282,9 +282,9 @@ class TranscoderStore:
         if held is None and isinstance(source, Transcoder):
             held = source
         if held is None and isinstance(source, LayerSource) and source.finish is None:
-            found = load_rows(source.tensors[name], rows)
+            found = load_rows(source.tensors[name], rows, self._dtype)
             if found is not None:
-                return found.to(device, self._dtype)
+                return found.to(device)
         if held is None:
             self._say_cost(layer)
             held = self[layer]
@@ -298,7 +298,7 @@ class TranscoderStore:
                 "is every other; `circuits convert` writes a form whose rows can be read alone",
                 self.name,
                 layer,
-                self._needed(layer) / 1e6,
+                self.bytes_of(layer) / 1e6,
             )
 
     def _device(self, layer: int) -> torch.device:
@@ -329,7 +329,7 @@ class TranscoderStore:
     def _from_files(self, layer: int) -> bool:
         return isinstance(self._sources[layer], LayerSource)
 
-    def _needed(self, layer: int) -> int:
+    def bytes_of(self, layer: int) -> int:
         """Bytes that a layer takes once it is there, or while it is read if that is more."""
         source, waiting = self._sources[layer], self._near.host.get(layer)
         if isinstance(source, LayerSource) and waiting is None:

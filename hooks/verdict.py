@@ -17,9 +17,10 @@ from hooks.site_fits import Fit, Option
 CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their avoidable error
 GOOD = 0.5  # FVU: more is left than explained. The right model's sets stay far below, another model's come near 1
 APART = 3.0  # standard errors between two avoidable errors
+AGREES = 1.5  # standard errors from which on the avoidable error speaks for a candidate at all
 _LOSS_RATIO = 3.0  # measured over stated: other texts account for less
 _AVOIDABLE_SHARE = 1 / 3  # of the error: sets on their own model have a tenth or less
-_FEW = 1000  # tokens
+_FEW, _TOO_FEW = 1000, 256  # tokens
 _MOST_CONTENDERS = 8
 
 
@@ -39,10 +40,19 @@ class Ranking:
     @property
     def contenders(self) -> list[Option]:
         """The best one, and those too close to it for the FVU to decide; where none is good, the best one."""
+        return self._near[:_MOST_CONTENDERS]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more are that close than are looked at."""
+        return len(self._near) > _MOST_CONTENDERS
+
+    @property
+    def _near(self) -> list[Option]:
         best = min(self.scores.values())
         if best >= GOOD:
             return [next(iter(self.scores))]
-        return [option for option, score in self.scores.items() if score < best + CLOSE][:_MOST_CONTENDERS]
+        return [option for option, score in self.scores.items() if score < best + CLOSE]
 
 
 def rank(fits: Sequence[Fit]) -> Ranking | None:
@@ -75,13 +85,16 @@ class Evidence:
         """Over layers."""
         return cls(*(torch.stack([getattr(part, name) for part in parts]).mean(0) for name in ("error", "avoidable")))
 
-    def against(self, other: "Evidence") -> float:
+    def against(self, other: "Evidence", *, same_target: bool) -> float:
         """How many standard errors this one is ahead of another.
 
-        The avoidable error counts; where it agrees, so does the error itself, which the same rows tell more precisely.
+        The avoidable error counts. The error itself, which the same rows tell more precisely, counts too where both aim
+        at the same target, unless the avoidable error speaks against it; towards different targets, one of which may
+        be easier to hit, only where the avoidable error speaks for it (`AGREES`).
         """
         avoidable = separation(self.avoidable, other.avoidable)
-        return max(avoidable, separation(self.error, other.error)) if avoidable > 0 else avoidable
+        agrees = avoidable >= (0 if same_target else AGREES)
+        return max(avoidable, separation(self.error, other.error)) if agrees else avoidable
 
 
 @dataclass(frozen=True)
@@ -94,20 +107,24 @@ class Decision:
     candidates: tuple[Candidate, ...]
 
 
-def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], shown: int = 6) -> Decision:
-    """The winner: of the contenders the one with the least avoidable error.
+def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], tokens: int, shown: int = 6) -> Decision:
+    """The winner: of the contenders the one with the least avoidable error; among equals the one with the least FVU.
 
-    It is clear if it explains more than half of the variance, and is `APART` standard errors ahead of every other
-    contender.
+    It is clear if it explains more than half of the variance, is `APART` standard errors ahead of all other
+    contenders, none was left out, and there were tokens enough to tell.
 
     Args:
         evidence: of each contender.
+        tokens: that were measured, without sinks.
         shown: how many candidates are listed.
     """
     order = sorted(ranking.contenders, key=lambda option: float(evidence[option].avoidable.sum()))
     best = order[0]
-    apart = {option: evidence[best].against(evidence[option]) for option in order[1:]}
-    verdict: Verdict = "clear" if all(value >= APART for value in apart.values()) else "too close"
+    apart = {
+        option: evidence[best].against(evidence[option], same_target=option.write == best.write) for option in order[1:]
+    }
+    told = all(value >= APART for value in apart.values()) and not ranking.crowded and tokens >= _TOO_FEW
+    verdict: Verdict = "clear" if told else "too close"
     if ranking.scores[best] >= GOOD:
         verdict = "none is good"
     others = [option for option in ranking.scores if option != best]
@@ -195,10 +212,17 @@ def remarks(
     out, best = [], decision.candidates[0]
     good = decision.verdict != "none is good"
     stored = (checkpoint.read or decision.best.read, checkpoint.write or decision.best.write)
-    if good and stored != (decision.best.read, decision.best.write):
+    pairs = {(option.read, option.write) for option in ranking.scores}
+    if good and stored in pairs and stored != (decision.best.read, decision.best.write):
         out.append(
             f"the files say {stored[0]} -> {stored[1]} ({checkpoint.sites_source}), and {best.read} -> {best.write} "
             "fits better"
+        )
+    if len(pairs) == 1:
+        out.append("no other pair of sites was tried, so nothing says that this is the right one")
+    if ranking.crowded:
+        out.append(
+            f"more than {_MOST_CONTENDERS} candidates are within {CLOSE} FVU of the best, and not all were compared"
         )
     if ranking.update is not None and ranking.update < best.fvu - CLOSE:
         out.append(
@@ -209,5 +233,6 @@ def remarks(
     if weak and good:
         out.append(f"it does not fit at layers {', '.join(map(str, weak))}")
     if tokens < _FEW:
-        out.append(f"{tokens} tokens are few; 4,000 give steadier figures")
+        least = f", and no verdict is given on fewer than {_TOO_FEW}" if tokens < _TOO_FEW else ""
+        out.append(f"{tokens} tokens are few; 4,000 give steadier figures{least}")
     return tuple(out)

@@ -123,3 +123,53 @@ def test_findings_that_cannot_be_read_are_said(root):
     (root / findings.FILE).write_text('{"verdict": "clear"}')
     with pytest.raises(CheckpointError, match="findings of an earlier check"):
         TranscoderStore.open(root)
+
+
+def test_another_models_findings_are_not_built_on(root):
+    findings.save(root, found(CARD).model_copy(update={"other_model": True}))
+    for decoder in (None, 0):
+        store = TranscoderStore.open(root, decoder=decoder)
+        assert store.convention.source == "undecided"
+        assert store[0].norm_weight is not None
+
+
+def test_what_was_not_measured_is_not_taken_from_another_decoder(root, tmp_path):
+    findings.save(root, found())
+    assert TranscoderStore.open(root, decoder=1).convention.source == "assumed"
+    convert(root, tmp_path / "dst", decoder=1)
+    assert findings.of(tmp_path / "dst") is None
+
+
+def test_a_conversion_keeps_the_findings_of_its_decoder_alone(root, tmp_path):
+    other = DecoderFinding(best=BEST.model_copy(update={"write": "mlp_out", "decoder": 1}), verdict="clear", margin=1)
+    findings.save(root, found(decoders=(DecoderFinding(best=BEST, verdict="clear", margin=1), other)))
+    for decoder, write in ((0, "mlp_out+1"), (1, "mlp_out")):
+        convert(root, tmp_path / str(decoder), decoder=decoder)
+        store = TranscoderStore.open(tmp_path / str(decoder))
+        assert (str(store.convention.write), store.convention.source) == (write, "calibrated")
+
+
+def test_an_encoder_that_was_given_stays(root, tmp_path):
+    findings.save(root, found(CARD))
+    convert(root, tmp_path / "dst", encoder="trained")
+    assert TranscoderStore.open(tmp_path / "dst")[0].norm_weight is not None
+
+
+def test_sites_given_after_an_open_verdict_are_given(tmp_path):
+    """Also where they are what the format's own program assumes."""
+    sites = {"read": SiteSpec("resid_pre"), "write": SiteSpec("resid_pre")}
+    native.save(tmp_path, [random_transcoder(0, 8)], **sites, sites_source="assumed")
+    findings.save(tmp_path, found(CARD, "too close"))
+    assert TranscoderStore.open(tmp_path).convention.source == "undecided"
+    assert TranscoderStore.open(tmp_path, **sites).convention.source == "given"
+    assert TranscoderStore.open(tmp_path, read="resid_pre").convention.source == "undecided"
+
+
+def test_half_known_sites_are_unknown_in_a_conversion(root, tmp_path):
+    done = convert(root, tmp_path / "dst", read="mlp_in")
+    manifest = native.read_manifest(tmp_path / "dst")
+    assert (manifest.read, manifest.write, manifest.sites_source) == ("mlp_in", None, "unknown")
+    assert done.facts["read"] == ("mlp_in", "unknown")
+    both = convert(root, tmp_path / "both", read="mlp_in", write="mlp_out", base_model="a/b")
+    assert both.facts["write"] == ("mlp_out", "given")
+    assert both.facts["base_model"] == ("a/b", "stored")

@@ -515,3 +515,37 @@ def test_other_sites_than_stated_are_refused(tmp_path):
 def test_no_transcoders_are_refused(tmp_path):
     with pytest.raises(UserError, match="no transcoders given"):
         circuit_tracer.save(tmp_path, [], read=MID, write=OUT)
+
+
+def test_undecided_sites_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no field for undecided sites"):
+        circuit_tracer.save(tmp_path, [sayable(0)], read=MID, write=OUT, sites_source="undecided")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("known", ["assumed", "given", "calibrated"])
+def test_how_facts_are_known_is_read_back(tmp_path, known):
+    sources = dict.fromkeys(("sites_source", "encoder_source", "activation_source"), known)
+    circuit_tracer.save(tmp_path, [sayable(0)], read=MID, write=OUT, **sources)
+    found = recognise(tmp_path)
+    assert (found.sites_source, found.encoder_source, found.layers[0].k_source) == (known, known, known)
+    (tmp_path / "conversion.json").unlink()
+    found = recognise(tmp_path)
+    assert (found.sites_source, found.encoder_source, found.layers[0].k_source) == ("stored", "stored", "stored")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"sites_source": "sure"}', '{"encoder_source": []}', '{"sites_source": null}']
+)
+def test_a_damaged_conversion_is_refused(tmp_path, text):
+    circuit_tracer.save(tmp_path, [sayable(0)], read=MID, write=OUT)
+    (tmp_path / "conversion.json").write_text(text)
+    assert refused(tmp_path).where == str(tmp_path / "conversion.json")
+
+
+def test_a_written_topk_set_says_what_circuit_tracer_does_differently(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    circuit_tracer.save(tmp_path / "relu", [sayable(0, "relu")], read=MID, write=OUT)
+    assert "negative" not in caplog.text
+    circuit_tracer.save(tmp_path / "topk", [sayable(0)], read=MID, write=OUT)
+    assert "circuit-tracer keeps negative ones too" in caplog.text

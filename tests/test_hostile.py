@@ -3,6 +3,7 @@
 Every case goes through the command line. The canary is a file that each payload would make: `everything` sees it.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -27,9 +28,10 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from hooks.demo import PROMPT, WEIGHTS
-from hooks.errors import UserError
-from hooks.formats import native
-from hooks.sites import SiteSpec
+from hooks.errors import OutputError, UserError
+from hooks.files import new_folder, write_safetensors, write_text
+from hooks.formats import native, recognise
+from hooks.sites import SiteSpec, from_lens, from_module
 from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS as PARTS
 
@@ -307,6 +309,8 @@ ODD: dict[str, Callable[[], object]] = {
     "a layer that is another": lambda: {"layer": 7, "state_dict": state_dict()},
     "a width that is huge": lambda: {"hidden_dim": laughing(), "state_dict": state_dict()},
     "metadata that is a tensor": lambda: {"training_metadata": torch.ones(3), "state_dict": state_dict()},
+    "metadata that is a number": lambda: {"training_metadata": 12, "state_dict": state_dict()},
+    "metadata that is a text": lambda: {"training_metadata": "x", "state_dict": state_dict()},
     "a share that is NaN": lambda: {"training_metadata": {"final_l0_pct": float("nan")}, "state_dict": state_dict()},
     "a share that is endless": lambda: {"training_metadata": {"final_l0_pct": laughing()}, "state_dict": state_dict()},
 }
@@ -678,6 +682,14 @@ LINKS: dict[str, Callable[[Path, Path], None]] = {
     "a folder elsewhere": lambda folder, away: (
         published(away), (folder / "layers.0.mlp").symlink_to(away, target_is_directory=True)
     ),
+    "a file in a hidden folder": lambda folder, away: (
+        (folder / ".x").mkdir(), (folder / ".x" / "sae.safetensors").symlink_to(published(away))
+    ),
+    "behind a link within": lambda folder, away: (
+        (folder / ".cache" / "x").mkdir(parents=True),
+        (folder / ".cache" / "x" / "config.json").symlink_to("/etc/passwd"),
+        (folder / "layer0").symlink_to(".cache/x", target_is_directory=True),
+    ),
     "nothing elsewhere": lambda folder, away: (folder / PT).symlink_to(away / "gone"),
 }  # fmt: skip
 
@@ -705,6 +717,132 @@ def test_links_within_the_folder_are_followed(here):
     (here / "link").symlink_to("set")
     for name in ("set", "link"):  # the folder itself may be given by a link
         assert TranscoderStore.open(name)[0].d_model == WIDTH
+
+
+@pytest.mark.parametrize("tool", [".git", ".cache"])
+def test_what_tools_keep_for_themselves_is_no_part_of_a_set(tmp_path, tool):
+    """The same set in `.git` or `.cache` is not looked at, and links there do no harm."""
+    for write in (dictionary_learning_set, gemma_scope_set, saelens_set, sparsify_set):
+        root = tmp_path / write.__name__
+        (root / tool).mkdir(parents=True)
+        write(root / tool)
+        (root / tool / "link").symlink_to("/etc/passwd")
+        with pytest.raises(UserError, match="no transcoders found"):
+            recognise(root)
+        write(root)
+        assert recognise(root).layers[0].layer == 0
+
+
+def test_a_folder_of_too_many_entries_is_refused_and_not_cut(tmp_path, monkeypatch):
+    dictionary_learning_set(tmp_path)
+    monkeypatch.setattr("hooks.links._ENTRIES", 2)
+    recognise(tmp_path)
+    (tmp_path / "z").mkdir()
+    with pytest.raises(UserError, match="has more than 2 entries"):
+        recognise(tmp_path)
+
+
+def test_the_run_beside_a_single_hookpoint_is_no_link(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    sparsify_set(run)
+    (run / "config.json").write_text(json.dumps({"model": "M"}))
+    assert recognise(run / "layers.0.mlp").base_model == "M"
+    (run / "config.json").rename(run / "inner")
+    (tmp_path / "outer").write_text(json.dumps({"model": "M"}))
+    for target, said in (("inner", "is a link"), ("../outer", "leads out"), ("/dev/zero", "leads out")):
+        (run / "config.json").unlink(missing_ok=True)
+        (run / "config.json").symlink_to(target)
+        with pytest.raises(UserError, match=said):
+            recognise(run / "layers.0.mlp")
+
+
+YAML = ("!!bool maybe", "!!int ''", "!!timestamp foo", "!!float ''", "0x" + "f" * 5000, "!!binary ä", "!!pairs [1]")
+
+
+@pytest.mark.parametrize("key", ["k", "model_kind", "feature_input_hook", "activation"])
+@pytest.mark.parametrize("value", YAML, ids=lambda value: value[:16])
+def test_yaml_that_its_own_parser_stumbles_over(tmp_path, key, value):
+    circuit_tracer_set(tmp_path)
+    config = (tmp_path / "config.yaml").read_text().splitlines()
+    lines = [line for line in config if not line.startswith(f"{key}:")]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, f"{key}: {value}"]))
+    with pytest.raises(UserError) as caught:
+        recognise(tmp_path)
+    assert len(str(caught.value)) < 2000
+    (tmp_path / "layer_0.safetensors").unlink()  # then it is nobody's
+    (tmp_path / "config.yaml").write_text(f"other: {value}")
+    with pytest.raises(UserError, match="no transcoders found"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda digits: SiteSpec.parse(f"mlp_out+{digits}"),
+        lambda digits: from_lens(f"blocks.{digits}.hook_mlp_out"),
+        lambda digits: from_module(f"model.layers.{digits}.mlp", "output"),
+    ],
+)
+def test_numbers_of_thousands_of_digits_are_no_sites(read):
+    read("123456")
+    for digits in ("1" * 7, "1" * 5000):
+        with pytest.raises(UserError) as caught:
+            read(digits)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("field", ["io", "submodule_name"])
+@pytest.mark.parametrize("value", [["in"], {"in": 1}, None, 7, "mlp_" + "1" * 4000], ids=str)
+def test_a_site_that_is_no_text(tmp_path, field, value):
+    dictionary_learning_set(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["buffer" if field == "io" else "trainer"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with contextlib.suppress(UserError):
+        assert field != "io" or recognise(tmp_path).read is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 6.5, 6 + 1j])
+def test_a_k_beside_the_weights_that_is_no_whole_number(tmp_path, value):
+    dictionary_learning_set(tmp_path)
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    state = {"b_dec" if key == "bias" else key: part for key, part in state.items()}
+    torch.save(state | {"k": torch.tensor(value)}, tmp_path / "ae.pt")
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["trainer"] |= {"dict_class": "AutoEncoderTopK", "k": 6}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="says k 6"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64], ids=str)
+def test_weights_of_other_numbers_in_a_state_dict(tmp_path, dtype):
+    dictionary_learning_set(tmp_path)
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    torch.save(state | {"bias": state["bias"].to(dtype)}, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match="bias holds no floating-point numbers"):
+        recognise(tmp_path)
+
+
+@pytest.fixture
+def full_disk():
+    """Every file ends at 4 kB, as on a disk that is full: the system's own refusal."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up(tmp_path, full_disk):
+    big = {"x": torch.zeros(10_000)}
+    with pytest.raises(OutputError, match="could not be written to its end"):
+        write_safetensors(tmp_path / "x.safetensors", big)
+    with pytest.raises(OutputError, match="could not be written to its end"):
+        write_text(tmp_path / "x.txt", "x" * 10_000)
+    with pytest.raises(OutputError, match="could not be written to its end"), new_folder(tmp_path / "y", 1) as folder:
+        (folder / "z").write_bytes(bytes(10_000))
+    assert everything(tmp_path) == {}
 
 
 # -- any damage ------------------------------------------------------------------------------------------------

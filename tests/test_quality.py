@@ -440,7 +440,7 @@ def test_files_are_looked_at_before_the_model_is_loaded(words):
 
 
 def test_quality_finds_no_sites_to_save():
-    with pytest.raises(UserError, match="--save writes down sites"):
+    with pytest.raises(UserError, match="--save has no meaning for --quality"):
         asked("--save")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import logging
 import os
 import subprocess
@@ -209,9 +210,21 @@ def test_a_cast_that_overflows_is_refused(tmp_path):
     wide.W_enc[7, 0] = 1e6
     root = save_native(tmp_path, [wide])
     assert same(TranscoderStore.open(root)[0], wide)
-    with pytest.raises(CheckpointError, match="infinity in W_enc, row 7") as caught:
-        TranscoderStore.open(root, dtype=torch.float16)[0]
-    assert "float16" in caught.value.expected
+    store = TranscoderStore.open(root, dtype=torch.float16)
+    for ask in (lambda: store[0], lambda: store.encoder_rows(0, [7])):
+        with pytest.raises(CheckpointError, match="float16 cannot hold the numbers in W_enc, row 7") as caught:
+            ask()
+        assert caught.value.found == "1e+06"
+        assert "--dtype" in caught.value.expected
+        assert "download" not in caught.value.repair
+
+
+def test_a_cast_that_overflows_behind_a_finish_is_refused(tmp_path):
+    (wide,) = coders(0)
+    wide.W_dec[3, 1] = 1e6
+    root = publish(tmp_path, [wide])
+    with pytest.raises(CheckpointError, match="float16 cannot hold the numbers in W_dec"):
+        TranscoderStore.open(root, **PLACES, encoder="card", dtype=torch.float16)[0]
 
 
 # -- digests -------------------------------------------------------------------------------------------------
@@ -237,6 +250,64 @@ def test_a_digest_is_taken_once_for_a_file_as_it_is(tmp_path, monkeypatch):
 
 
 # -- room beforehand -----------------------------------------------------------------------------------------
+
+
+def gated(root: Path, layers: int, d: int = 8, f: int = 32) -> Path:
+    """Gated autoencoders in bf16: what is worked out from them is fp32."""
+    for layer in range(layers):
+        folder = root / f"layer{layer}"
+        folder.mkdir(parents=True)
+        matrices = {"encoder.weight": torch.randn(f, d), "decoder.weight": torch.randn(d, f)}
+        vectors = {"decoder_bias": torch.zeros(d)} | dict.fromkeys(("r_mag", "gate_bias", "mag_bias"), torch.zeros(f))
+        torch.save({key: part.bfloat16() for key, part in (matrices | vectors).items()}, folder / "ae.pt")
+        trainer = {"dict_class": "GatedAutoEncoder", "activation_dim": d, "dict_size": f, "layer": layer}
+        (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    return root
+
+
+def test_room_is_counted_for_what_is_stored_and_what_is_worked_out_from_it(tmp_path):
+    """By hand, d = 8 and f = 32: the two matrices are 256 numbers each. Bias and shift are read once each."""
+    store = TranscoderStore.open(gated(tmp_path, 1), **{"read": "resid_post", "write": "resid_post"})
+    read = 2 * (256 + 256 + 8 + 8 + 3 * 32)  # bf16
+    made = 4 * (256 + 32 + 32)  # W_enc, b_enc and threshold, fp32
+    assert store.bytes_of(0) == read + made
+    assert store[0].nbytes == made + 2 * (256 + 8 + 8)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+def test_a_budget_holds_whatever_is_worked_out(tmp_path, dtype):
+    options = {"read": "resid_post", "write": "resid_post", "dtype": dtype, "prefetch": False}
+    root = gated(tmp_path, 3)
+    one = TranscoderStore.open(root, **options)[0].nbytes
+    for budget in range(one, 4 * one, one // 3):
+        store = TranscoderStore.open(root, budget_bytes=budget, **options)
+        assert store.bytes_of(0) >= one
+        for layer in (0, 1, 2, 1, 0):
+            assert store[layer].layer == layer
+            assert store.nbytes <= budget
+            assert layer in store._resident
+
+
+def test_a_layer_larger_than_foreseen_drops_others_and_never_itself(four, monkeypatch):
+    monkeypatch.setattr(hooks.store, "bytes_needed", lambda source, dtype: 1)
+    store = TranscoderStore.open(four, budget_bytes=2 * ONE, prefetch=False)
+    for layer in (0, 2, 5):
+        store[layer]
+    assert list(store._resident) == [2, 5]
+    tight = TranscoderStore.open(four, budget_bytes=1, prefetch=False)
+    for layer in (0, 2):
+        tight[layer]
+    assert list(tight._resident) == [2]
+
+
+def test_a_smaller_budget_holds_at_once(four):
+    store = TranscoderStore.open(four)
+    for layer in (0, 2, 5, 2):
+        store[layer]
+    store.budget_bytes = 2 * ONE
+    assert list(store._resident) == [5, 2]
+    store.budget_bytes = 1
+    assert list(store._resident) == [2]  # the one asked for last
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

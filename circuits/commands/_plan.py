@@ -30,6 +30,7 @@ from hooks.memory import (
 from hooks.sites import SiteSpec
 
 CARDS = ("24", "40", "80", "141")
+_MOST_GB = 1e6
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> Result:
             expected=f"width {model.d_model}, the model's hidden size",
             found=f"width {coders.d_model}",
         )
+    for name, value, most in (("nodes", args.nodes, None), ("k", args.k, coders.d_features)):
+        if value is not None and (value < 1 or (most and value > most)):
+            expected = "a number from 1 up" if most is None else f"1 to {most}, the features there are"
+            raise UserError(f"--{name} {value} is out of range", expected=expected, where=f"--{name}")
     dtype = args.dtype or model.dtype
     if dtype not in ITEM:
         raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(ITEM), where="--dtype")
@@ -89,7 +94,7 @@ def device_bytes(text: str) -> int:
         found = float(size)
     except ValueError:
         found = 0.0
-    if not 0 < found < float("inf"):
+    if not 0 < found < _MOST_GB:
         raise UserError(
             f"unknown device {text!r}", expected=f"GB such as 80, or {', '.join(DEVICES)}", where="--devices"
         )

@@ -6,8 +6,7 @@ from pathlib import Path
 from circuits.commands._options import load
 from circuits.commands._output import Result, say, show, table
 from circuits.quality_plot import quality_plot
-from circuits.scatter import check_suffix
-from hooks.errors import UserError
+from circuits.scatter import check_drawing
 from hooks.files import check_writable
 from hooks.host import Host, Prompt
 from hooks.quality import quality
@@ -31,16 +30,13 @@ def run(args: argparse.Namespace) -> Result:
     """Load, measure, write; --plot is a picture of FVU, L0 and cost by layer.
 
     Raises:
-        UserError: --save, or a file cannot be written.
+        UserError: a file cannot be written.
     """
-    if args.save:
-        raise UserError("--save writes down sites, and --quality does not look for them", expected="one of them")
     if args.out:
         check_report_suffix(args.out)
         check_writable(args.out)
     if args.plot:
-        check_suffix(args.plot)
-        check_writable(args.plot)
+        check_drawing(args.plot)
     texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
     model = load(args, args.layers)
     prompts = _prompts(model.host, texts, args.tokens)
@@ -48,9 +44,9 @@ def run(args: argparse.Namespace) -> Result:
     report = quality(model, prompts, progress=not args.json)
     if args.out:
         report.save(args.out)
+    show(args, _text(report))
     if args.plot:
         quality_plot(report, args.plot)
-    show(args, _text(report))
     return {"text": texts.name, **report.to_dict()}
 
 

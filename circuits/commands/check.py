@@ -12,7 +12,7 @@ from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
 from circuits.commands._options import command, count, layers
 from circuits.commands._output import Result, say, show, table
-from circuits.scatter import check_suffix
+from circuits.scatter import check_drawing
 from hooks.calibrate import TOKENS, Calibration, calibrate
 from hooks.demo import TRANSCODERS, WEIGHTS
 from hooks.errors import CheckpointError, OutputError, UserError, first_line
@@ -57,11 +57,13 @@ def run(args: argparse.Namespace) -> Result:
     """Measure, say, write."""
     if args.plan and args.quality:
         raise UserError("--plan and --quality are two questions", expected="one of them")
+    _check_options(args)
     if args.plan:
         return _plan.run(args)
+    if args.plot:
+        check_drawing(args.plot)
     if args.quality:
         return _quality.run(args)
-    _check_before(args)
     root, checkpoint = _set(args)
     texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
     sites = {
@@ -84,17 +86,28 @@ def run(args: argparse.Namespace) -> Result:
         progress=not args.json,
         **sites,
     )
-    if args.plot:
-        check_plot(found, args.plot)
     where = save(root, found.findings) if args.save else None
     show(args, _text(found, checkpoint) + (f"\nwritten to {where}" if where else ""))
+    if args.plot:
+        check_plot(found, args.plot)
     return _result(found, checkpoint, where)
 
 
-def _check_before(args: argparse.Namespace) -> None:
-    if args.plot:
-        check_suffix(args.plot)
-        check_writable(args.plot)
+def _check_options(args: argparse.Namespace) -> None:
+    """Options that would have no effect, or the wrong one, are refused."""
+    question = "--plan" if args.plan else "--quality" if args.quality else "a check"
+    idle = {"--plan": ("save", "out", "plot"), "--quality": ("save",), "a check": ("out",)}[question]
+    for name in idle:
+        if getattr(args, name):
+            raise UserError(f"--{name} has no meaning for {question}", repair=f"leave --{name} away")
+    forced = [name for name in ("read", "write", "encoder", "decoder") if getattr(args, name) is not None]
+    forced += [] if args.layers == "all" else ["layers"]
+    if args.save and forced:
+        raise UserError(
+            f"--{forced[0]} and --save contradict each other",
+            expected="findings about the whole set, with every candidate compared",
+            repair=f"leave --{forced[0]} away, or --save",
+        )
 
 
 def _set(args: argparse.Namespace) -> tuple[Path, Checkpoint]:
@@ -184,7 +197,7 @@ def _stored(checkpoint: Checkpoint) -> str:
 
 def _result(found: Calibration, checkpoint: Checkpoint, where: Path | None) -> Result:
     findings = found.findings
-    best, clear = findings.best, findings.verdict == "clear"
+    best, clear = findings.best, findings.verdict == "clear" and not findings.other_model
     whole = findings.model_dump(mode="json")
     return {
         **whole,

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Result:
     show(args, table(pd.DataFrame(facts).fillna("unknown")))
     show(args, f"{done.root}: {len(done.layers)} layers, {done.nbytes / 1e6:.1f} MB, {done.format}")
     if done.facts["read"][0] is None or done.facts["write"][0] is None:
-        say("the sites stay unknown: `circuits check --transcoders DST --save` measures them")
+        say(f"the sites stay unknown: `circuits check --transcoders {done.root} --save` measures them")
     return {
         "path": str(done.root),
         "format": done.format,

@@ -1,5 +1,6 @@
 """The writer of circuit-tracer's layout, and what the layout is; `hooks.formats.circuit_tracer` reads it."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,6 +9,7 @@ import yaml
 
 from hooks.errors import CheckpointError
 from hooks.files import sha256, write_json, write_safetensors, write_text
+from hooks.formats import Source
 from hooks.sites import SiteSpec, to_lens
 from hooks.transcoder import Transcoder
 
@@ -16,6 +18,9 @@ CONVERSION = "conversion.json"
 KEYS = {"threshold": "activation_function.threshold"}  # everything else has our name
 PARTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
 RMS_EPS = 1e-6
+TOPK_NOTE = "of the k largest only positive features count here; circuit-tracer keeps negative ones too"
+
+log = logging.getLogger("hooks")
 
 
 def save(
@@ -24,6 +29,9 @@ def save(
     *,
     read: SiteSpec | None,
     write: SiteSpec | None,
+    sites_source: Source = "stored",
+    encoder_source: Source = "stored",
+    activation_source: Source = "stored",
     base_model: str | None = None,
     scan: str | None = None,
     metadata: Mapping[int, Mapping[str, Any]] | None = None,
@@ -34,15 +42,20 @@ def save(
     Args:
         root: the folder to write; made if needed.
         transcoders: one per layer from 0 on, in order, held one at a time.
+        sites_source: how `read` and `write` are known; like the other two it goes to `conversion.json`, and is read
+            back from there.
         scan: the name under which circuit-tracer looks up feature pages.
         metadata: by layer; written to `conversion.json` with `source`, as the layout has no place for them.
-        source: whatever says where the set comes from and how its facts are known.
+        source: whatever says where the set comes from.
 
     Raises:
         CheckpointError: the layout lacks a field for something; the message names it.
     """
     if read is None or write is None:
         _lacks("unknown sites", "both sites known", f"read {read}, write {write}", "--read and --write")
+    if sites_source == "undecided":  # circuit-tracer would take them for certain
+        found = f"{read} and {write}, which a check did not settle"
+        _lacks("undecided sites", "sites that are certain", found, "--read and --write")
     first: Transcoder | None = None
     files: dict[str, dict[str, Any]] = {}
     for number, transcoder in enumerate(transcoders):
@@ -64,7 +77,10 @@ def save(
         "k": first.k,
         "scan": scan,
     }
-    write_json(root / CONVERSION, {"base_model": base_model, **source, "layers": files})
+    if first.activation == "topk":
+        log.warning("%s: %s", root.name, TOPK_NOTE)
+    known = {"sites_source": sites_source, "encoder_source": encoder_source, "activation_source": activation_source}
+    write_json(root / CONVERSION, {"base_model": base_model, **known, **source, "layers": files})
     kept = {key: value for key, value in config.items() if value is not None}
     write_text(root / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 

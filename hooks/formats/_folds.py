@@ -13,10 +13,10 @@ def fold_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     The equivalence is that of Rajamanoharan et al. 2024 (arXiv 2404.16014). Below a threshold of 0 the ReLU decides.
     """
     dtype = working_dtype(weights["W_enc"])
-    W_enc, b_gate, r_mag, b_mag = (weights[name].to(dtype) for name in ("W_enc", "b_gate", "r_mag", "b_mag"))
+    b_gate, r_mag, b_mag = (weights[name].to(dtype) for name in ("b_gate", "r_mag", "b_mag"))
     r = r_mag.exp()
     kept = {name: weight for name, weight in weights.items() if name not in ("b_gate", "r_mag", "b_mag")}
-    folded = {"W_enc": W_enc * _column(r), "b_enc": b_mag, "threshold": (b_mag - r * b_gate).clamp_min(0)}
+    folded = {"W_enc": _scaled(weights["W_enc"], r), "b_enc": b_mag, "threshold": (b_mag - r * b_gate).clamp_min(0)}
     return kept | folded
 
 
@@ -31,15 +31,22 @@ def fold_decoder_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     A row of zeros stays one; SAELens divides by its norm, so such a feature must never be active.
     """
     dtype = working_dtype(weights["W_enc"])
-    W_enc, b_enc, W_dec = (weights[name].to(dtype) for name in ("W_enc", "b_enc", "W_dec"))
-    norm = W_dec.norm(dim=-1)
+    W_enc, b_enc, W_dec = (weights[name] for name in ("W_enc", "b_enc", "W_dec"))
+    norm = W_dec.to(dtype).norm(dim=-1)
     inverse = torch.where(norm > 0, 1 / norm, 0)
-    return weights | {"W_enc": W_enc * _column(norm), "b_enc": b_enc * norm, "W_dec": W_dec * _column(inverse)}
+    scaled = {"W_enc": _scaled(W_enc, norm), "b_enc": b_enc.to(dtype) * norm, "W_dec": _scaled(W_dec, inverse)}
+    return weights | scaled
 
 
 def add_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A norm without a weight of its own, as `ln2.hook_normalized` means it."""
     return weights | {"norm_weight": torch.ones_like(weights["b_dec"])}
+
+
+def _scaled(rows: Tensor, by: Tensor) -> Tensor:
+    """Each row times a number of `by`, in its precision; of a cast matrix no second copy is made."""
+    wide = rows.to(by.dtype)
+    return wide * _column(by) if wide is rows else wide.mul_(_column(by))
 
 
 def _column(vector: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooks.errors import CheckpointError
 from hooks.files import npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes
+from hooks.guard import FLOATS
 from hooks.guard import read_json as read_any_json
 from hooks.sites import Site, SiteSpec
 
@@ -42,11 +43,11 @@ def float_shapes(path: Path, buffers: Iterable[str] = ()) -> dict[str, tuple[int
         return npz_shapes(path)  # refuses other numbers itself
     if path.suffix == ".safetensors":
         shapes = safetensors_shapes(path)
-        floats = {key: dtype.is_floating_point for key, dtype in safetensors_dtypes(path).items()}
+        floats = {key: dtype in FLOATS for key, dtype in safetensors_dtypes(path).items()}
     else:
         state = state_dict(path)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        floats = {key: tensor.is_floating_point() for key, tensor in state.items()}
+        floats = {key: tensor.dtype in FLOATS for key, tensor in state.items()}
     for key, is_float in floats.items():
         if not is_float and key not in buffers:
             raise CheckpointError(

@@ -10,23 +10,25 @@ root mean square. Sources: docs/formats/circuit-tracer.md.
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 
 from hooks.errors import CheckpointError, UserError, first_line
 from hooks.files import safetensors_load
-from hooks.formats import Checkpoint, LayerSource, TensorSource
-from hooks.formats._circuit_tracer_writer import CONFIG, KEYS, PARTS, RMS_EPS
+from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
+from hooks.formats._circuit_tracer_writer import CONFIG, CONVERSION, KEYS, PARTS, RMS_EPS, TOPK_NOTE
 from hooks.formats._circuit_tracer_writer import save as save
 from hooks.formats._folds import add_norm
-from hooks.formats._stored import check_shapes, float_shapes, matrix
+from hooks.formats._stored import check_shapes, float_shapes, matrix, read_json
+from hooks.guard import shown
 from hooks.sites import SiteSpec, from_lens
 from hooks.transcoder import Activation
 
-_FILE = re.compile(r"layer_(\d+)\.safetensors")
+_FILE = re.compile(r"layer_(\d{1,6})\.safetensors")
 _LARGEST_CONFIG = 1 << 20
 _ACTIVATIONS: dict[str, Activation] = {"topk": "topk", "relu": "relu", "jumprelu": "jumprelu"}
 _ENTRIES = {
@@ -64,6 +66,9 @@ def locate(root: Path) -> Checkpoint:
         _refuse(path, "feature_output_hook", "a site itself", "a site divided by its norm")
     activation, k = _rule(config, path)
     layers = tuple(_layer(number, file, activation, k, normed) for number, file in files)
+    known = _known(root)
+    if rule := known.get("activation_source"):
+        layers = tuple(replace(source, k_source=rule) for source in layers)
     base_model = config.get("model_name")
     if not isinstance(base_model, str | None):
         _refuse(path, "model_name", "a name", _said(base_model))
@@ -77,9 +82,21 @@ def locate(root: Path) -> Checkpoint:
         base_model=base_model or None,
         notes=tuple(_notes(config, [number for number, _ in files], normed)),
         norm="rms" if normed else "none",
-        encoder_source="assumed" if normed else "stored",
+        sites_source=known.get("sites_source", "stored"),
+        encoder_source=known.get("encoder_source", "assumed" if normed else "stored"),
         selection_notes=tuple(_selection_notes(activation, layers)),
     )
+
+
+def _known(root: Path) -> dict[str, Source]:
+    """How whoever converted the set here knew its facts, from `conversion.json`; nothing beside other sets."""
+    path = root / CONVERSION
+    content = read_json(path) if path.exists() or path.is_symlink() else {}
+    known: dict[str, Any] = {key: content[key] for key in ("sites_source", "encoder_source", "activation_source") if key in content}
+    for key, value in known.items():
+        if value not in get_args(Source):
+            _refuse(path, key, ", ".join(get_args(Source)), shown(value))
+    return known
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -87,11 +104,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except Exception as error:  # yaml raises whatever its constructors stumble over: KeyError, AttributeError, …
         raise CheckpointError(
             f"{path.name} cannot be read",
             expected=f"YAML of plain values, {_LARGEST_CONFIG:,} bytes at most",
-            found=first_line(error),
+            found=first_line(error)
+            if isinstance(error, yaml.YAMLError | ValueError | OSError)
+            else f"{type(error).__name__}: {first_line(error)}",
             where=str(path),
             repair="download it again",
         ) from None
@@ -102,6 +121,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _said(value: object) -> str:
     """A value of a configuration; of a container its type alone, as a few lines of YAML can mean a huge one."""
+    if isinstance(value, int) and abs(value) >= 10**80:  # Python refuses to spell out one of thousands of digits
+        return "a number of more than 80 digits"
     return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -195,7 +216,7 @@ def _layer(number: int, path: Path, activation: Activation | None, k: int | None
             repair=f"correct {CONFIG} if it is wrong, or download the set again",
         )
     if k is not None and k > f:
-        _refuse(path.parent / CONFIG, "k", f"{f} at most, the features of {path.name}", str(k))
+        _refuse(path.parent / CONFIG, "k", f"{f} at most, the features of {path.name}", _said(k))
     if gated:
         _check_thresholds(path)
     tensors = {name: TensorSource(path, (key,)) for name in PARTS if (key := KEYS.get(name, name)) in shapes}
@@ -244,4 +265,4 @@ def _selection_notes(activation: Activation | None, layers: tuple[LayerSource, .
     if activation is None and any(source.activation == "relu" for source in layers):
         yield f"{CONFIG} names no activation, and there are no thresholds: ReLU is assumed, as in circuit-tracer"
     if activation == "topk":
-        yield "of the k largest only positive features count here; circuit-tracer keeps negative ones too"
+        yield TOPK_NOTE

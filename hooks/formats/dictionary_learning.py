@@ -35,6 +35,7 @@ from hooks.formats._stored import (
     state_dict,
     whole,
 )
+from hooks.links import found
 from hooks.sites import Site
 from hooks.transcoder import Activation
 
@@ -89,12 +90,16 @@ _CLASSES = {
     "GatedAutoEncoder": _Class("jumprelu", bias="decoder_bias", vectors=tuple(_GATE), finish=_folded_gate),
 }
 _MODULES = {"resid": ("resid_pre", "resid_post"), "mlp": ("mlp_in", "mlp_out"), "attn": (None, "attn_out")}
-_SUBMODULE = re.compile(r"(resid|mlp|attn)((?<=resid)_post|(?<!resid)_out)?(?:_layer)?(?:_(\d+))?")
+_SUBMODULE = re.compile(r"(resid|mlp|attn)((?<=resid)_post|(?<!resid)_out)?(?:_layer)?(?:_(\d{1,6}))?")
 
 
 def matches(root: Path) -> bool:
     """Whether the folder, or one up to three levels within, has an `ae.pt`."""
-    return any(True for depth in _DEPTHS for _ in root.glob(depth + _WEIGHTS))
+    return bool(_files(root))
+
+
+def _files(root: Path) -> list[Path]:
+    return found(root, [depth + _WEIGHTS for depth in _DEPTHS])
 
 
 def locate(root: Path) -> Checkpoint:
@@ -104,7 +109,7 @@ def locate(root: Path) -> Checkpoint:
         CheckpointError: a file is missing, damaged or contradicts itself, its class is unknown, or there are several
             dictionaries for a layer.
     """
-    folders = sorted({path.parent for depth in _DEPTHS for path in root.glob(depth + _WEIGHTS)})
+    folders = sorted({path.parent for path in _files(root)})
     described = {folder: _config(folder / _CONFIG) for folder in folders}
     numbers = {folder: _number(trainer, folder / _CONFIG) for folder, (trainer, _) in described.items()}
     one_per_layer(((number, folder) for folder, number in numbers.items()), root)
@@ -172,7 +177,7 @@ def _sites(number: int, trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -
     module = "resid" if name is None else match[1] if match else None
     before, behind = _MODULES[module] if module else (None, None)
     ends = {"out": (behind, behind), "in": (before, before), "in_and_out": (before, behind)}
-    read, write = ends.get(io, (None, None))
+    read, write = ends.get(io if isinstance(io, str) else "", (None, None))
     if match and match[2] and io == "in":  # the name says the output, the buffer the input
         read = None
     if read is None or write is None:
@@ -187,8 +192,8 @@ def _sites(number: int, trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -
 def _layer(number: int, folder: Path, trainer: Mapping[str, Any]) -> LayerSource:
     file, path = folder / _WEIGHTS, folder / _CONFIG
     kind = _CLASSES[trainer["dict_class"]]
-    shapes = float_shapes(file, buffers=_BUFFERS)
     keys = kind.keys()
+    shapes = float_shapes(file, buffers=set(_BUFFERS) - set(keys.values()))
     sizes = matrix(shapes, keys["W_enc"], file)
     f, d = sizes if kind.linear else sizes[::-1]
     check_shapes(shapes, kind.shapes(f, d), file, ignored=_BUFFERS)
@@ -226,6 +231,12 @@ def _check_threshold(file: Path) -> None:
 def _k(file: Path, trainer: Mapping[str, Any], path: Path, f: int) -> int:
     k = whole("k", trainer.get("k"), path, most=f)
     stored = state_dict(file).get("k")
-    if stored is not None and stored.numel() == 1:
-        check_size("k", k, int(stored), path)
+    if stored is not None and stored.numel() == 1 and stored.item() != k:  # also where it is NaN
+        raise CheckpointError(
+            f"{path.name} says k {k}",
+            expected=f"{stored.item()}, from {file.name}",
+            found=str(k),
+            where=str(path),
+            repair="bring configuration and weights of the same training run together",
+        )
     return k

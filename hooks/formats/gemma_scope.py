@@ -28,6 +28,7 @@ from hooks.formats._stored import (
     read_json,
     spread_threshold,
 )
+from hooks.links import found
 from hooks.sites import Site, from_module
 
 _FILES, _CONFIG, _SKIP = ("params.npz", "params.safetensors"), "config.json", "affine_skip_connection"
@@ -37,7 +38,11 @@ _DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # the folder of one set, a layer, all la
 
 def matches(root: Path) -> bool:
     """Whether the folder, or one up to three levels within, has a `params.npz` or `params.safetensors`."""
-    return any(True for depth in _DEPTHS for name in _FILES for _ in root.glob(depth + name))
+    return bool(_files(root))
+
+
+def _files(root: Path) -> list[Path]:
+    return found(root, [depth + name for depth in _DEPTHS for name in _FILES])
 
 
 def locate(root: Path) -> Checkpoint:
@@ -47,7 +52,7 @@ def locate(root: Path) -> Checkpoint:
         CheckpointError: a file is damaged or contradicts itself, no folder says the layer, or there are several widths
             or sparsities for a layer.
     """
-    files = sorted({path for depth in _DEPTHS for name in _FILES for path in root.glob(depth + name)})
+    files = _files(root)
     layered = [path for path in files if _is_layered(path)]
     others = [path for path in files if not _is_layered(path)]
     if not layered:

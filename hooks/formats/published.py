@@ -197,10 +197,11 @@ def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: P
 def _selection(metadata: Any, d_features: int, path: Path) -> tuple[int | None, Source]:
     """k from what the metadata says of the density; see the module's head."""
     k = max(1, int(d_features * _TOPK_FRACTION))
-    l0_pct = metadata.get("final_l0_pct") if isinstance(metadata, Mapping) else metadata  # refused below
-    if l0_pct is None:
+    usable = isinstance(metadata, Mapping)
+    l0_pct = metadata.get("final_l0_pct") if usable else metadata
+    if usable and l0_pct is None:
         return k, "assumed"
-    if isinstance(l0_pct, bool) or not isinstance(l0_pct, int | float) or not 0 <= l0_pct <= 100:
+    if not usable or isinstance(l0_pct, bool) or not isinstance(l0_pct, int | float) or not 0 <= l0_pct <= 100:
         raise CheckpointError(
             f"{path.name}: the training metadata cannot be used",
             expected="final_l0_pct, a percentage",

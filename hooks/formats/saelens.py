@@ -29,6 +29,7 @@ from hooks.formats._stored import (
     read_json,
     whole,
 )
+from hooks.links import found
 from hooks.sites import Site, from_lens
 from hooks.transcoder import Activation
 
@@ -104,7 +105,7 @@ def matches(root: Path) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     patterns = (WEIGHTS_FILE, f"*/{WEIGHTS_FILE}", f"*/*/{WEIGHTS_FILE}")
-    return sorted({path.parent for pattern in patterns for path in root.glob(pattern)})
+    return sorted({path.parent for path in found(root, patterns)})
 
 
 def locate(root: Path) -> Checkpoint:

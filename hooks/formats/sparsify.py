@@ -27,6 +27,7 @@ from hooks.formats._stored import (
     read_json,
     whole,
 )
+from hooks.links import check_file, found, hub_snapshot
 from hooks.sites import from_module
 
 _WEIGHTS, _CFG, _RUN = "sae.safetensors", "cfg.json", "config.json"
@@ -76,13 +77,23 @@ def locate(root: Path) -> Checkpoint:
 def _folders(root: Path) -> list[Path]:
     """The hookpoints: the folder itself, or those in it, or those of a single seed within them."""
     patterns = (_WEIGHTS, f"*/{_WEIGHTS}", f"*/seed*/{_WEIGHTS}")
-    return sorted({file.parent for pattern in patterns for file in root.glob(pattern)})
+    return sorted({file.parent for file in found(root, patterns)})
 
 
 def _run(root: Path) -> Mapping[str, Any]:
-    """The configuration of the run, beside the folders of the hookpoints."""
+    """The configuration of the run, beside the folders of the hookpoints; of a single one, beside its own."""
     single = (root / _WEIGHTS).exists()
     path = (root.absolute().parent if single else root) / _RUN
+    if single and (path.exists() or path.is_symlink()):
+        check_file(path, path.parent)  # the folder itself has been checked
+        if path.is_symlink() and not hub_snapshot(path.parent):
+            raise CheckpointError(
+                f"{path.name} beside the opened folder is a link",
+                expected="the file that the training run wrote there",
+                found=f"{path} -> {path.readlink()}",
+                where=str(path),
+                repair="open the folder above, or put a copy of the file in its place",
+            )
     return read_json(path) if path.is_file() else {}
 
 

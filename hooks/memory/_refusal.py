@@ -10,7 +10,7 @@ import torch
 
 from hooks.errors import ModelError
 from hooks.memory._modes import Mode, Plan, gb, gib, plan
-from hooks.memory._shapes import ModelShape, SetShape
+from hooks.memory._shapes import ITEM, ModelShape, SetShape
 from hooks.memory._work import Ask, Task
 from hooks.store import TranscoderStore
 from hooks.suffix import out_of_memory
@@ -83,7 +83,8 @@ def ask_for(config: Mapping[str, Any], store: TranscoderStore, tokens: int, dtyp
     """What a loaded model and its set are asked to do. `on`: the type of device."""
     largest = max(store.layers, key=store.d_features)
     d_features = store.d_features(largest)
-    item = str(store.dtype or torch.bfloat16).removeprefix("torch.")
+    width = store.bytes_of(largest) / (2 * d_features * store.d_model(largest))
+    item = min(ITEM, key=lambda name: abs(ITEM[name] - width))
     k = store.k(largest) or max(1, d_features // 8)
     coders = SetShape.of_numbers(len(store), store.d_model(largest), d_features, k, item)
     coders = coders.between(store.convention.read, store.convention.write)
