@@ -92,7 +92,9 @@ def _known(root: Path) -> dict[str, Source]:
     """How whoever converted the set here knew its facts, from `conversion.json`; nothing beside other sets."""
     path = root / CONVERSION
     content = read_json(path) if path.exists() or path.is_symlink() else {}
-    known: dict[str, Any] = {key: content[key] for key in ("sites_source", "encoder_source", "activation_source") if key in content}
+    known: dict[str, Any] = {
+        key: content[key] for key in ("sites_source", "encoder_source", "activation_source") if key in content
+    }
     for key, value in known.items():
         if value not in get_args(Source):
             _refuse(path, key, ", ".join(get_args(Source)), shown(value))
