@@ -134,7 +134,8 @@ def narrowed(found: Findings | None, decoder: int) -> Findings | None:
 def _settled(checkpoint: Checkpoint, best: Candidate, clear: bool) -> Checkpoint:
     """The measured sites where the files do not state them for certain."""
     if checkpoint.read and checkpoint.write and checkpoint.sites_source not in _OPEN:
-        return checkpoint
+        doubt = "an earlier check did not find these sites clearly the best; `circuits check` shows what it found"
+        return checkpoint if clear else replace(checkpoint, notes=(*checkpoint.notes, doubt))
     if not clear:
         return replace(checkpoint, sites_source="undecided")
     read, write = SiteSpec.parse(best.read), SiteSpec.parse(best.write)

@@ -13,7 +13,7 @@ from hooks.sites import SiteSpec
 
 FILE = "calibration.json"
 Verdict = Literal["clear", "too close", "none is good"]
-"""Whether the measured convention may be built on; see `hooks.calibrate.decide`."""
+"""Whether the measured convention may be built on; see `hooks.verdict.decide`."""
 
 
 class _Strict(BaseModel):
@@ -50,9 +50,11 @@ class LayerFinding(_Strict):
 
 
 class Candidate(_Strict):
-    """One candidate over the set: medians over the layers, without sinks.
+    """One candidate over the set, without sinks.
 
     Attributes:
+        fvu: the median over the layers.
+        avoidable: the mean over the layers that were looked at for it.
         separation: standard errors by which its avoidable error is above the winner's; None for the winner itself and
             where it was not measured.
     """

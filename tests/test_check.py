@@ -276,3 +276,27 @@ def test_a_folder_that_cannot_be_written_is_said_before_measuring(
     monkeypatch.setattr(command, "Host", None)
     assert main(["check", "--transcoders", str(root), "--save"]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--plan", "--save"), "--save has no meaning for --plan"),
+        (("--plan", "--plot", "map.png"), "--plot has no meaning for --plan"),
+        (("--quality", "--save"), "--save has no meaning for --quality"),
+        (("--out", "report.csv"), "--out has no meaning for a check"),
+        (("--save", "--read", "resid_pre"), "--read and --save contradict each other"),
+        (("--save", "--layers", "1"), "--layers and --save contradict each other"),
+        (("--plan", "--nodes", "0"), "--nodes 0 is out of range"),
+        (("--plan", "--k", "-5"), "--k -5 is out of range"),
+        (("--plan", "--k", "99999999"), "--k 99999999 is out of range"),
+        (("--plan", "--devices", "1e300"), "unknown device"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

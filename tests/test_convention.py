@@ -118,6 +118,14 @@ def test_stored_sites_are_not_overruled(tmp_path):
     assert TranscoderStore.open(tmp_path).convention.read == SiteSpec("resid_pre")
 
 
+def test_stored_sites_that_a_check_doubts_are_used_and_the_doubt_is_said(tmp_path, caplog):
+    sites = {"read": SiteSpec("resid_pre"), "write": SiteSpec("resid_pre")}
+    native.save(tmp_path, [random_transcoder(0, 8)], **sites)
+    findings.save(tmp_path, found(CARD, "none is good"))
+    assert TranscoderStore.open(tmp_path).convention.source == "stored"
+    assert "an earlier check did not find" in caplog.text
+
+
 def test_findings_that_cannot_be_read_are_said(root):
     findings.save(root, found())
     (root / findings.FILE).write_text('{"verdict": "clear"}')
