@@ -9,7 +9,6 @@ to hit has the smaller error even for a decoder that was trained on another. The
 How many features TopK keeps, or whether there is a TopK at all, is not decided here (`hooks.selection`).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from hooks.errors import CheckpointError
 from hooks.findings import DecoderFinding, Findings
 from hooks.formats import Checkpoint, encoders
-from hooks.host import Host, stored_tensors
+from hooks.host import Host, fingerprint
 from hooks.selection import selection
 from hooks.site_fits import Fit, Option, options
 from hooks.site_passes import Passes, Settled
@@ -32,18 +31,6 @@ from hooks.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
 from hooks.walk import Rows, rows_of
 
 TOKENS = 4096
-
-
-def fingerprint(host: Host) -> str:
-    """Tells language models apart by a few numbers of every tensor, whatever precision they are held in."""
-    digest = hashlib.sha256()
-    for parameter in host.model.parameters():
-        if not parameter.is_meta:
-            for part in stored_tensors(parameter.detach()):
-                digest.update(str(tuple(part.shape)).encode())
-                ends = part.reshape(-1)[-16:].to("cpu", torch.bfloat16)
-                digest.update(ends.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ def calibrate(
             )
         settled = found.settle(rows, rankings, bar)
     facts = _conclude(found, rows, measured, sinks, rankings, settled)
-    findings = Findings(text=texts.name, model=model, fingerprint=fingerprint(host), **facts)
+    findings = Findings(text=texts.name, model=model, fingerprint=fingerprint(host.tails()), **facts)
     return Calibration(findings, tuple(measured), rankings[0])
 
 

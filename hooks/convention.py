@@ -9,7 +9,7 @@ from typing import Any
 from hooks import findings
 from hooks.errors import CheckpointError
 from hooks.findings import Candidate, Findings
-from hooks.formats import Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
+from hooks.formats import OPEN, Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
 from hooks.sites import SiteSpec
 
 log = logging.getLogger("hooks")
@@ -42,7 +42,7 @@ def given_sites(
     out = []
     for name, want, have in (("read", read, checkpoint.read), ("write", write, checkpoint.write)):
         site = SiteSpec.parse(want) if isinstance(want, str) else want
-        if site and have and site != have and checkpoint.sites_source not in _OPEN:
+        if site and have and site != have and checkpoint.sites_source not in OPEN:
             raise CheckpointError(
                 f"--{name} {site} contradicts the files",
                 expected=f"{have}, as stored",
@@ -60,7 +60,7 @@ def sites_source(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str
     """
     asked = [site is not None for site in (read, write)]
     known = [site is not None for site in (checkpoint.read, checkpoint.write)]
-    certain = checkpoint.sites_source not in _OPEN
+    certain = checkpoint.sites_source not in OPEN
     if certain and all(known):
         return checkpoint.sites_source
     if all(asked) or (certain and all(a or k for a, k in zip(asked, known, strict=True))):
@@ -91,9 +91,6 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
     return Convention(known_read, known_write, "undecided" if undecided else "assumed")
 
 
-_OPEN: tuple[Source, ...] = ("assumed", "calibrated", "undecided", "unknown")
-
-
 def describe(root: Path, **choice: Any) -> Checkpoint:
     """A folder, with what an earlier check found about it, and the part of it that was asked for; see `choose`.
 
@@ -102,17 +99,6 @@ def describe(root: Path, **choice: Any) -> Checkpoint:
     """
     checkpoint = recognise(root)
     return choose(checkpoint, found=findings.of(root), **choice)
-
-
-def _measured(found: Findings, decoder: int | None) -> tuple[Candidate, bool] | None:
-    """The best candidate for the decoder that is wanted, and whether it may be built on; None: it was not measured."""
-    usable = not found.other_model
-    for finding in found.decoders:
-        if finding.best.decoder == decoder:
-            return finding.best, finding.verdict == "clear" and usable
-    if decoder is not None and decoder != found.best.decoder:
-        return None
-    return found.best, found.verdict == "clear" and usable
 
 
 def narrowed(found: Findings | None, decoder: int) -> Findings | None:
@@ -133,7 +119,7 @@ def narrowed(found: Findings | None, decoder: int) -> Findings | None:
 
 def _settled(checkpoint: Checkpoint, best: Candidate, clear: bool) -> Checkpoint:
     """The measured sites where the files do not state them for certain."""
-    if checkpoint.read and checkpoint.write and checkpoint.sites_source not in _OPEN:
+    if checkpoint.read and checkpoint.write and checkpoint.sites_source not in OPEN:
         doubt = "an earlier check did not find these sites clearly the best; `circuits check` shows what it found"
         return checkpoint if clear else replace(checkpoint, notes=(*checkpoint.notes, doubt))
     if not clear:
@@ -160,13 +146,13 @@ def choose(
         CheckpointError: the set has no such encoder, decoder, layer or k.
     """
     source: Source | None = "given" if encoder else None
-    measured = _measured(found, decoder) if found else None
+    measured = found if decoder is None else narrowed(found, decoder)
     if measured:
-        best, clear = measured
+        best, clear = measured.best, measured.usable
         checkpoint = _settled(checkpoint, best, clear)
         if clear:
             decoder = best.decoder if decoder is None and checkpoint.decoders > 1 else decoder
-            if encoder is None and checkpoint.encoder_source in _OPEN and best.encoder in encoders(checkpoint):
+            if encoder is None and checkpoint.encoder_source in OPEN and best.encoder in encoders(checkpoint):
                 encoder, source = best.encoder, "calibrated"
     known = encoders(checkpoint)
     if encoder is not None and encoder not in known:
@@ -182,7 +168,7 @@ def choose(
     checkpoint = for_decoder(known[encoder or "trained"], decoder or 0)
     if source:
         checkpoint = replace(checkpoint, encoder_source=source)
-    sources = checkpoint.layers if layers is None else _named_layers(checkpoint, layers)
+    sources = checkpoint.layers if layers is None else named_layers(checkpoint, layers)
     if k is None:
         _check_k_known(checkpoint, sources)
         return replace(checkpoint, layers=sources)
@@ -201,7 +187,12 @@ def _check_k_known(checkpoint: Checkpoint, sources: Sequence[LayerSource]) -> No
         )
 
 
-def _named_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[LayerSource, ...]:
+def named_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> tuple[LayerSource, ...]:
+    """Some layers of a set.
+
+    Raises:
+        CheckpointError: the set lacks one of them, or none was named.
+    """
     sources = {source.layer: source for source in checkpoint.layers}
     missing = sorted(set(layers) - set(sources))
     if missing or not layers:

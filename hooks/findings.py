@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hooks.errors import CheckpointError, UserError
 from hooks.files import write_json
-from hooks.formats import native
+from hooks.formats import OPEN, native
 from hooks.guard import read_json
 from hooks.sites import SiteSpec
 
@@ -141,6 +141,11 @@ class Findings(_Strict):
     program: str
 
     @property
+    def usable(self) -> bool:
+        """Whether the measured convention may be built on."""
+        return self.verdict == "clear" and not self.other_model
+
+    @property
     def read(self) -> SiteSpec:
         """The measured read site."""
         return SiteSpec.parse(self.best.read)
@@ -194,10 +199,9 @@ def save(root: str | Path, findings: Findings) -> Path:
         write_json(root / FILE, content)
         return root / FILE
     manifest = native.read_manifest(root)
-    unsure = manifest.sites_source in ("assumed", "unknown", "calibrated")
+    unsure = manifest.sites_source in OPEN
     sites: dict[str, Any] = {}
-    usable = findings.verdict == "clear" and not findings.other_model
-    if usable and (unsure or manifest.read is None or manifest.write is None):
+    if findings.usable and (unsure or manifest.read is None or manifest.write is None):
         sites = {"read": findings.best.read, "write": findings.best.write, "sites_source": "calibrated"}
     changed = native.Manifest.model_validate(manifest.model_dump() | {"calibration": content} | sites)
     write_json(root / native.MANIFEST, changed.model_dump(mode="json", exclude_none=True))

@@ -5,10 +5,11 @@ model: it keeps SDPA and its own cache, and with no edits no hook is registered 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -114,6 +115,11 @@ class Host:
     def device(self) -> torch.device:
         """Where token ids go in."""
         return execution_device(self.model.get_input_embeddings())  # type: ignore[operator]
+
+    def tails(self) -> list[Shaped[Tensor, "..."]]:
+        """The last numbers of every parameter that is in memory, for `fingerprint`."""
+        parts = (part for p in self.model.parameters() if not p.is_meta for part in stored_tensors(p.detach()))
+        return [part.reshape(-1)[-16:] for part in parts]
 
     def device_of(self, layer: int) -> torch.device:
         """Where one block computes."""
@@ -351,6 +357,15 @@ def stored_tensors(tensor: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in stored_tensors(getattr(tensor, name))]
+
+
+def fingerprint(parts: Iterable[Shaped[Tensor, "..."]]) -> str:
+    """Tells tensors apart by their shapes and numbers, in whatever precision they are held."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(tuple(part.shape)).encode())
+        digest.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -1,7 +1,6 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from hooks.errors import CheckpointError, ModelError, TargetError, UserError, fi
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
-from hooks.host import Batch, Host, Prompt, stored_tensors, tap
+from hooks.host import Batch, Host, Prompt, fingerprint, tap
 from hooks.hub import Resolved, resolve
 from hooks.intervene import lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
@@ -169,9 +168,7 @@ class HookedModel:
                     repair="--transcoders PATH_OR_ID",
                 )
             transcoders = "demo"
-        if device and device_map:
-            raise UserError("device and device_map contradict each other", repair="give one of them")
-        chosen = _device(device) if device else None  # looked at before minutes of loading
+        chosen = _placement(device, device_map)  # looked at before minutes of loading
         wanted = precision(dtype)
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
@@ -179,13 +176,11 @@ class HookedModel:
 
         def ask() -> Ask:
             config = AutoConfig.from_pretrained(WEIGHTS if demo else name)
-            return ask_for(config.to_dict(), store, 32, wanted or config.dtype or torch.bfloat16, where.type)
+            held = wanted or config.dtype or torch.bfloat16
+            return ask_for(config.to_dict(), store, 32, held, where.type)
 
         with explained("loading the model", where, ask):
-            host = Host.load(WEIGHTS if demo else name, dtype=wanted, device_map=device_map)
-            if chosen:
-                host.model.to(chosen)
-            return cls(host, store, str(name))
+            return cls(load_host(name, dtype=wanted, device=device, device_map=device_map), store, str(name))
 
     @classmethod
     def from_model(
@@ -220,14 +215,8 @@ class HookedModel:
     def fingerprint(self) -> str:
         """Tells models and transcoder sets apart by a few of their numbers, wherever they came from and in whatever
         precision they are held."""
-        digest = hashlib.sha256()
         first, last = self.store[self.store.layers[0]], self.store[self.store.layers[-1]]
-        parts = (part for p in self.host.model.parameters() if not p.is_meta for part in stored_tensors(p.detach()))
-        own = [part.reshape(-1)[-16:] for part in parts]
-        for part in (*own, first.W_enc[:2], last.W_dec[-2:]):
-            digest.update(str(tuple(part.shape)).encode())
-            digest.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint([*self.host.tails(), first.W_enc[:2], last.W_dec[-2:]])
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -747,6 +736,19 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
+def load_host(name: str | Path, *, dtype: str | torch.dtype | None, device: str | None, device_map: str | None) -> Host:
+    """A language model alone, where it is wanted; see `HookedModel.load`.
+
+    Raises:
+        UserError: the device or the precision does not exist, or the model cannot be loaded.
+    """
+    chosen = _placement(device, device_map)
+    host = Host.load(WEIGHTS if str(name) == "demo" else name, dtype=precision(dtype), device_map=device_map)
+    if chosen:
+        host.model.to(chosen)
+    return host
+
+
 def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
     """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
 
@@ -778,6 +780,13 @@ def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in known:
         raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
     return known[dtype]
+
+
+def _placement(device: str | None, device_map: str | None) -> torch.device | None:
+    """The one device to move a model to; None: it stays, or accelerate places it."""
+    if device and device_map:
+        raise UserError("device and device_map contradict each other", repair="give one of them")
+    return _device(device) if device else None
 
 
 def _device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooks.convention import Convention, choose, spans
+from hooks.convention import Convention, choose, named_layers
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
 from hooks.host import Host
@@ -219,15 +219,7 @@ def _units(rows: Rows) -> Int[Tensor, " token"]:
 def _part(checkpoint: Checkpoint, layers: Sequence[int] | None, k: int | None) -> Checkpoint:
     """Some layers, and k if it was given; with all encoders and decoders."""
     if layers is not None:
-        sources = {source.layer: source for source in checkpoint.layers}
-        missing = sorted(set(layers) - set(sources))
-        if missing or not layers:
-            raise CheckpointError(
-                f"no transcoder for layer {missing[0]}" if missing else "no layers chosen",
-                expected=f"layers among {spans(sorted(sources))}",
-                where=str(checkpoint.root),
-            )
-        checkpoint = replace(checkpoint, layers=tuple(sources[layer] for layer in sorted(set(layers))))
+        checkpoint = replace(checkpoint, layers=named_layers(checkpoint, layers))
     if k is None:
         return checkpoint
     return replace(choose(replace(checkpoint, decoders=1), k=k), decoders=checkpoint.decoders)

@@ -14,9 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.convention import DEFAULT_SITE as DEFAULT_SITE
 from hooks.convention import Convention, describe, resolve_convention, spans
-from hooks.convention import given_sites as given_sites
 from hooks.errors import AddressError, CheckpointError
 from hooks.formats import Checkpoint, LayerSource, Norm, Source
 from hooks.loading import bytes_needed, load_rows, load_weights, part_bytes

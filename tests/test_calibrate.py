@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hooks import HookedModel
-from hooks.calibrate import calibrate, fingerprint
+from hooks.calibrate import calibrate
 from hooks.demo import TRANSCODERS
 from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
 from hooks.findings import Findings
 from hooks.formats import Checkpoint, LayerSource, recognise
-from hooks.host import Host
+from hooks.host import Host, fingerprint
 from hooks.refit import avoidable_by_row, separation
 from hooks.selection import Rule, selection
 from hooks.site_fits import fits, options, sink_mask
@@ -488,5 +488,5 @@ def test_texts_are_paragraphs_or_lines() -> None:
 
 
 def test_a_fingerprint_is_the_models_own(host: Host) -> None:
-    assert fingerprint(host) == fingerprint(Host(copy.deepcopy(host.model).bfloat16(), host.tokenizer))
-    assert fingerprint(host) != fingerprint(other_model(host, "perturbed"))
+    assert fingerprint(host.tails()) == fingerprint(Host(copy.deepcopy(host.model).bfloat16(), host.tokenizer).tails())
+    assert fingerprint(host.tails()) != fingerprint(other_model(host, "perturbed").tails())

@@ -121,7 +121,7 @@ def test_the_picture_has_every_candidate(here: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_plan_loads_no_model(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "Host", None)
+    monkeypatch.setattr(command, "load_host", None)
     assert "what fits a device" in run(capsys, "check", "--plan")
 
 
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_measuring(
 ) -> None:
     root = published(here)
     root.chmod(0o500)
-    monkeypatch.setattr(command, "Host", None)
+    monkeypatch.setattr(command, "load_host", None)
     assert main(["check", "--transcoders", str(root), "--save"]) == 2
     assert "cannot write" in capsys.readouterr().err
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
@@ -14,13 +13,13 @@ from circuits.commands._options import command, count, layers
 from circuits.commands._output import Result, say, show, table
 from circuits.scatter import check_drawing
 from hooks.calibrate import TOKENS, Calibration, calibrate
-from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.errors import CheckpointError, OutputError, UserError, first_line
+from hooks.demo import TRANSCODERS
+from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.files import check_writable
 from hooks.findings import FILE, Findings, save
 from hooks.formats import Checkpoint, recognise
-from hooks.host import Host
-from hooks.model import precision, transcoder_folder
+from hooks.memory import explained
+from hooks.model import load_host, transcoder_folder
 from hooks.sites import SiteSpec
 from hooks.texts import Texts
 
@@ -69,7 +68,8 @@ def run(args: argparse.Namespace) -> Result:
     sites = {
         name: SiteSpec.parse(text) if text else None for name, text in (("read", args.read), ("write", args.write))
     }
-    host = _host(args)
+    with explained("loading the model", args.device or "cpu"):
+        host = load_host(args.model, dtype=args.dtype, device=args.device, device_map=args.device_map)
     chosen = None if args.layers == "all" else args.layers
     n_layers = len(checkpoint.layers if chosen is None else chosen)
     say(f"up to {args.tokens:,} tokens of {texts.name}, {n_layers} layers; the bar's estimate is of the time left")
@@ -125,20 +125,6 @@ def _set(args: argparse.Namespace) -> tuple[Path, Checkpoint]:
     if args.save:
         check_writable(found.root / FILE)
     return found.root, checkpoint if checkpoint.revision else replace(checkpoint, revision=found.revision)
-
-
-def _host(args: argparse.Namespace) -> Host:
-    host = Host.load(
-        WEIGHTS if args.model == "demo" else args.model, dtype=precision(args.dtype), device_map=args.device_map
-    )
-    if args.device:
-        try:
-            host.model.to(torch.device(args.device))
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(
-                f"the device {args.device!r} cannot be used", found=first_line(error), where="--device"
-            ) from None
-    return host
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
@@ -197,7 +183,7 @@ def _stored(checkpoint: Checkpoint) -> str:
 
 def _result(found: Calibration, checkpoint: Checkpoint, where: Path | None) -> Result:
     findings = found.findings
-    best, clear = findings.best, findings.verdict == "clear" and not findings.other_model
+    best = findings.best
     whole = findings.model_dump(mode="json")
     return {
         **whole,
@@ -207,7 +193,7 @@ def _result(found: Calibration, checkpoint: Checkpoint, where: Path | None) -> R
             "encoder": best.encoder,
             "margin": findings.margin,
             "verdict": findings.verdict,
-            "source": "calibrated" if clear else "unknown",
+            "source": "calibrated" if findings.usable else "unknown",
         },
         "stored": {name: {"value": value, "source": source} for name, (value, source) in checkpoint.facts().items()},
         "sentence": sentence(findings),

@@ -26,6 +26,9 @@ from hooks.transcoder import Activation
 Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "undecided", "unknown"]
 """Where a fact about a checkpoint comes from; `undecided`: measured, and the measurement did not settle it."""
 
+OPEN: tuple[Source, ...] = ("assumed", "calibrated", "undecided", "unknown")
+"""Sources that a measurement, or whoever opens the set, may overrule."""
+
 
 @dataclass(frozen=True)
 class TensorSource:
