@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, check_suffix
+from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
 from hooks.calibrate import Calibration
-from hooks.errors import OutputError
-from hooks.files import replacing
 from hooks.findings import Findings
 from hooks.site_fits import Option
 from hooks.sites import SiteSpec
@@ -29,21 +27,13 @@ def check_plot(found: Calibration, path: str | Path) -> None:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
     """
     path = Path(path)
-    check_suffix(path)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
-    kind = path.suffix.lower()[1:]
     scores = found.ranking.scores
     encoders = sorted({option.encoder for option in scores}, reverse=True)
     reads, writes = (_in_order(scores, end) for end in ("read", "write"))
     curve = bool(found.findings.selection.curve)
     widths = [CELL * len(writes) + 0.9] * len(encoders) + [SIDE] * curve
     height = max(LEAST, CELL * len(reads) + 1.7)
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(sum(widths), height), dpi=160, layout="constrained")
+    with picture(path, (sum(widths), height), layout="constrained") as figure:
         panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         figure.suptitle(_title(found.findings), fontsize=8.5, color=INK, x=0.01, ha="left")
         for axes, encoder in zip(panels, encoders, strict=False):
@@ -53,8 +43,6 @@ def check_plot(found: Calibration, path: str | Path) -> None:
         _dress_bar(bar)
         if curve:
             _curve(panels[-1], found.findings)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _in_order(scores: Any, end: str) -> list[SiteSpec]:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, check_suffix
+from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
 from hooks.dose import DoseResponse
-from hooks.errors import OutputError
-from hooks.files import replacing
 
 WIDTH, HEIGHT = 8.6, 3.7  # inches
 LONGEST = 14  # characters of a token that are written
@@ -24,21 +22,11 @@ def dose_plot(response: DoseResponse, path: str | Path) -> None:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
     """
     path = Path(path)
-    check_suffix(path)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
-    kind = path.suffix.lower()[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=160)
+    with picture(path, (WIDTH, HEIGHT)) as figure:
         left, right = figure.add_axes((0.075, 0.14, 0.395, 0.68)), figure.add_axes((0.59, 0.14, 0.395, 0.68))
         amounts = [dose.strength.amount for dose in response.doses]
         _effect(left, response, amounts)
         _fluency(right, response, amounts)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _effect(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None:

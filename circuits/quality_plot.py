@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, check_suffix
-from hooks.errors import OutputError
-from hooks.files import replacing
+from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
 from hooks.quality_report import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches
@@ -28,20 +26,10 @@ def quality_plot(report: QualityReport, path: str | Path) -> None:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
     """
     path = Path(path)
-    check_suffix(path)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
-    kind = path.suffix.lower()[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=160)
+    with picture(path, (WIDTH, HEIGHT)) as figure:
         panels = [figure.add_axes((left, 0.13, 0.265, 0.71)) for left in (0.05, 0.38, 0.725)]
         for panel, draw in zip(panels, (_unexplained, _active, _cost), strict=True):
             draw(panel, report)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _unexplained(axes: Any, report: QualityReport) -> None:

@@ -5,11 +5,12 @@ floor or to a small share of the largest effect, and decades beyond. Both axes o
 says "as predicted".
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -71,8 +72,11 @@ def check_drawing(path: Path) -> None:
     check_writable(path)
 
 
-def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
-    """Write a picture, PNG or SVG by its suffix, whole or not at all. The same panels give the same bytes.
+@contextlib.contextmanager
+def picture(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
+    """A figure to draw in, written as PNG or SVG by the path's suffix, whole or not at all.
+
+    It draws with Agg and touches no global state; with a fixed salt and no date the same drawing gives the same bytes.
 
     Raises:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
@@ -83,21 +87,31 @@ def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
+    kind = path.suffix.lower()[1:]
+    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=size, dpi=160, layout=layout)
+        yield figure
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
+def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
+    """Write a picture, PNG or SVG by its suffix, whole or not at all. The same panels give the same bytes.
+
+    Raises:
+        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+    """
+    check_suffix(path)
     columns = max(1, min(COLUMNS, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     width, height = columns * (SIDE + MARGIN) + 0.2, rows * (SIDE + MARGIN + HEAD) + FOOT
-    # a figure of its own draws with Agg and touches no global state; fixed salt, no date: reproducible bytes
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, height), dpi=160)
+    with picture(path, (width, height)) as figure:
         for number, panel in enumerate(panels):
             row, column = divmod(number, columns)
             left, bottom = column * (SIDE + MARGIN) + MARGIN, height - (row + 1) * (SIDE + HEAD + MARGIN) + MARGIN
             axes = figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height))
             _draw(axes, panel)
         figure.text(MARGIN / width, 0.12 / height, LEGEND, fontsize=7.5, color="#555555")
-        kind = path.suffix.lower()[1:]
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _draw(axes: Any, panel: Panel) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, check_suffix
-from hooks.errors import OutputError, UserError
-from hooks.files import replacing
+from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from hooks.errors import UserError
 from hooks.sweep import Sweep
 
 BARS = 15  # of the ranking
@@ -29,25 +28,15 @@ def sweep_plot(sweep: Sweep, path: str | Path) -> None:
         UserError: no group of the sweep is one feature at one position.
     """
     path = Path(path)
-    check_suffix(path)
     single = sweep.table.dropna(subset=["layer", "pos"])
     if not len(single):
         raise UserError("there is no map of this sweep", expected="groups of one feature at one position")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
-    kind = path.suffix.lower()[1:]
     layers, cells = _cells(single, len(sweep.tokens))
     width, height = max(LEAST, CELL * cells.shape[1] + 1.6), max(LEAST, CELL * len(layers) + 1.6)
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width + BAR_SIDE, height), dpi=160, layout="constrained")
+    with picture(path, (width + BAR_SIDE, height), layout="constrained") as figure:
         left, right = figure.subplots(1, 2, width_ratios=(width, BAR_SIDE))
         _map(figure, left, cells, layers, sweep)
         _ranking(right, sweep)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _cells(table: pd.DataFrame, length: int) -> tuple[list[int], Float[np.ndarray, "layer pos"]]:
