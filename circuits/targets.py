@@ -5,7 +5,7 @@ targets are explained together; scores and influence are then those of their sum
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,11 +98,17 @@ class Direction:
         for key, value in (("vector", tuple(numbers)), ("site", site), ("pos", pos), ("weight", weight)):
             object.__setattr__(self, key, value)
         object.__setattr__(self, "name", name or f"direction at {site}" + ("" if pos == -1 else f" @{pos}"))
+        object.__setattr__(self, "_row", torch.tensor(numbers, dtype=torch.float64))
+
+    @property
+    def row(self) -> Float[Tensor, " d_model"]:
+        """The vector as a tensor, fp64."""
+        return self._row  # type: ignore[attr-defined]
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
         site = {"name": self.site.name, "layer": self.site.layer}
-        return {"kind": "direction", **vars(self), "vector": list(self.vector), "site": site}
+        return {"kind": "direction", **asdict(self), "vector": list(self.vector), "site": site}
 
     def value(self, stream: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch"]:
         """The target's value, differentiable, in fp32 or better."""
@@ -111,7 +117,7 @@ class Direction:
     def of_row(self, row: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """The same from the stream at the target's position alone."""
         wide = row if row.dtype.itemsize >= 4 else row.float()
-        return wide @ wide.new_tensor(self.vector)
+        return wide @ self.row.to(wide)
 
 
 @dataclass(frozen=True)

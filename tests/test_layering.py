@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "errors", "plugins", "sites", "types", "kernels", "transcoder", "links", "guard", "files", "formats", "hub",
+        "errors", "plugins", "sites", "types", "kernels", "_tiles", "rows",
+        "transcoder", "links", "guard", "files", "formats", "hub",
         "findings", "convention", "loading", "residency", "store", "convert",
         "readout", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
         "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",

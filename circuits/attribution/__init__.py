@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from circuits.attribution._room import Room
 from circuits.attribution._stack import Stack, known_blocks, record_stack
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
@@ -99,6 +100,11 @@ class LocalRun:
         """What every block computed, recorded when first asked for; None where the algebra does not know the model."""
         blocks = known_blocks(self.model.host)
         return None if blocks is None else record_stack(self.model.host, self.recording, blocks)
+
+    @cached_property
+    def room(self) -> Room:
+        """Where blocks of edges are formed."""
+        return Room()
 
     @property
     def groups(self) -> range:

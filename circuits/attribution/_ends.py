@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from einops import reduce
 from jaxtyping import Float, Int
@@ -81,10 +80,10 @@ def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: 
     places, transcoder, feature = _features_among(targets)
     if transcoder is not None:
         gradients[places], values[places] = _feature_ends(stack, transcoder, feature, pos[places], rule)
-    ways = [(place, target.vector) for place, target in enumerate(targets) if isinstance(target, Direction)]
+    ways = [(place, target.row) for place, target in enumerate(targets) if isinstance(target, Direction)]
     if ways:
         rows = [place for place, _ in ways]
-        vectors = stack.end.new_tensor(np.array([vector for _, vector in ways]))
+        vectors = torch.stack([vector for _, vector in ways]).to(stack.end)
         values[rows] = (vectors * read(stack, site, pos[rows])).sum(-1)
         gradients[rows] = before_norm(stack, site, vectors, pos[rows], rule)
     return read_from(site), gradients, pos, values

@@ -139,7 +139,7 @@ class Way:
         if front.here is not None:
             return contract_here(cut, front.here, front.pos, self.run.embedding)
         if cut is not None and self.projected is not None and front.pulled is not None and front.block is not None:
-            return meet(cut, front.block, self.projected, front.pulled, self.rule)
+            return meet(cut, front.block, self.projected, front.pulled, self.rule, self.run.room)
         return contract(cut, front.everywhere, self.run.embedding)
 
 

@@ -235,20 +235,25 @@ def through_mlp(
     """
     to_u, to_g = _gate_slopes(r, rule)
     h = _transposed(u, w.W_D)
-    on_n2 = _transposed(h * to_u[at], w.W_U)
+    on_n2 = _transposed(_scaled(h, to_u, at), w.W_U)
     if to_g is not None:
-        on_n2 = on_n2 + _transposed(h * to_g[at], w.W_G)
+        on_n2 += _transposed(_scaled(h, to_g, at), w.W_G)
     return u + norm_transposed(on_n2, w.g2, r.x_mid[at], r.s2[at], rule)
 
 
 def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"], Float[Tensor, "pos d_ff"] | None]:
     """What silu(z_g) · z_u passes on to z_u and to z_g, at every position; None: nothing."""
-    sigmoid = torch.sigmoid(r.z_g)
     if rule.gate == "frozen":
-        return r.z_g * sigmoid, None
+        return silu(r.z_g), None
     if rule.gate == "half":
-        return r.z_g * sigmoid / 2, r.z_u * sigmoid / 2
-    return r.z_g * sigmoid, r.z_u * sigmoid * (1 + r.z_g * (1 - sigmoid))
+        return silu(r.z_g) / 2, r.z_u * torch.sigmoid(r.z_g) / 2
+    return silu(r.z_g), torch.ops.aten.silu_backward(r.z_u, r.z_g)
+
+
+def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice) -> Tensor:
+    """h * slopes[at]; these are the widest rows there are, so what is picked is multiplied where it is."""
+    picked = slopes[at]
+    return picked.mul_(h) if isinstance(at, Tensor) and not h.requires_grad else picked * h
 
 
 def through_attention(

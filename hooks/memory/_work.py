@@ -21,7 +21,7 @@ MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
-POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_middle.py
+POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_middle.py, _features.py
 CAST, CAST_ROWS = 1 << 24, 1 << 20  # half-precision numbers cast up at a time, hooks/kernels.py
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
