@@ -6,8 +6,8 @@
 and all edges between them are computed, in fp32 on 2 threads. The alternative is the faster form of `_plain_block`.
 Both start behind their forward pass (`*_forward_s`), which `ratio_with_forward` counts; `ours_cold_s` counts it too,
 and the images of the dictionary in value and key space, which depend on weights alone and are made once per layer.
-`products_s` is the time of our matrix products alone, on random numbers of the same shapes: what no arrangement of the
-same arithmetic can go below.
+`products_s` is the time of torch's matrix products with the block's weights and the sources' images alone, on random
+numbers of the same shapes, everything gathered beforehand. `flat` says how our own time grows with the prompt.
 """
 
 import argparse
@@ -100,13 +100,11 @@ def compare(model: HookedModel, sizes: Sizes, rule: str, repeats: int) -> dict[s
 
 
 def bare_products(sizes: Sizes, rule: str, tokens: int, repeats: int) -> float:
-    """Seconds of the matrix products that the targets' gradients, the dictionary and the sources' images need."""
-    shape, exact = sizes.shape, rule == "exact"
-    d, ff, features = shape.d_model, shape.d_ff, shape.features
-    targets, probes = sizes.targets, sizes.targets + exact * tokens  # where norms respond, the stream is a probe too
+    """Seconds of the matrix products that the targets' gradients and the sources' images need."""
+    shape, exact, targets = sizes.shape, rule == "exact", sizes.targets
+    d, ff = shape.d_model, shape.d_ff
     shapes = [(targets, d, ff)] + [(targets, ff, d)] * (1 + exact)  # down projection; up, and gate
     shapes += [(targets, d, shape.heads * shape.head_dim)] * (1 + exact)  # output projection, and queries
-    shapes += [(probes, d, features)]
     first = [-(-t * targets // tokens) for t in range(tokens)]  # targets at or after each position of sources
     shapes += [(targets - start, shape.kv_heads * shape.head_dim, shape.k) for start in first for _ in range(1 + exact)]
     numbers = {size: torch.randn(size) for pair in shapes for size in ((pair[0], pair[1]), (pair[2], pair[1]))}

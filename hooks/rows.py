@@ -12,6 +12,7 @@ numba (extra `cpu`) and a CPU with AVX2 or AVX-512; `usable` tells, and callers 
 import ctypes
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,6 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+log = logging.getLogger("hooks")
+
 WORTH_IT = 1 << 28  # multiplications below which compiling, threads and lists of blocks cost more than they save
 MOST = 256  # targets and nodes of a block: its results and what they are made of stay in a core's cache
 PARTS = 16  # of the work for each thread, taken one after the other
@@ -34,25 +37,22 @@ INNER = 1024  # numbers of a row that are met at a time, so that eight rows stay
 def _tiles() -> ModuleType | None:
     if importlib.util.find_spec("numba") is None:
         return None
-    tiles = importlib.import_module("hooks._tiles")
+    try:
+        tiles = importlib.import_module("hooks._tiles")
+    except (ImportError, RuntimeError) as error:  # a numba that does not fit NumPy, or nowhere to keep compiled code
+        log.warning("numba cannot be used (%s): edges on the CPU are formed without it, more slowly", error)
+        return None
     return tiles if tiles.LANES else None
 
 
-def usable(
-    left: Float[Tensor, "row _"], tables: Sequence[Float[Tensor, "_ _"]], multiplications: int
-) -> bool:
-    """Whether `add_products` knows such vectors and these tables, and whether so many multiplications are worth it."""
+def usable(left: Float[Tensor, "row d_model"], table: Float[Tensor, "feature inner"], multiplications: int) -> bool:
+    """Whether `add_products` knows such vectors and this table, and whether so many multiplications are worth it."""
     known = left.dtype == torch.float32 and not left.requires_grad and multiplications >= WORTH_IT
-    if not known or any(each.device.type != "cpu" for each in (left, *tables)):
+    known = known and table.dtype in (torch.float32, torch.bfloat16) and table.stride(1) == 1
+    if not known or not left.device.type == table.device.type == "cpu":
         return False
     tiles = _tiles()
-    return tiles is not None and all(
-        table.dtype in (torch.float32, torch.bfloat16)
-        and table.stride(1) == 1
-        and table.shape[1] > 0
-        and table.shape[1] % tiles.LANES == 0
-        for table in tables
-    )
+    return tiles is not None and table.shape[1] > 0 and table.shape[1] % tiles.LANES == 0
 
 
 def add_products(
@@ -84,6 +84,7 @@ def add_products(
     assert out.is_contiguous()
     if not len(blocks):
         return
+    assert len({(table.dtype, table.stride()) for _, table in pairs}) == 1
     lefts, tables = [left.contiguous() for left, _ in pairs], [table for _, table in pairs]
     column = torch.ones(len(row)) if column is None else column.contiguous()
     a, b = (column, column) if rank_one is None else (each.contiguous() for each in rank_one)
@@ -151,7 +152,7 @@ def _team() -> Callable[..., None] | None:
         return None
 
 
-def cut_blocks(blocks: Int[Tensor, "block 7"], step: int = 1) -> Int[Tensor, "_ 7"]:
+def cut_blocks(blocks: Int[Tensor, "block 7"], step: int = 1) -> Int[Tensor, "_block 7"]:
     """Blocks of any size → blocks that `add_products` takes, in the same order."""
     sizes = -(-blocks[:, 1] // MOST)
     blocks, skip = blocks.repeat_interleave(sizes, 0), MOST * _within(sizes)
@@ -163,7 +164,7 @@ def cut_blocks(blocks: Int[Tensor, "block 7"], step: int = 1) -> Int[Tensor, "_ 
     return torch.stack([first, count, begin + skip, end.minimum(begin + skip + MOST), *others], 1)
 
 
-def _within(sizes: Int[Tensor, " block"]) -> Int[Tensor, " _"]:
+def _within(sizes: Int[Tensor, " block"]) -> Int[Tensor, " _block"]:
     """0, 1, ... size - 1 for each size."""
     starts = sizes.cumsum(0) - sizes
     return torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)

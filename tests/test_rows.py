@@ -158,15 +158,16 @@ LEFT, TABLE, MUCH = torch.ones(2, 32), torch.ones(3, 32), rows.WORTH_IT
     ],
 )
 def test_it_knows_what_it_does_not_know(left, table, work):
-    assert usable(LEFT, [TABLE, TABLE.bfloat16()], MUCH)
-    assert not usable(left, [TABLE, table], work)
+    assert usable(LEFT, TABLE, MUCH)
+    assert usable(LEFT, TABLE.bfloat16(), MUCH)
+    assert not usable(left, table, work)
 
 
 def test_without_numba_there_is_the_other_way(monkeypatch):
     monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
     rows._tiles.cache_clear()
     try:
-        assert not usable(LEFT, [TABLE], MUCH)
+        assert not usable(LEFT, TABLE, MUCH)
     finally:
         monkeypatch.undo()
         rows._tiles.cache_clear()
@@ -184,7 +185,8 @@ def test_every_edge_is_the_same_both_ways(rule, max_nodes, demo_dense, monkeypat
 
     def edges(way: type) -> list[Tensor]:
         def choose(sources: _features.Sources) -> object:
-            assert usable(sources.same, [sources.cut.transcoder.W_dec, *sources.images], rows.WORTH_IT)
+            tables = (sources.cut.transcoder.W_dec, *sources.images)
+            assert all(usable(sources.same, table, rows.WORTH_IT) for table in tables)
             used.append(way)
             return way(sources)
 

@@ -56,6 +56,7 @@ def _all_edges(run: LocalRun, stack: Stack, rule: Rule) -> Iterator[Rows]:
             yield token_rows(run, number)
         else:
             yield from group_edges(run, stack, number, rule)
+    run.room.clear()
 
 
 def known_edges(run: LocalRun, rule: Rule, name: str) -> Iterator[Rows]:

@@ -43,8 +43,8 @@ class Sources:
     which: Int[Tensor, " node"]
     first: list[int]
     same: Float[Tensor, "target d_model"]
-    unit: Float[Tensor, "_ d_model"]
-    scale: Float[Tensor, " pos"]
+    unit: Float[Tensor, "pos d_model"]
+    scale: Float[Tensor, " reached"]
     norms: bool
 
     @cached_property
@@ -73,7 +73,7 @@ class Sources:
 def features_of(sources: Sources) -> "Gathered | Lying":
     """The faster of the two ways that can be gone."""
     W_dec, count = sources.cut.transcoder.W_dec, len(sources.cut.pos) * len(sources.same)
-    known = usable(sources.same, [W_dec, *sources.images], count * W_dec.shape[1])
+    known = all(usable(sources.same, table, count * W_dec.shape[1]) for table in (W_dec, *sources.images))
     return Lying(sources) if known else Gathered(sources)
 
 
@@ -166,11 +166,11 @@ class Lying:
         last = self._spread(probes - 1)  # the normed stream
         self._unit = -self._met[last, torch.arange(len(last))] / W_dec.shape[1] if s.norms else None
 
-    def _spread(self, each: Shaped[Tensor, " pos"]) -> Shaped[Tensor, " node"]:
+    def _spread(self, each: Shaped[Tensor, " reached"]) -> Shaped[Tensor, " node"]:
         """One number per position → the number of each node's."""
         return each.repeat_interleave(self._stops - self._starts)
 
-    def _by_feature(self, probes: Int[Tensor, " pos"], features: int) -> Int[Tensor, "block 7"]:
+    def _by_feature(self, probes: Int[Tensor, " reached"], features: int) -> Int[Tensor, "block 7"]:
         """Every position's nodes in as many parts: neighbouring parts meet about the same rows."""
         parts = -(-features // FEATURES_AT_ONCE)
         part = rearrange(torch.arange(parts + 1), "part -> part 1")

@@ -23,8 +23,12 @@ class Room:
         if like.device.type != "cpu":
             return like.new_zeros(shape)
         dtype, count = np.dtype(str(like.dtype).removeprefix("torch.")), math.prod(shape)
-        free = sys.getrefcount(self._array) == 2  # this object's reference and the call's argument: no tensor has it
+        free = sys.getrefcount(self._array) <= 2  # this object's reference and the call's argument: no tensor has it
         if free and self._array.dtype == dtype and len(self._array) >= count:
             return torch.from_numpy(self._array)[:count].zero_().view(shape)
         self._array = np.zeros(count, dtype)
         return torch.from_numpy(self._array).view(shape)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._array = np.zeros(0, np.float32)
