@@ -23,7 +23,6 @@ def _lanes() -> int:
 
 LANES = _lanes()
 LEFT, ROWS = 3, 8  # 24 sums of the 32 registers there are with 16 lanes; with 8 lanes some are spilled
-STRIP = 256  # columns of a block's results that are kept in the cache
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTE = ir.IntType(8).as_pointer()
 
@@ -158,6 +157,7 @@ NUMBERS = (
     "next_row",
     "narrow",
     "chunk",
+    "widest",
 )
 PLACES = ("taken", "bounds", "blocks", "out", "left", "table", "row", "column", "a", "b")
 GIVEN = np.dtype([(name, np.int64) for name in (*NUMBERS, *PLACES)])  # what `work` is given; places are addresses
@@ -220,7 +220,7 @@ def work(pointer):
     """`hooks.rows.add_products` for one thread of several: take part after part of the blocks until none is left."""
     given = carray(pointer, 1)[0]
     bounds = carray(_i64(given.bounds), given.parts + 1)
-    room = np.empty((given.most + LEFT, STRIP + ROWS), np.float32)
+    room = np.empty((given.most + LEFT, given.widest + ROWS), np.float32)
     part = _take_number(given.taken)
     while part < given.parts:
         _add_blocks(given, bounds[part], bounds[part + 1], room)

@@ -102,6 +102,7 @@ def add_products(
         "next_row": tables[0].stride(0) * tables[0].element_size(),
         "narrow": tables[0].dtype == torch.bfloat16,
         "chunk": INNER,
+        "widest": int((blocks[:, 3] - blocks[:, 2]).max()),
     }
     arrays = {
         "taken": torch.zeros(1, dtype=torch.int64),
