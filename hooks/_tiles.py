@@ -157,6 +157,7 @@ NUMBERS = (
     "next_row",
     "narrow",
     "chunk",
+    "fresh",
     "widest",
 )
 PLACES = ("taken", "bounds", "blocks", "out", "left", "table", "row", "column", "a", "b")
@@ -209,8 +210,12 @@ def _add_blocks(given, begin_block, end_block, room):
                     if number == 0 and given.factors:
                         factor = carray(_f32(given.a + 4 * ((first + i) * given.positions + a_column)), 1)[0]
                     into = carray(_f32(given.out + 4 * ((first + i) * given.sources + begin)), end - begin)
-                    for j in range(end - begin):
-                        into[j] += column[begin + j] * (found[j] + factor * b[begin + j])
+                    if number == 0 and given.fresh:
+                        for j in range(end - begin):
+                            into[j] = column[begin + j] * (found[j] + factor * b[begin + j])
+                    else:
+                        for j in range(end - begin):
+                            into[j] += column[begin + j] * (found[j] + factor * b[begin + j])
         start = stop
 
 

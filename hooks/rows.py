@@ -64,6 +64,7 @@ def add_products(
     column: Float[Tensor, " node"] | None = None,
     step: int = 1,
     rank_one: tuple[Float[Tensor, "target pos"], Float[Tensor, " node"]] | None = None,
+    fresh: bool = False,
 ) -> None:
     """Add column_n (sum over pairs left_i · table[row_n] + a_i b_n) to out[i, n] for every (i, n) of some blocks.
 
@@ -78,6 +79,7 @@ def add_products(
         column: ones if None.
         step: rows on the left from one target to the next.
         rank_one: a and b; nothing is added if None.
+        fresh: whether what stands in the blocks' places is replaced, not added to.
     """
     tiles = _tiles()
     assert tiles is not None
@@ -102,6 +104,7 @@ def add_products(
         "next_row": tables[0].stride(0) * tables[0].element_size(),
         "narrow": tables[0].dtype == torch.bfloat16,
         "chunk": INNER,
+        "fresh": fresh,
         "widest": int((blocks[:, 3] - blocks[:, 2]).max()),
     }
     arrays = {

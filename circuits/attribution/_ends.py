@@ -83,7 +83,7 @@ def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: 
     ways = [(place, target.row) for place, target in enumerate(targets) if isinstance(target, Direction)]
     if ways:
         rows = [place for place, _ in ways]
-        vectors = torch.stack([vector for _, vector in ways]).to(stack.end)
+        vectors = torch.stack([vector.to(stack.end) for _, vector in ways])
         values[rows] = (vectors * read(stack, site, pos[rows])).sum(-1)
         gradients[rows] = before_norm(stack, site, vectors, pos[rows], rule)
     return read_from(site), gradients, pos, values

@@ -101,7 +101,7 @@ class Gathered:
         bars: Sequence[Float[Tensor, "later at keyvalue"]],
         along: Float[Tensor, "target pos"],
     ) -> None:
-        """Fill the columns of some positions, for the targets at or after each.
+        """Fill the columns of some positions, for the targets at or after each; what stood there is forgotten.
 
         Args:
             bars: v̄ and k̄ there, of the targets at or after the first of them.
@@ -164,6 +164,11 @@ class Lying:
         add_products(self._met, [(s.probes, W_dec)], feature, self._by_feature(probes, len(W_dec)))
         self._column = s.activation[reached] * self._spread(s.scale)
         last = self._spread(probes - 1)  # the normed stream
+        pos = torch.arange(len(probes))
+        counts = len(s.same) - self._first[:-1]
+        columns = [self._first[:-1], counts, self._starts, self._stops, torch.zeros_like(pos), pos, pos]
+        self._blocks = cut_blocks(torch.stack(columns, dim=1))
+        self._bounds = torch.searchsorted(self._blocks[:, 5].contiguous(), torch.arange(len(probes) + 1)).tolist()
         self._unit = -self._met[last, torch.arange(len(last))] / W_dec.shape[1] if s.norms else None
 
     def _spread(self, each: Shaped[Tensor, " reached"]) -> Shaped[Tensor, " node"]:
@@ -187,18 +192,17 @@ class Lying:
         along: Float[Tensor, "target pos"],
     ) -> None:
         """As `Gathered.put`."""
-        s, pos = self._sources, torch.tensor(at)
-        first, starts, stops = self._first[pos], self._starts[pos], self._stops[pos]
-        row = (first - first[0]) * len(at) + pos - pos[0]  # of a position's first target in v̄
-        blocks = cut_blocks(torch.stack([first, len(out) - first, starts, stops, row, pos, pos], dim=1), step=len(at))
+        s, begin = self._sources, self._sources.first[at.start]
+        blocks = self._blocks[self._bounds[at.start] : self._bounds[at.stop]].clone()
+        blocks[:, 4] = (blocks[:, 0] - begin) * len(at) + blocks[:, 5] - at.start  # rows of v̄
         rank_one = None if self._unit is None else (along, self._unit)
         lefts = [
             rearrange(bar.to(table.dtype).to(bar.dtype), "later at keyvalue -> (later at) keyvalue")
             for bar, table in zip(bars, s.images, strict=True)
         ]
         pairs = list(zip(lefts, s.images, strict=True))
-        add_products(out, pairs, self._which, blocks, column=self._column, step=len(at), rank_one=rank_one)
+        add_products(out, pairs, self._which, blocks, column=self._column, step=len(at), rank_one=rank_one, fresh=True)
         for t in at:
             if t in s.nodes:
-                begin, end, nodes = s.first[t], s.first[t + 1], s.nodes[t]
-                out[begin:end, nodes] += self._met[: end - begin, nodes] * s.activation[nodes]
+                first, stop, nodes = s.first[t], s.first[t + 1], s.nodes[t]
+                out[first:stop, nodes] += self._met[: stop - first, nodes] * s.activation[nodes]

@@ -88,7 +88,8 @@ def _fields(
     rest, error, own = torch.arange(len(rows) - 1, device=unit.device).split(len(unit))
     at = torch.stack([rest, error, torch.full_like(own, len(rows) - 1), own])  # the one bias stands everywhere
     images = tuple(matmul_rounded(rows * gain, weight.T)[at] for weight in weights)
-    return Fields(rows[at], images, (rows[at] * unit).mean(-1))
+    vectors = rows[at]
+    return Fields(vectors, images, einsum(vectors, unit, "field pos d, pos d -> field pos") / unit.shape[1])
 
 
 def _table(
@@ -114,7 +115,10 @@ def meet(
     norms = rule.norms == "exact"
     sources = Sources(cut, projected.images, projected.which, first, same, fields.vectors[-1], scale, norms)
     features = features_of(sources)
-    out = room.zeros((len(same), count + 2 * whole + 1), same)
+    out = room.empty((len(same), count + 2 * whole + 1), same)
+    for t, nodes in sources.nodes.items():
+        out[: first[t], nodes] = 0  # a target has no edge from a later position
+    out[:, max((nodes.stop for nodes in sources.nodes.values()), default=0) :] = 0
     seen = same.new_zeros(len(fields.vectors), len(same), length)
     for start in range(0, length, POSITIONS_AT_ONCE):
         at, later = slice(start, min(start + POSITIONS_AT_ONCE, length)), slice(first[start], None)

@@ -251,9 +251,15 @@ def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"],
 
 
 def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice) -> Tensor:
-    """h * slopes[at]; these are the widest rows there are, so what is picked is multiplied where it is."""
-    picked = slopes[at]
-    return picked.mul_(h) if isinstance(at, Tensor) and not h.requires_grad else picked * h
+    """h * slopes[at]; these are the widest rows there are, so that no slope is copied for each of its targets."""
+    if isinstance(at, slice):
+        return h * slopes[at]
+    out, start = torch.empty_like(h), 0
+    places, counts = at.unique_consecutive(return_counts=True)
+    for t, count in zip(places.tolist(), counts.tolist(), strict=True):
+        out[start : start + count] = h[start : start + count] * slopes[t]
+        start += count
+    return out
 
 
 def through_attention(
@@ -404,7 +410,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _unrotate(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation's transpose; in place, since gradients on keys are the largest thing that is ever rotated."""
     half = g.shape[-1] // 2
-    out = g * cos
+    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)  # rows side by side, however those of g lie
+    torch.mul(g, cos, out=out)
     out[..., :half].addcmul_(g[..., half:], sin[..., half:])
     out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
     return out
