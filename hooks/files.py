@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooks.errors import CheckpointError, OutputError, first_line
-from hooks.guard import check_archive, check_safetensors, check_sums, plain
+from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, plain
 
 # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
 _UNSAFE = re.compile(
@@ -254,7 +253,7 @@ def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(

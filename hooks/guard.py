@@ -25,7 +25,8 @@ _HEADER_LIMIT = 64 << 20  # bytes of a safetensors header, or of the pickle in a
 _DEPTH = 32  # containers within containers
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "C64": 8}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C128": 16}
-_UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an archive
+# what reading a damaged archive raises; an encrypted member is a RuntimeError
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -161,7 +162,7 @@ def check_archive(path: Path) -> Archive:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             broken = _fault(members, size) or _damaged_text(archive, members)
-    except (*_UNREADABLE, RuntimeError, struct.error) as error:
+    except UNREADABLE as error:
         raise _damaged(path, first_line(error)) from None
     if broken:
         raise _damaged(path, broken)
@@ -286,7 +287,7 @@ def check_sums(path: Path, sizes: Collection[int]) -> None:
                     with archive.open(member) as file:
                         while file.read(1 << 20):  # raises at the end if the checksum differs
                             pass
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, first_line(error)) from None
 
 

@@ -157,16 +157,16 @@ class Lying:
         at = range(len(s.scale))
         self._starts = torch.tensor([s.nodes[t].start if t in s.nodes else 0 for t in at])
         self._stops = torch.tensor([s.nodes[t].stop if t in s.nodes else 0 for t in at])
-        self._first, W_dec = torch.tensor(s.first), s.cut.transcoder.W_dec
-        probes, reached = s.norms + self._first.diff(), slice(int(self._stops.max()))
-        self._which, feature = s.which[reached].contiguous(), s.cut.feature[reached]
+        first, W_dec = torch.tensor(s.first), s.cut.transcoder.W_dec
+        probes, reached = s.norms + first.diff(), slice(int(self._stops.max()))
+        self._which, feature = s.which[reached], s.cut.feature[reached]
         self._met = s.same.new_zeros(int(probes.max()), len(feature))
         add_products(self._met, [(s.probes, W_dec)], feature, self._by_feature(probes, len(W_dec)))
         self._column = s.activation[reached] * self._spread(s.scale)
         last = self._spread(probes - 1)  # the normed stream
         pos = torch.arange(len(probes))
-        counts = len(s.same) - self._first[:-1]
-        columns = [self._first[:-1], counts, self._starts, self._stops, torch.zeros_like(pos), pos, pos]
+        counts = len(s.same) - first[:-1]
+        columns = [first[:-1], counts, self._starts, self._stops, torch.zeros_like(pos), pos, pos]
         self._blocks = cut_blocks(torch.stack(columns, dim=1))
         self._bounds = torch.searchsorted(self._blocks[:, 5].contiguous(), torch.arange(len(probes) + 1)).tolist()
         self._unit = -self._met[last, torch.arange(len(last))] / W_dec.shape[1] if s.norms else None

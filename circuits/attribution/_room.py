@@ -11,11 +11,12 @@ from torch import Tensor
 class Room:
     """Hands out the memory of the last array, once nobody holds that any more.
 
-    Fresh pages of a large array cost more than the arithmetic that fills them. On other devices torch does the same.
+    Fresh pages of a large array cost more than the arithmetic that fills them. On other devices torch does the same;
+    on the CPU the array is NumPy's, whose references tell whether a tensor still stands on it.
     """
 
     def __init__(self) -> None:
-        self._array = np.zeros(0, np.float32)
+        self._array = np.empty(0, np.float32)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Room for numbers in the dtype and on the device of another tensor; what stands in it means nothing."""
@@ -30,4 +31,4 @@ class Room:
 
     def clear(self) -> None:
         """Keep nothing."""
-        self._array = np.zeros(0, np.float32)
+        self._array = np.empty(0, np.float32)
