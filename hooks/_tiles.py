@@ -1,9 +1,10 @@
-"""The inner loop of `hooks.rows`, compiled by numba: dot products of a few vectors with a few rows of a table.
+"""Inner loops compiled by numba: dot products of a few vectors with a few rows of a table.
 
 A tile takes `LEFT` vectors and `ROWS` rows at once: each number that is loaded meets three to eight others, the sums
 stay in registers, and no row is copied anywhere. numba's own vectoriser does not keep such sums in registers, so the
 tile is written in LLVM's vector types; everything around it is plain numba. Rows may be bf16: they are widened as they
-are loaded. Only imported where numba is installed (`hooks.rows`).
+are loaded. Only imported where numba is installed (`hooks.rows`). All of it stands in one file: numba's cache on disk
+would not notice a change in another one.
 """
 
 from typing import no_type_check
@@ -29,7 +30,9 @@ _BYTE = ir.IntType(8).as_pointer()
 
 @no_type_check
 def _make_tile(narrow: bool):
-    """The intrinsic `tile(left, rows, count, out, stride)`: out[i, j] = sum_k left_i[k] rows_j[k], k < count.
+    """The intrinsic `tile(left, rows, ahead, share, count, out, stride)`: out[i, j] = sum_k left_i[k] rows_j[k].
+
+    k < count; meanwhile share / 2**16 of a row is fetched from `ahead`.
 
     Args:
         narrow: whether rows are bf16.
@@ -52,7 +55,7 @@ def _make_tile(narrow: bool):
 
     @no_type_check
     def generate(context, b, signature, args):
-        left, rows, ahead, count, out, stride = args
+        left, rows, ahead, share, count, out, stride = args
         fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32")
         left = [b.inttoptr(b.extract_value(left, i), _BYTE) for i in range(LEFT)]
         rows = [b.inttoptr(b.extract_value(rows, j), _BYTE) for j in range(ROWS)]
@@ -70,7 +73,8 @@ def _make_tile(narrow: bool):
             y = load_row(b, pointer, k)
             for i, x in enumerate(xs):
                 new[i][j] = b.call(fma, [x, y, sums[i][j]])
-        b.call(fetch, [b.gep(ahead, [b.mul(k, _I64(2 if narrow else 4))]), _I32(0), _I32(2), _I32(1)])
+        done = b.lshr(b.mul(b.mul(k, _I64(2 if narrow else 4)), share), _I64(16))
+        b.call(fetch, [b.gep(ahead, [done]), _I32(0), _I32(2), _I32(1)])
         following = b.add(k, _I64(LANES))
         k.add_incoming(_I64(0), before)
         k.add_incoming(following, loop)
@@ -89,9 +93,9 @@ def _make_tile(narrow: bool):
 
     @intrinsic
     @no_type_check
-    def tile(typing, left, rows, ahead, count, out, stride):
+    def tile(typing, left, rows, ahead, share, count, out, stride):
         pointers = (types.UniTuple(types.uintp, LEFT), types.UniTuple(types.uintp, ROWS))
-        return types.void(*pointers, types.uintp, types.intp, types.uintp, types.intp), generate
+        return types.void(*pointers, types.uintp, types.intp, types.intp, types.uintp, types.intp), generate
 
     return tile
 
@@ -129,12 +133,12 @@ def _make_pointer(number, kind):
     return pointer
 
 
-_f32, _i64 = _make_pointer(types.float32, _F32), _make_pointer(types.int64, _I64)
+f32_at, i64_at = _make_pointer(types.float32, _F32), _make_pointer(types.int64, _I64)
 
 
 @intrinsic
 @no_type_check
-def _take_number(typing, counter):
+def take_number(typing, counter):
     """Read a counter in memory and raise it, in one step that no other thread comes between."""
 
     @no_type_check
@@ -144,78 +148,84 @@ def _take_number(typing, counter):
     return types.int64(types.int64), generate
 
 
-NUMBERS = (
-    "parts",
-    "most",
-    "nodes",
-    "sources",
-    "inner",
-    "step",
-    "factors",
-    "positions",
-    "pairs",
-    "next_row",
-    "narrow",
-    "chunk",
-    "fresh",
-    "widest",
-)
-PLACES = ("taken", "bounds", "blocks", "out", "left", "table", "row", "column", "a", "b")
-GIVEN = np.dtype([(name, np.int64) for name in (*NUMBERS, *PLACES)])  # what `work` is given; places are addresses
+@no_type_check
+def given_type(numbers, places):
+    """What compiled code is given: whole numbers, and addresses of contiguous arrays."""
+    return np.dtype([(name, np.int64) for name in (*numbers, *places)])
 
 
 @njit
 @no_type_check
-def _add_blocks(given, begin_block, end_block, room):
-    row, column = carray(_i64(given.row), given.nodes), carray(_f32(given.column), given.nodes)
-    lefts_at, tables_at = carray(_i64(given.left), given.pairs), carray(_i64(given.table), given.pairs)
-    b, next_row, size = carray(_f32(given.b), given.nodes), given.next_row, 2 if given.narrow else 4
-    left_next, room_at, room_next = 4 * given.inner * given.step, room.ctypes.data, room.strides[0]
-    start = begin_block
+def meet(found, left, left_next, targets, base, next_row, row, begin, end, count, narrow):
+    """found[i, j] = left_i · row_j, `count` numbers each, for nodes begin + j; left, base: addresses of the first ones.
+
+    Up to `ROWS` - 1 columns and `LEFT` - 1 rows behind those of the block are overwritten.
+    """
+    found_at, found_next = found.ctypes.data, found.strides[0]
+    # the next rows are fetched meanwhile, evenly: what is asked for at once would stand in the way of the rest
+    parts, bytes = max(1, -(-targets // LEFT) // ROWS), count * (2 if narrow else 4)
+    share = (1 << 16) // parts
+    for j in range(begin, end, ROWS):
+        following, part = 0, 0
+        last = end - j - 1  # a short tile meets its last row several times over
+        rows = (
+            base + row[j] * next_row,
+            base + row[j + min(1, last)] * next_row,
+            base + row[j + min(2, last)] * next_row,
+            base + row[j + min(3, last)] * next_row,
+            base + row[j + min(4, last)] * next_row,
+            base + row[j + min(5, last)] * next_row,
+            base + row[j + min(6, last)] * next_row,
+            base + row[j + min(7, last)] * next_row,
+        )
+        for i in range(0, targets, LEFT):
+            last, at = targets - i - 1, left + i * left_next
+            lefts = (at, at + min(1, last) * left_next, at + min(2, last) * left_next)
+            place, ahead = found_at + i * found_next + 4 * (j - begin), rows[0]
+            if following < ROWS:
+                ahead = base + row[min(j + ROWS + following, end - 1)] * next_row + part * bytes // parts
+                part += 1
+                if part == parts:
+                    following, part = following + 1, 0
+            if narrow:
+                _narrow(lefts, rows, ahead, share, count, place, found_next)
+            else:
+                _wide(lefts, rows, ahead, share, count, place, found_next)
+
+
+@njit
+@no_type_check
+def _aligned(rows, columns):
+    """Memory whose rows begin where a vector register's worth of memory does, if columns are a multiple of `LANES`."""
+    room = np.empty(rows * columns + LANES, np.float32)
+    skip = -room.ctypes.data // 4 % LANES
+    return room[skip : skip + rows * columns].reshape(rows, columns)
+
+
+NUMBERS = ("parts", "blocks", "most", "widest", "nodes", "sources", "inner", "next_row", "narrow", "chunk")
+PLACES = ("taken", "bounds", "block", "out", "left", "table", "row")
+GIVEN = given_type(NUMBERS, PLACES)
+
+
+@njit
+@no_type_check
+def _add_blocks(given, begin_block, end_block, found):
+    row, blocks = carray(i64_at(given.row), given.nodes), carray(i64_at(given.block), (given.blocks, 6))
+    size, start = 2 if given.narrow else 4, begin_block
     while start < end_block:
-        group, stop = carray(_i64(given.blocks + 56 * start), 7)[6], start
-        while stop < end_block and carray(_i64(given.blocks + 56 * stop), 7)[6] == group:
+        stop = start
+        while stop < end_block and blocks[stop, 5] == blocks[start, 5]:
             stop += 1
-        chunks = -(-given.inner // given.chunk)
-        for number in range(given.pairs * chunks):
-            pair, k = number // chunks, number % chunks * given.chunk
-            count, base = min(given.chunk, given.inner - k), tables_at[pair] + k * size
+        for k in range(0, given.inner, given.chunk):
+            count, base = min(given.chunk, given.inner - k), given.table + k * size
             for n in range(start, stop):
-                first, targets, begin, end, left_row, a_column, _ = carray(_i64(given.blocks + 56 * n), 7)
-                left_at = lefts_at[pair] + 4 * (left_row * given.inner + k)
-                for j in range(begin, end, ROWS):
-                    last = end - j - 1  # a short tile meets its last row several times over
-                    rows = (
-                        base + row[j] * next_row,
-                        base + row[j + min(1, last)] * next_row,
-                        base + row[j + min(2, last)] * next_row,
-                        base + row[j + min(3, last)] * next_row,
-                        base + row[j + min(4, last)] * next_row,
-                        base + row[j + min(5, last)] * next_row,
-                        base + row[j + min(6, last)] * next_row,
-                        base + row[j + min(7, last)] * next_row,
-                    )
-                    for i in range(0, targets, LEFT):
-                        last, at = targets - i - 1, left_at + i * left_next
-                        lefts = (at, at + min(1, last) * left_next, at + min(2, last) * left_next)
-                        place, ahead = room_at + i * room_next + 4 * (j - begin), rows[0]
-                        if i < LEFT * ROWS:  # one of the next rows, to be fetched meanwhile
-                            ahead = base + row[min(j + ROWS + i // LEFT, end - 1)] * next_row
-                        if given.narrow:
-                            _narrow(lefts, rows, ahead, count, place, room_next)
-                        else:
-                            _wide(lefts, rows, ahead, count, place, room_next)
+                first, targets, begin, end, left_row, _ = blocks[n]
+                left = given.left + 4 * (left_row * given.inner + k)
+                meet(found, left, 4 * given.inner, targets, base, given.next_row, row, begin, end, count, given.narrow)
                 for i in range(targets):
-                    factor, found = np.float32(0), room[i]
-                    if number == 0 and given.factors:
-                        factor = carray(_f32(given.a + 4 * ((first + i) * given.positions + a_column)), 1)[0]
-                    into = carray(_f32(given.out + 4 * ((first + i) * given.sources + begin)), end - begin)
-                    if number == 0 and given.fresh:
-                        for j in range(end - begin):
-                            into[j] = column[begin + j] * (found[j] + factor * b[begin + j])
-                    else:
-                        for j in range(end - begin):
-                            into[j] += column[begin + j] * (found[j] + factor * b[begin + j])
+                    into = carray(f32_at(given.out + 4 * ((first + i) * given.sources + begin)), end - begin)
+                    for j in range(end - begin):
+                        into[j] += found[i, j]
         start = stop
 
 
@@ -224,9 +234,193 @@ def _add_blocks(given, begin_block, end_block, room):
 def work(pointer):
     """`hooks.rows.add_products` for one thread of several: take part after part of the blocks until none is left."""
     given = carray(pointer, 1)[0]
-    bounds = carray(_i64(given.bounds), given.parts + 1)
-    room = np.empty((given.most + LEFT, given.widest + ROWS), np.float32)
-    part = _take_number(given.taken)
+    bounds = carray(i64_at(given.bounds), given.parts + 1)
+    found = _aligned(given.most + LEFT, -(-given.widest // LANES) * LANES + LANES)
+    part = take_number(given.taken)
     while part < given.parts:
-        _add_blocks(given, bounds[part], bounds[part + 1], room)
-        part = _take_number(given.taken)
+        _add_blocks(given, bounds[part], bounds[part + 1], found)
+        part = take_number(given.taken)
+
+
+# -- what reaches a block's sources by its attention -------------------------------------------------------------------
+
+HEAD_NUMBERS = (
+    *("parts", "blocks", "most", "widest", "targets", "positions", "nodes", "sources", "inner", "next_row", "narrow"),
+    *("chunk", "pairs", "heads", "group", "size", "fields", "norms", "key_norm", "d_model", "probes"),
+)
+HEAD_PLACES = (
+    *("taken", "bounds", "block", "first", "out", "seen", "met", "along", "activation", "scale", "row", "order"),
+    *("table", "image", "weight", "vector", "cos", "sin", "gain", "unit", "unit_scale"),
+)
+GIVEN_HEADS = given_type(HEAD_NUMBERS, HEAD_PLACES)
+FROZEN, EXACT = 1, 2  # key_norm; 0: there is none
+
+
+@njit
+@no_type_check
+def _turn_back(given, t, targets, left):
+    """Gradients on keys as they are scored → before the rotation and, where there is one, the head norm."""
+    heads, size = given.heads, given.size
+    cos = carray(f32_at(given.cos), (given.positions, size))[t]
+    sin = carray(f32_at(given.sin), (given.positions, size))[t]
+    half = size // 2
+    for i in range(targets):
+        for h in range(heads):
+            into = left[i, h * size : (h + 1) * size]
+            for c in range(half):
+                low, high = into[c], into[c + half]
+                into[c] = low * cos[c] + high * sin[c + half]
+                into[c + half] = high * cos[c + half] - low * sin[c]
+            if given.key_norm:
+                gain = carray(f32_at(given.gain), size)
+                unit = carray(f32_at(given.unit), (given.positions, heads, size))[t, h]
+                scale, mean = carray(f32_at(given.unit_scale), (given.positions, heads))[t, h], np.float32(0)
+                for c in range(size):
+                    into[c] *= gain[c]
+                    mean += unit[c] * into[c]
+                mean = mean / np.float32(size) if given.key_norm == EXACT else np.float32(0)
+                for c in range(size):
+                    into[c] = scale * (into[c] - unit[c] * mean)
+
+
+@njit
+@no_type_check
+def _form(given, pair, t, first, targets, left):
+    """v̄ (pair 0) or k̄ of some targets at position t: per key head h, sum_g weight[j, h, g, t] vector[j, h, g]."""
+    heads, group, size = given.heads, given.group, given.size
+    weights_at = carray(i64_at(given.weight), given.pairs)[pair]
+    vectors_at = carray(i64_at(given.vector), given.pairs)[pair]
+    for i in range(targets):
+        for h in range(heads):
+            part = ((first + i) * heads + h) * group
+            into = carray(f32_at(left.ctypes.data + i * left.strides[0] + 4 * h * size), size)
+            for g in range(group):
+                weight = carray(f32_at(weights_at + 4 * ((part + g) * given.positions + t)), 1)[0]
+                vector = carray(f32_at(vectors_at + 4 * (part + g) * size), size)
+                if g == 0:
+                    for c in range(size):
+                        into[c] = weight * vector[c]
+                else:
+                    for c in range(size):
+                        into[c] += weight * vector[c]
+    if pair == 1:
+        _turn_back(given, t, targets, left)
+
+
+@njit
+@no_type_check
+def _round(left, targets):
+    """To bf16, ties to even."""
+    bits = left.view(np.uint32)
+    for i in range(targets):
+        for c in range(left.shape[1]):
+            odd = (bits[i, c] >> np.uint32(16)) & np.uint32(1)
+            bits[i, c] = (bits[i, c] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+
+
+@njit
+@no_type_check
+def _meet_fields(given, pair, t, targets, left, found, few):
+    """Add what v̄ or k̄ at position t meet of each field."""
+    order, next_image = carray(i64_at(given.order), given.fields), 4 * given.positions * given.inner
+    image = carray(i64_at(given.image), given.pairs)[pair] + 4 * t * given.inner
+    for k in range(0, given.inner, given.chunk):
+        count, at = min(given.chunk, given.inner - k), left.ctypes.data + 4 * k
+        meet(found, at, left.strides[0], targets, image + 4 * k, next_image, order, 0, given.fields, count, False)
+        few[:targets] += found[:targets, : given.fields]
+
+
+@njit
+@no_type_check
+def _finish(given, into, t, begin, target, through):
+    """Sums over values and keys → edges: scaled, less the norm's answer, and with what meets at position t itself."""
+    firsts = carray(i64_at(given.first), given.positions + 1)
+    met = carray(f32_at(given.met), (given.probes, given.nodes))
+    activation, scale = carray(f32_at(given.activation), given.nodes), carray(f32_at(given.scale), given.positions)[t]
+    if given.norms:
+        stream, answer = met[firsts[t + 1] - firsts[t]], -through / np.float32(given.d_model)
+        for j in range(len(into)):
+            into[j] += answer * stream[begin + j]
+    if target < firsts[t + 1]:
+        here = met[target - firsts[t]]
+        for j in range(len(into)):
+            into[j] = activation[begin + j] * (scale * into[j] + here[begin + j])
+    else:
+        for j in range(len(into)):
+            into[j] = activation[begin + j] * scale * into[j]
+
+
+@njit
+@no_type_check
+def _meet_heads(given, start, stop, left, found, few):
+    """Blocks of the same targets at the same position."""
+    blocks, firsts = carray(i64_at(given.block), (given.blocks, 6)), carray(i64_at(given.first), given.positions + 1)
+    tables, along = carray(i64_at(given.table), given.pairs), carray(f32_at(given.along), given.targets)
+    row, size, sources = carray(i64_at(given.row), given.nodes), 2 if given.narrow else 4, given.sources
+    seen = carray(f32_at(given.seen), (given.fields, given.targets, given.positions))
+    first, targets, t = blocks[start, 0], blocks[start, 1], blocks[start, 5]
+    chunks = -(-given.inner // given.chunk)
+    few[:targets] = 0
+    for number in range(given.pairs * chunks):
+        pair, k, last = number // chunks, number % chunks * given.chunk, number == given.pairs * chunks - 1
+        count, base = min(given.chunk, given.inner - k), tables[pair] + k * size
+        if k == 0:
+            _form(given, pair, t, first, targets, left)
+            _meet_fields(given, pair, t, targets, left, found, few)
+            if given.narrow:
+                _round(left, targets)
+        if last and given.norms:
+            for i in range(min(targets, firsts[t + 1] - first)):  # targets at t itself
+                few[i, given.fields - 1] += along[first + i]
+        for n in range(start, stop):
+            begin, end, at = blocks[n, 2], blocks[n, 3], left.ctypes.data + 4 * k
+            meet(found, at, left.strides[0], targets, base, given.next_row, row, begin, end, count, given.narrow)
+            for i in range(targets):
+                into = carray(f32_at(given.out + 4 * ((first + i) * sources + begin)), end - begin)
+                if number == 0:
+                    into[:] = found[i, : end - begin]
+                else:
+                    into += found[i, : end - begin]
+                if last:
+                    _finish(given, into, t, begin, first + i, few[i, given.fields - 1])
+            if number == 0 and first == firsts[t]:  # a target has no edge from a later position
+                for i in range(first):
+                    carray(f32_at(given.out + 4 * (i * sources + begin)), end - begin)[:] = 0
+    for f in range(given.fields):
+        for i in range(targets):
+            seen[f, first + i, t] = few[i, f]
+
+
+@cfunc(types.void(types.CPointer(from_dtype(GIVEN_HEADS))), cache=True)
+@no_type_check
+def work_heads(pointer):
+    """`circuits.attribution._features.Lying.put` for one thread of several.
+
+    What each name of `GIVEN_HEADS` stands for:
+
+        block: position t in the last column; a target's columns there are filled, and zeros above the first target's.
+        first: how many targets stand before each position, and how many there are.
+        seen: what v̄ and k̄ meet of each field, [field target pos]; `along` is added to the last where norms respond.
+        met: the gradients of the targets at a position, then x̂ if norms respond, each with the decoder rows there.
+        table, image: of nodes, and of fields [field pos inner], in value space and in key space.
+        weight, vector: of v̄ and k̄ in factored form; k̄ is turned back with cos, sin, gain, unit and unit_scale.
+    """
+    given = carray(pointer, 1)[0]
+    bounds, blocks = carray(i64_at(given.bounds), given.parts + 1), carray(i64_at(given.block), (given.blocks, 6))
+    left = _aligned(
+        given.most + LEFT, given.inner + LANES
+    )  # equal numbers of neighbours in different sets of the cache
+    found = _aligned(given.most + LEFT, -(-max(given.widest, given.fields) // LANES) * LANES + LANES)
+    few = np.empty((given.most, given.fields), np.float32)
+    part = take_number(given.taken)
+    while part < given.parts:
+        start = bounds[part]
+        while start < bounds[part + 1]:
+            stop = start
+            while (
+                stop < bounds[part + 1] and blocks[stop, 0] == blocks[start, 0] and blocks[stop, 5] == blocks[start, 5]
+            ):
+                stop += 1
+            _meet_heads(given, start, stop, left, found, few)
+            start = stop
+        part = take_number(given.taken)

@@ -3,17 +3,18 @@
 At 12 % density the features of one position are an eighth of a dictionary: gathering their rows costs as much as
 multiplying by them, and a product with the whole dictionary is eight times what is asked for. `add_products` forms
 
-    out[i, n] += column_n · (left_i · table[row_n] + a_i b_n)
+    out[i, n] += left_i · table[row_n]
 
-for rectangles of (i, n), reading each row where it lies and writing each number once. It needs the optional package
-numba (extra `cpu`) and a CPU with AVX2 or AVX-512; `usable` tells, and callers have another way.
+for rectangles of (i, n), reading each row where it lies. It needs the optional package numba (extra `cpu`) and a CPU
+with AVX2 or AVX-512; `usable` tells, and callers have another way. `on_every_thread` runs other code compiled with the
+same tiles (`hooks._tiles`).
 """
 
 import ctypes
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,8 @@ INNER = 1024  # numbers of a row that are met at a time, so that eight rows stay
 
 
 @cache
-def _tiles() -> ModuleType | None:
+def compiled() -> ModuleType | None:
+    """Code compiled by numba, where that can be used."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
@@ -51,99 +53,81 @@ def usable(left: Float[Tensor, "row d_model"], table: Float[Tensor, "feature inn
     known = known and table.dtype in (torch.float32, torch.bfloat16) and table.stride(1) == 1
     if not known or not left.device.type == table.device.type == "cpu":
         return False
-    tiles = _tiles()
+    tiles = compiled()
     return tiles is not None and table.shape[1] > 0 and table.shape[1] % tiles.LANES == 0
 
 
 def add_products(
     out: Float[Tensor, "target source"],
-    pairs: Sequence[tuple[Float[Tensor, "row inner"], Float[Tensor, "feature inner"]]],
+    left: Float[Tensor, "row inner"],
+    table: Float[Tensor, "feature inner"],
     row: Int[Tensor, " node"],
-    blocks: Int[Tensor, "block 7"],
-    *,
-    column: Float[Tensor, " node"] | None = None,
-    step: int = 1,
-    rank_one: tuple[Float[Tensor, "target pos"], Float[Tensor, " node"]] | None = None,
-    fresh: bool = False,
+    blocks: Int[Tensor, "block 6"],
 ) -> None:
-    """Add column_n (sum over pairs left_i · table[row_n] + a_i b_n) to out[i, n] for every (i, n) of some blocks.
+    """Add left_i · table[row_n] to out[i, n] for every (i, n) of some blocks.
 
     Every number is summed in one order, whatever the number of threads, of targets or of blocks.
 
     Args:
         out: changed in place; columns behind those of the nodes stay as they are.
-        pairs: what lies left, and the table whose rows it meets.
-        blocks: first target, number of targets, first node, end of the nodes, row on the left of the first target,
-            column of a, and a number that neighbouring blocks share if they meet the same rows of the tables. Blocks
-            do not overlap; at most `MOST` targets and nodes each (`cut_blocks`).
-        column: ones if None.
-        step: rows on the left from one target to the next.
-        rank_one: a and b; nothing is added if None.
-        fresh: whether what stands in the blocks' places is replaced, not added to.
+        row: the row of the table that each node is.
+        blocks: first target, number of targets, first node, end of the nodes, row on the left of the first target, and
+            a number that neighbouring blocks share if they meet about the same rows of the table. Blocks do not
+            overlap; at most `MOST` targets and nodes each (`cut_blocks`).
     """
-    tiles = _tiles()
+    tiles = compiled()
     assert tiles is not None
     assert out.is_contiguous()
     if not len(blocks):
         return
-    assert len({(table.dtype, table.stride()) for _, table in pairs}) == 1
-    lefts, tables = [left.contiguous() for left, _ in pairs], [table for _, table in pairs]
-    column = torch.ones(len(row)) if column is None else column.contiguous()
-    a, b = (column, column) if rank_one is None else (each.contiguous() for each in rank_one)
-    bounds = _parts(blocks, PARTS * torch.get_num_threads())
     numbers = {
-        "parts": len(bounds) - 1,
+        "blocks": len(blocks),
         "most": int(blocks[:, 1].max()),
+        "widest": int((blocks[:, 3] - blocks[:, 2]).max()),
         "nodes": len(row),
         "sources": out.shape[1],
-        "inner": lefts[0].shape[1],
-        "step": step,
-        "factors": rank_one is not None,
-        "positions": 0 if rank_one is None else a.shape[1],
-        "pairs": len(pairs),
-        "next_row": tables[0].stride(0) * tables[0].element_size(),
-        "narrow": tables[0].dtype == torch.bfloat16,
+        "inner": left.shape[1],
+        "next_row": table.stride(0) * table.element_size(),
+        "narrow": table.dtype == torch.bfloat16,
         "chunk": INNER,
-        "fresh": fresh,
-        "widest": int((blocks[:, 3] - blocks[:, 2]).max()),
     }
-    arrays = {
-        "taken": torch.zeros(1, dtype=torch.int64),
-        "bounds": bounds,
-        "blocks": blocks.contiguous(),
-        "out": out,
-        "left": torch.tensor([left.data_ptr() for left in lefts]),
-        "table": torch.tensor([table.data_ptr() for table in tables]),
-        "row": row.contiguous(),
-        "column": column,
-        "a": a,
-        "b": b,
-    }
-    given = np.zeros(1, tiles.GIVEN)
-    for name, value in (*numbers.items(), *((name, array.data_ptr()) for name, array in arrays.items())):
-        given[name] = value
-    _on_every_thread(tiles.work, given.ctypes.data)
+    arrays = {"block": blocks.contiguous(), "out": out, "left": left.contiguous(), "row": row.contiguous()}
+    work = blocks[:, 1] * (blocks[:, 3] - blocks[:, 2])
+    on_every_thread(tiles.work, tiles.GIVEN, numbers, arrays | {"table": table}, work)
 
 
-def _parts(blocks: Int[Tensor, "block 7"], parts: int) -> Int[Tensor, " bound"]:
-    """Where the blocks are divided into parts of about equal work."""
-    work = (blocks[:, 1] * (blocks[:, 3] - blocks[:, 2])).cumsum(0)
-    goals = work[-1] * torch.arange(1, parts) // parts
-    ends = torch.tensor([0, len(blocks)])
-    return torch.cat([ends[:1], torch.searchsorted(work, goals), ends[1:]])
-
-
-def _on_every_thread(work: Any, address: int) -> None:
-    """Run compiled code on each of torch's threads.
+def on_every_thread(
+    work: Any, kind: np.dtype, numbers: Mapping[str, int], arrays: Mapping[str, Tensor], each: Int[Tensor, " block"]
+) -> None:
+    """Run compiled code on each of torch's threads, which take part after part of some blocks until none is left.
 
     Threads of our own would share the cores with torch's, which go on spinning for milliseconds after their last work.
+
+    Args:
+        work: a function of numba's for the address of one `kind`.
+        numbers, arrays: what that holds, besides "parts", "bounds" (where each part ends) and "taken" (how many are).
+        each: the work of each block; parts are about equal.
     """
     threads, team = torch.get_num_threads(), _team()
+    bounds = _parts(each, PARTS * threads)
+    held = {**arrays, "bounds": bounds, "taken": torch.zeros(1, dtype=torch.int64)}
+    given = np.zeros(1, kind)
+    places = ((name, array.data_ptr()) for name, array in held.items())
+    for name, value in (*numbers.items(), ("parts", len(bounds) - 1), *places):
+        given[name] = value
     if team is not None:
-        team(ctypes.c_void_p(work.address), ctypes.c_void_p(address), threads, 0)
+        team(ctypes.c_void_p(work.address), ctypes.c_void_p(given.ctypes.data), threads, 0)
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda _: work.ctypes(address), range(threads)))
+        list(pool.map(lambda _: work.ctypes(given.ctypes.data), range(threads)))
+
+
+def _parts(each: Int[Tensor, " block"], parts: int) -> Int[Tensor, " bound"]:
+    """Where blocks are divided into parts of about equal work."""
+    work = each.cumsum(0)
+    goals = work[-1] * torch.arange(1, parts) // parts
+    ends = torch.tensor([0, len(each)])
+    return torch.cat([ends[:1], torch.searchsorted(work, goals), ends[1:]])
 
 
 @cache
@@ -156,13 +140,13 @@ def _team() -> Callable[..., None] | None:
         return None
 
 
-def cut_blocks(blocks: Int[Tensor, "block 7"], step: int = 1) -> Int[Tensor, "_block 7"]:
-    """Blocks of any size → blocks that `add_products` takes, in the same order."""
+def cut_blocks(blocks: Int[Tensor, "block 6"]) -> Int[Tensor, "_block 6"]:
+    """Blocks of any size → blocks that `add_products` takes, in the same order: all nodes of some targets together."""
     sizes = -(-blocks[:, 1] // MOST)
     blocks, skip = blocks.repeat_interleave(sizes, 0), MOST * _within(sizes)
-    first, count, begin, end, left_row, *others = blocks.T
-    blocks = torch.stack([first + skip, (count - skip).clamp(max=MOST), begin, end, left_row + skip * step, *others], 1)
-    sizes = -(-(blocks[:, 3] - blocks[:, 2]) // MOST)
+    first, count, begin, end, left_row, shared = blocks.T
+    blocks = torch.stack([first + skip, (count - skip).clamp(max=MOST), begin, end, left_row + skip, shared], 1)
+    sizes = (-(-(blocks[:, 3] - blocks[:, 2]) // MOST)).clamp(min=1)
     blocks, skip = blocks.repeat_interleave(sizes, 0), MOST * _within(sizes)
     first, count, begin, end, *others = blocks.T
     return torch.stack([first, count, begin + skip, end.minimum(begin + skip + MOST), *others], 1)

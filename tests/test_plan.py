@@ -19,7 +19,7 @@ from worlds import word_tokenizer
 
 from benchmarks._allocations import allocations
 from circuits import prepare, trace
-from circuits.attribution import _factored, _features, _middle, autograd
+from circuits.attribution import _factored, _features, autograd
 from circuits.commands import _plan
 from circuits.commands._options import command
 from circuits.held import ROWS
@@ -205,7 +205,7 @@ def test_how_edges_are_found_follows_from_the_sites():
 def test_limits_are_those_of_the_modules_that_have_them():
     assert (_work.TARGETS_AT_ONCE, _work.ENTRIES_AT_ONCE) == (_factored.MOST_AT_ONCE, _factored.ENTRIES_AT_ONCE)
     assert _factored.STREAM_ENTRIES == _work.STREAM_ENTRIES
-    assert (_work.POSITIONS_AT_ONCE, _work.GATHERED) == (_middle.POSITIONS_AT_ONCE, _features.GATHERED)
+    assert (_work.POSITIONS_AT_ONCE, _work.GATHERED) == (_features.POSITIONS_AT_ONCE, _features.GATHERED)
     default = inspect.signature(trace).parameters["budget_bytes"].default
     assert default // EDGE_BYTES == _work.MOST_EDGES
     assert (_work.COPIES, _work.HELD_ROWS, _work.SWEEP_TOKENS) == (autograd.COPIES, ROWS, sweep.TOKENS_AT_ONCE)

@@ -76,16 +76,20 @@ def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: 
     if site is None:
         logits = [target for target in targets if isinstance(target, Target)]
         return (len(stack.blocks), 0), *_logit_ends(host, stack, logits, pos, rule)
-    gradients, values = stack.end.new_zeros(len(targets), stack.end.shape[1]), stack.end.new_zeros(len(targets))
     places, transcoder, feature = _features_among(targets)
+    directions = [target.row for target in targets if isinstance(target, Direction)]
+    others = torch.tensor([place for place, target in enumerate(targets) if isinstance(target, Direction)])
+    parts = []
     if transcoder is not None:
-        gradients[places], values[places] = _feature_ends(stack, transcoder, feature, pos[places], rule)
-    ways = [(place, target.row) for place, target in enumerate(targets) if isinstance(target, Direction)]
-    if ways:
-        rows = [place for place, _ in ways]
-        vectors = torch.stack([vector.to(stack.end) for _, vector in ways])
-        values[rows] = (vectors * read(stack, site, pos[rows])).sum(-1)
-        gradients[rows] = before_norm(stack, site, vectors, pos[rows], rule)
+        parts.append(_feature_ends(stack, transcoder, feature, pos[places], rule))
+    if directions:
+        vectors, at = torch.stack(directions).to(stack.end), pos[others]
+        values = (vectors * read(stack, site, at)).sum(-1)
+        parts.append((before_norm(stack, site, vectors, at, rule), values))
+    if len(parts) == 1:
+        return read_from(site), parts[0][0], pos, parts[0][1]
+    order = torch.cat([places, others]).argsort()
+    gradients, values = (torch.cat(each)[order] for each in zip(*parts, strict=True))
     return read_from(site), gradients, pos, values
 
 

@@ -94,11 +94,12 @@ def group_edges(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Iterato
     for start in range(0, len(rows), most):
         part = slice(start, start + most)
         point, gradients, pos, values = ends(run, stack, number, part, rule)
-        order = pos.argsort(stable=True)
         constant = constants(run, number, part)
-        weights = way.edges(point, gradients[order], pos[order])
         if bool((pos.diff() < 0).any()):
-            weights = weights[order.argsort()]
+            order = pos.argsort(stable=True)
+            weights = way.edges(point, gradients[order], pos[order])[order.argsort()]
+        else:
+            weights = way.edges(point, gradients, pos)
         weights[:, -1] += constant
         yield Rows(rows[part], sources, weights, values + constant)
 

@@ -11,16 +11,18 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int, Shaped
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.attribution import Cut, stretches
+from circuits.blocks import Pulled
 from hooks.kernels import linear_fp32, matmul_rounded, working_dtype
-from hooks.rows import add_products, cut_blocks, usable
+from hooks.rows import INNER, add_products, compiled, cut_blocks, on_every_thread, usable
 
 ROWS_AT_ONCE = 64  # of a decoder: what stays in a core's cache
 GATHERED = 60  # products with a decoder row that take as long as gathering it (measured: 2 cores and d_model 5120)
+POSITIONS_AT_ONCE = 8  # of v̄ and k̄
 FEATURES_AT_ONCE = 384  # of a dictionary, that the probes of all positions meet before the next ones are read
 
 
@@ -31,21 +33,34 @@ class Sources:
     Attributes:
         images: W_V γ d_i of some features, and W_K γ d_i unless the rule holds the pattern.
         which: the row of each node there.
-        first: how many targets stand before each position, and how many there are.
-        same: the gradient at each target's own position; targets ascend by position.
-        unit: the normed stream x̂.
-        scale: 1 / rms at every position that is reached.
-        norms: whether norms respond.
+        fields: the same images of vectors that stand at every position; the last is x̂ if norms respond.
+        pulled: v̄ and k̄ of the targets, in factored form; targets ascend by position.
+        same: the gradient at each target's own position.
+        along: the part of it, without the skip connection's, that lies along x̂.
+        unit: the normed stream x̂ at every position that is reached.
+        scale: 1 / rms there.
     """
 
     cut: Cut
     images: tuple[Float[Tensor, "feature keyvalue"], ...]
     which: Int[Tensor, " node"]
-    first: list[int]
+    fields: tuple[Float[Tensor, "field pos keyvalue"], ...]
+    pulled: Pulled
     same: Float[Tensor, "target d_model"]
-    unit: Float[Tensor, "pos d_model"]
+    along: Float[Tensor, " target"]
+    unit: Float[Tensor, "reached d_model"]
     scale: Float[Tensor, " reached"]
-    norms: bool
+
+    @property
+    def norms(self) -> bool:
+        """Whether norms respond."""
+        return self.pulled.rule.norms == "exact"
+
+    @cached_property
+    def first(self) -> list[int]:
+        """How many targets stand before each position, and how many there are."""
+        places = torch.arange(len(self.scale) + 1, device=self.same.device)
+        return torch.searchsorted(self.pulled.pos.contiguous(), places).tolist()
 
     @cached_property
     def nodes(self) -> dict[int, slice]:
@@ -80,7 +95,9 @@ def features_of(sources: Sources) -> "Gathered | Lying":
 class Gathered:
     """Gathers the decoder rows and images of one position after the other.
 
-    Probes meet the whole dictionary at once where that is cheaper than gathering every node's decoder row.
+    Probes meet the whole dictionary at once where that is cheaper than gathering every node's decoder row. v̄ and k̄ are
+    formed for a few positions of sources, for the targets at or after them (these stand together), and dropped: at all
+    positions they would be the largest thing here, and half of it zeros.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -94,29 +111,33 @@ class Gathered:
         self._products = linear_fp32(self._probes, self._W_dec, None) if whole else None
         self._room = self._W_dec.new_empty(0 if whole else ROWS_AT_ONCE, self._W_dec.shape[1])
 
-    def put(
-        self,
-        out: Float[Tensor, "target source"],
-        at: range,
-        bars: Sequence[Float[Tensor, "later at keyvalue"]],
-        along: Float[Tensor, "target pos"],
-    ) -> None:
-        """Fill the columns of some positions, for the targets at or after each; what stood there is forgotten.
+    def put(self, out: Float[Tensor, "target source"]) -> Float[Tensor, "field target reached"]:
+        """Fill the columns of all nodes at positions that are reached; what stood there is forgotten.
 
-        Args:
-            bars: v̄ and k̄ there, of the targets at or after the first of them.
-            along: the part of each gradient on the normed stream that lies along it.
+        Returns:
+            What v̄ and k̄ meet of each field; the last has `along` in it if norms respond.
         """
-        first = self._sources.first
-        for t in at:
-            self._put(out, t, [bar[first[t] - first[at.start] :, t - at.start] for bar in bars], along[first[t] :, t])
+        s, reached = self._sources, len(self._sources.scale)
+        seen = s.same.new_zeros(len(s.fields[0]), len(s.same), reached)
+        for start in range(0, reached, POSITIONS_AT_ONCE):
+            at = slice(start, min(start + POSITIONS_AT_ONCE, reached))
+            later = slice(s.first[start], None)
+            bars = [bar for bar in (s.pulled.v_bar(later, at), s.pulled.k_bar(later, at)) if bar is not None]
+            for bar, image in zip(bars, s.fields, strict=True):
+                seen[:, later, at] += einsum(bar, image[:, at], "j t c, field t c -> field j t")
+            if s.norms:
+                own = slice(s.first[at.start], s.first[at.stop])
+                seen[-1, own].scatter_add_(1, s.pulled.pos[own, None], s.along[own, None])
+            for t in range(at.start, at.stop):
+                self._put(out, t, [bar[s.first[t] - s.first[start] :, t - start] for bar in bars], seen[-1, :, t])
+        return seen
 
     def _put(
         self,
         out: Float[Tensor, "target source"],
         t: int,
         bars: Sequence[Float[Tensor, "later keyvalue"]],
-        along: Float[Tensor, " later"],
+        through: Float[Tensor, " target"],
     ) -> None:
         s = self._sources
         nodes = s.nodes.get(t)
@@ -131,8 +152,9 @@ class Gathered:
         assert edges is not None
         met = self._met(s.probes_at(t), s.cut.feature[nodes])
         if s.norms:
-            edges.addr_(along, met[-1], alpha=-1 / self._probes.shape[1])
+            edges.addr_(through[first:], met[-1], alpha=-1 / self._probes.shape[1])
         activation = s.activation[nodes]
+        out[:first, nodes] = 0  # a target has no edge from a later position
         torch.mul(edges, s.scale[t] * activation, out=out[first:, nodes])
         out[first:stop, nodes] += met[: stop - first] * activation
 
@@ -150,59 +172,96 @@ class Gathered:
 
 
 class Lying:
-    """Meets decoder rows and images where they lie: nothing is gathered, and only what is asked for is formed."""
+    """Meets decoder rows and images where they lie: nothing is gathered, and only what is asked for is formed.
+
+    v̄ and k̄ of a position are formed by the thread that needs them, and never leave its core's cache.
+    """
 
     def __init__(self, sources: Sources) -> None:
         s = self._sources = sources
         at = range(len(s.scale))
         self._starts = torch.tensor([s.nodes[t].start if t in s.nodes else 0 for t in at])
         self._stops = torch.tensor([s.nodes[t].stop if t in s.nodes else 0 for t in at])
-        first, W_dec = torch.tensor(s.first), s.cut.transcoder.W_dec
-        probes, reached = s.norms + first.diff(), slice(int(self._stops.max()))
-        self._which, feature = s.which[reached], s.cut.feature[reached]
+        self._first = torch.tensor(s.first)
+        W_dec, reached = s.cut.transcoder.W_dec, slice(int(self._stops.max()))
+        probes, feature = s.norms + self._first.diff(), s.cut.feature[reached]
         self._met = s.same.new_zeros(int(probes.max()), len(feature))
-        add_products(self._met, [(s.probes, W_dec)], feature, self._by_feature(probes, len(W_dec)))
-        self._column = s.activation[reached] * self._spread(s.scale)
-        last = self._spread(probes - 1)  # the normed stream
-        pos = torch.arange(len(probes))
-        counts = len(s.same) - first[:-1]
-        columns = [first[:-1], counts, self._starts, self._stops, torch.zeros_like(pos), pos, pos]
-        self._blocks = cut_blocks(torch.stack(columns, dim=1))
-        self._bounds = torch.searchsorted(self._blocks[:, 5].contiguous(), torch.arange(len(probes) + 1)).tolist()
-        self._unit = -self._met[last, torch.arange(len(last))] / W_dec.shape[1] if s.norms else None
+        add_products(self._met, s.probes, W_dec, feature, self._by_feature(probes, len(W_dec)))
 
-    def _spread(self, each: Shaped[Tensor, " reached"]) -> Shaped[Tensor, " node"]:
-        """One number per position → the number of each node's."""
-        return each.repeat_interleave(self._stops - self._starts)
-
-    def _by_feature(self, probes: Int[Tensor, " reached"], features: int) -> Int[Tensor, "block 7"]:
+    def _by_feature(self, probes: Int[Tensor, " reached"], features: int) -> Int[Tensor, "block 6"]:
         """Every position's nodes in as many parts: neighbouring parts meet about the same rows."""
         parts = -(-features // FEATURES_AT_ONCE)
         part = rearrange(torch.arange(parts + 1), "part -> part 1")
         edges = self._starts + (self._stops - self._starts) * part // parts
-        columns = (0, probes, edges[:-1], edges[1:], probes.cumsum(0) - probes, 0, part[:-1])
+        columns = (0, probes, edges[:-1], edges[1:], probes.cumsum(0) - probes, part[:-1])
         wide = [torch.as_tensor(each).expand(parts, len(probes)) for each in columns]
         return cut_blocks(rearrange(torch.stack(wide, dim=-1), "part pos number -> (part pos) number"))
 
-    def put(
-        self,
-        out: Float[Tensor, "target source"],
-        at: range,
-        bars: Sequence[Float[Tensor, "later at keyvalue"]],
-        along: Float[Tensor, "target pos"],
-    ) -> None:
+    def put(self, out: Float[Tensor, "target source"]) -> Float[Tensor, "field target reached"]:
         """As `Gathered.put`."""
-        s, begin = self._sources, self._sources.first[at.start]
-        blocks = self._blocks[self._bounds[at.start] : self._bounds[at.stop]].clone()
-        blocks[:, 4] = (blocks[:, 0] - begin) * len(at) + blocks[:, 5] - at.start  # rows of v̄
-        rank_one = None if self._unit is None else (along, self._unit)
-        lefts = [
-            rearrange(bar.to(table.dtype).to(bar.dtype), "later at keyvalue -> (later at) keyvalue")
-            for bar, table in zip(bars, s.images, strict=True)
-        ]
-        pairs = list(zip(lefts, s.images, strict=True))
-        add_products(out, pairs, self._which, blocks, column=self._column, step=len(at), rank_one=rank_one, fresh=True)
-        for t in at:
-            if t in s.nodes:
-                first, stop, nodes = s.first[t], s.first[t + 1], s.nodes[t]
-                out[first:stop, nodes] += self._met[: stop - first, nodes] * s.activation[nodes]
+        tiles = compiled()
+        assert tiles is not None
+        assert out.is_contiguous()
+        s, pulled, first = self._sources, self._sources.pulled, self._first
+        w, table = pulled.w, s.images[0]
+        assert all(each.stride() == table.stride() and each.dtype == table.dtype for each in s.images)
+        pos = torch.arange(len(s.scale))
+        blocks = [first[:-1], len(s.same) - first[:-1], self._starts, self._stops, torch.zeros_like(pos), pos]
+        block = cut_blocks(torch.stack(blocks, dim=1))
+        seen = s.same.new_zeros(len(s.fields[0]), len(s.same), len(pos))
+        held = [each.contiguous() for each in (pulled.pattern, pulled.scores) if each is not None]
+        vectors, fields = (pulled.heads.contiguous(), pulled.queries), [field.contiguous() for field in s.fields]
+        unit, unit_scale, gain = pulled.record.k.unit, pulled.record.k.scale, w.k_norm
+        numbers = {
+            "blocks": len(block),
+            "most": int(block[:, 1].max()),
+            "widest": int((block[:, 3] - block[:, 2]).max()),
+            "targets": len(s.same),
+            "positions": len(pos),
+            "nodes": self._met.shape[1],
+            "probes": len(self._met),
+            "sources": out.shape[1],
+            "inner": table.shape[1],
+            "next_row": table.stride(0) * table.element_size(),
+            "narrow": table.dtype == torch.bfloat16,
+            "chunk": INNER,
+            "pairs": len(held),
+            "heads": w.n_kv,
+            "group": w.group,
+            "size": w.d_head,
+            "fields": len(fields[0]),
+            "norms": s.norms,
+            "key_norm": 0 if gain is None else tiles.EXACT if s.norms else tiles.FROZEN,
+            "d_model": s.same.shape[1],
+        }
+        none = s.same.new_empty(0)
+        arrays = {
+            "block": block,
+            "first": first,
+            "out": out,
+            "seen": seen,
+            "met": self._met,
+            "along": s.along,
+            "activation": s.activation,
+            "scale": s.scale,
+            "row": s.which,
+            "order": torch.arange(len(fields[0])),
+            "table": _places(s.images),
+            "image": _places(fields),
+            "weight": _places(held),
+            "vector": _places(vectors),
+            "cos": pulled.record.cos.to(none),
+            "sin": pulled.record.sin.to(none),
+            "gain": none if gain is None else gain.to(none),
+            "unit": none if unit is None else unit,
+            "unit_scale": none if unit_scale is None else unit_scale,
+        }
+        arrays = {name: array.contiguous() for name, array in arrays.items()}
+        work = block[:, 1] * (block[:, 3] - block[:, 2] + len(fields[0]))
+        on_every_thread(tiles.work_heads, tiles.GIVEN_HEADS, numbers, arrays, work)
+        return seen
+
+
+def _places(arrays: Sequence[Float[Tensor, "..."]]) -> Int[Tensor, " array"]:
+    """Where some arrays lie in memory."""
+    return torch.tensor([array.data_ptr() for array in arrays])

@@ -24,24 +24,22 @@ from circuits.attribution import Cut
 from circuits.attribution._features import Sources, features_of
 from circuits.attribution._room import Room
 from circuits.attribution._stack import Block
-from circuits.blocks import Pulled, Rule
+from circuits.blocks import BlockRecord, Pulled, Rule
 from hooks.kernels import matmul_rounded
 from hooks.store import TranscoderStore
-
-POSITIONS_AT_ONCE = 8  # of v̄ and k̄
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Vectors that stand at every position: rest, error, bias, and last the normed stream x̂; and their images.
+    """Vectors that stand at every position: rest, error and bias; and their images.
 
     Attributes:
-        images: in the spaces that `Projected.images` names.
+        images: in the spaces that `Projected.images` names; last of the normed stream x̂ if norms respond.
         along: y · x̂ / d_model of each, how far it lies along the stream it is part of.
     """
 
     vectors: Float[Tensor, "field pos d_model"]
-    images: tuple[Float[Tensor, "field pos keyvalue"], ...]
+    images: tuple[Float[Tensor, "_field pos keyvalue"], ...]
     along: Float[Tensor, "field pos"]
 
 
@@ -77,19 +75,22 @@ def project(store: TranscoderStore, cut: Cut, block: Block, rule: Rule) -> Proje
             images.append(store.derived(cut.layer, name, (weight, w.g1), partial(_table, image, W_dec, weight.dtype)))
         else:
             images.append(image(W_dec[feature]))
-    unit = record.x * record.s1
-    return Projected(tuple(images), which, _fields(cut, unit, gain, list(weights.values())))
+    return Projected(tuple(images), which, _fields(cut, record, gain, list(weights.values()), rule))
 
 
 def _fields(
-    cut: Cut, unit: Float[Tensor, "pos d_model"], gain: Float[Tensor, " d_model"], weights: list[Tensor]
+    cut: Cut, record: BlockRecord, gain: Float[Tensor, " d_model"], weights: list[Tensor], rule: Rule
 ) -> Fields:
-    rows = torch.cat([cut.rest.to(unit), cut.error.to(unit), unit, rearrange(cut.bias.to(unit), "d -> 1 d")])
-    rest, error, own = torch.arange(len(rows) - 1, device=unit.device).split(len(unit))
-    at = torch.stack([rest, error, torch.full_like(own, len(rows) - 1), own])  # the one bias stands everywhere
-    images = tuple(matmul_rounded(rows * gain, weight.T)[at] for weight in weights)
-    vectors = rows[at]
-    return Fields(vectors, images, einsum(vectors, unit, "field pos d, pos d -> field pos") / unit.shape[1])
+    x = record.x
+    rows = torch.cat([cut.rest.to(x), cut.error.to(x), rearrange(cut.bias.to(x), "d -> 1 d")])
+    rest, error = torch.arange(len(rows) - 1, device=x.device).split(len(x))
+    at = torch.stack([rest, error, torch.full_like(rest, len(rows) - 1)])  # the one bias stands everywhere
+    vectors, images = rows[at], [matmul_rounded(rows * gain, weight.T)[at] for weight in weights]
+    if rule.norms == "exact":
+        stream = zip(images, (record.values, record.keys), strict=False)
+        images = [torch.cat([image, rearrange(own, "pos c -> 1 pos c")]) for image, own in stream]
+    along = einsum(vectors, x * record.s1, "field pos d, pos d -> field pos") / x.shape[1]
+    return Fields(vectors, tuple(images), along)
 
 
 def _table(
@@ -103,47 +104,32 @@ def _table(
 def meet(
     cut: Cut, block: Block, projected: Projected, pulled: Pulled, rule: Rule, room: Room
 ) -> Float[Tensor, "target source"]:
-    """Edges of a one-block step, columns: features, rest, error, bias.
-
-    v̄ and k̄ are formed for a few positions of sources, for the targets at or after them (these stand together), and
-    dropped: at all positions they would be the largest thing here, and half of it zeros.
-    """
+    """Edges of a one-block step, columns: features, rest, error, bias."""
     count, whole, length = len(cut.pos), len(cut.rest), pulled.length
     fields, scale = projected.fields, block.record.s1[:length, 0]
-    first = torch.searchsorted(pulled.pos, torch.arange(length + 1, device=pulled.pos.device)).tolist()
-    same, along_unit = _at_own_position(block, fields, pulled)
-    norms = rule.norms == "exact"
-    sources = Sources(cut, projected.images, projected.which, first, same, fields.vectors[-1], scale, norms)
-    features = features_of(sources)
+    images = tuple(image[:, :length] for image in fields.images)
+    unit = block.record.x[:length] * block.record.s1[:length]
+    same, along = _at_own_position(block, unit, pulled)
+    sources = Sources(cut, projected.images, projected.which, images, pulled, same, along, unit, scale)
     out = room.empty((len(same), count + 2 * whole + 1), same)
-    for t, nodes in sources.nodes.items():
-        out[: first[t], nodes] = 0  # a target has no edge from a later position
     out[:, max((nodes.stop for nodes in sources.nodes.values()), default=0) :] = 0
-    seen = same.new_zeros(len(fields.vectors), len(same), length)
-    for start in range(0, length, POSITIONS_AT_ONCE):
-        at, later = slice(start, min(start + POSITIONS_AT_ONCE, length)), slice(first[start], None)
-        bars = [bar for bar in (pulled.v_bar(later, at), pulled.k_bar(later, at)) if bar is not None]
-        for bar, image in zip(bars, fields.images, strict=True):
-            seen[:, later, at] += einsum(bar, image[:, at], "j t c, field t c -> field j t")
-        own = slice(first[at.start], first[at.stop])
-        seen[-1, own].scatter_add_(1, pulled.pos[own, None], along_unit[own, None])
-        features.put(out, range(at.start, at.stop), bars, seen[-1])
+    seen = features_of(sources).put(out)
+    if sources.norms:  # how the first norm answers to a change along the stream
+        seen = seen[:-1] - seen[-1] * rearrange(fields.along[:, :length], "field pos -> field 1 pos")
+    seen = seen * scale
     rows = torch.arange(len(same), device=same.device)
-    if norms:  # how the first norm answers to a change along the stream
-        seen = seen - seen[-1] * rearrange(fields.along[:, :length], "field pos -> field 1 pos")
-    seen = seen[:-1] * scale
-    seen[:, rows, pulled.pos] += einsum(same, fields.vectors[:-1, pulled.pos], "j d, field j d -> field j")
+    seen[:, rows, pulled.pos] += einsum(same, fields.vectors[:, pulled.pos], "j d, field j d -> field j")
     out[:, count : count + length], out[:, count + whole : count + whole + length] = seen[0], seen[1]
     out[:, -1] = seen[2].sum(1)
     return out
 
 
 def _at_own_position(
-    block: Block, fields: Fields, pulled: Pulled
+    block: Block, unit: Float[Tensor, "reached d_model"], pulled: Pulled
 ) -> tuple[Float[Tensor, "target d_model"], Float[Tensor, " target"]]:
     """The gradient at each target's own position, but for values and keys; and the queries' part along the stream."""
     if pulled.q_bar is None:
         return pulled.direct, pulled.direct.new_zeros(len(pulled.direct))
     on_query = matmul_rounded(pulled.q_bar, block.weights.W_Q) * block.weights.g1.to(pulled.direct.dtype)
-    along = (on_query * fields.vectors[-1, pulled.pos]).sum(-1)
+    along = (on_query * unit[pulled.pos]).sum(-1)
     return pulled.direct + block.record.s1[pulled.pos] * on_query, along

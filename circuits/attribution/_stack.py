@@ -99,7 +99,7 @@ def stream_sites(host: Host) -> list[Site]:
 def record_stack(host: Host, recording: Recording, blocks: tuple[BlockWeights, ...]) -> Stack:
     """What every block computed on a recorded prompt, from the streams between them.
 
-    Memory: per block and position 3 d_model + 2 d_ff + 2 (d_query + d_keyvalue) numbers, and the attention pattern.
+    Memory: per block and position 3 d_model + 2 d_ff + 2 d_query + 4 d_keyvalue numbers, and the attention pattern.
     """
     sites, seen = stream_sites(host), recording.streams
     if not set(sites) <= set(seen):

@@ -98,13 +98,19 @@ class Normed:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What a block computed on one prompt."""
+    """What a block computed on one prompt.
+
+    Attributes:
+        keys, values: W_K n1 and W_V n1, before biases, head norms and rotation.
+    """
 
     x: Float[Tensor, "pos d_model"]
     s1: Float[Tensor, "pos 1"]
     q: Normed
     k: Normed
     v: Float[Tensor, "pos n_kv d_head"]
+    keys: Float[Tensor, "pos keyvalue"]
+    values: Float[Tensor, "pos keyvalue"]
     pattern: Float[Tensor, "n_kv group query_pos pos"]
     x_mid: Float[Tensor, "pos d_model"]
     s2: Float[Tensor, "pos 1"]
@@ -117,13 +123,13 @@ class BlockRecord:
     @cached_property
     def y(self) -> Float[Tensor, "pos d_model"]:
         """What the block puts out; transposed products do not need it."""
-        return self.x_mid + _linear(silu(self.z_g) * self.z_u, self.W_D, None)
+        return self.x_mid + _linear(silu(self.z_g) * self.z_u, self.W_D)
 
     def upto(self, length: int) -> "BlockRecord":
         """The first positions alone (views): nothing later reaches them."""
         if length >= len(self.x):
             return self
-        by_position = ("x", "s1", "v", "x_mid", "s2", "z_g", "z_u", "cos", "sin")
+        by_position = ("x", "s1", "v", "keys", "values", "x_mid", "s2", "z_g", "z_u", "cos", "sin")
         cut = {name: getattr(self, name)[:length] for name in by_position}
         pattern = self.pattern[..., :length, :length]
         return replace(self, q=self.q.upto(length), k=self.k.upto(length), pattern=pattern, **cut)
@@ -170,7 +176,7 @@ class Pulled:
         """k̄ likewise; None where the pattern is frozen."""
         if self.scores is None:
             return None
-        found = einsum(self.scores[targets, ..., at], self._queries[targets], _OVER_GROUP)
+        found = einsum(self.scores[targets, ..., at], self.queries[targets], _OVER_GROUP)
         return rearrange(on_key(self.w, self.record, found, at, self.rule), "j s kv h -> j s (kv h)")
 
     @property
@@ -181,7 +187,8 @@ class Pulled:
         return rearrange(found, "j kv h -> j (kv h)")
 
     @cached_property
-    def _queries(self) -> Float[Tensor, "target n_kv group d_head"]:
+    def queries(self) -> Float[Tensor, "target n_kv group d_head"]:
+        """The rotated queries at each target's position."""
         return rearrange(self.record.q.out, "t (kv group) h -> t kv group h", group=self.w.group)[self.pos]
 
 
@@ -191,19 +198,20 @@ def record_block(
     """Run the block on one prompt and keep what its transposed products need. Computed in the dtype of x."""
     s1 = _inverse_rms(x, w.eps)
     n1 = w.g1.to(x.dtype) * x * s1
-    q = _head(n1, w.W_Q, w.b_Q, w.q_norm, w, cos, sin)
-    k = _head(n1, w.W_K, w.b_K, w.k_norm, w, cos, sin)
-    v = _split(_linear(n1, w.W_V, w.b_V), w.d_head)
+    queries, keys, values = (_linear(n1, weight) for weight in (w.W_Q, w.W_K, w.W_V))
+    q = _head(queries, w.b_Q, w.q_norm, w, cos, sin)
+    k = _head(keys, w.b_K, w.k_norm, w, cos, sin)
+    v = _split(_biased(values, w.b_V), w.d_head)
     grouped = rearrange(q.out, "t (kv group) h -> t kv group h", group=w.group)
     scores = einsum(grouped, k.out, "t kv group h, s kv h -> kv group t s") / math.sqrt(w.d_head)
     later = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
     pattern = scores.masked_fill(later, -torch.inf).softmax(-1)
     z = einsum(pattern, v, "kv group t s, s kv h -> t kv group h")
-    x_mid = x + _linear(rearrange(z, "t kv group h -> t (kv group h)"), w.W_O, None)
+    x_mid = x + _linear(rearrange(z, "t kv group h -> t (kv group h)"), w.W_O)
     s2 = _inverse_rms(x_mid, w.eps)
     n2 = w.g2.to(x.dtype) * x_mid * s2
-    z_g, z_u = _linear(n2, w.W_G, None), _linear(n2, w.W_U, None)
-    return BlockRecord(x, s1, q, k, v, pattern, x_mid, s2, z_g, z_u, w.W_D, cos, sin)
+    z_g, z_u = _linear(n2, w.W_G), _linear(n2, w.W_U)
+    return BlockRecord(x, s1, q, k, v, keys, values, pattern, x_mid, s2, z_g, z_u, w.W_D, cos, sin)
 
 
 def pull_back(
@@ -377,9 +385,12 @@ def _inverse_rms(x: Float[Tensor, "*row d"], eps: float) -> Float[Tensor, "*row 
     return torch.rsqrt(reduce(x.square(), "... d -> ... 1", "mean") + eps)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = matmul_rounded(x, weight.T)
-    return out if bias is None else out + bias.to(x.dtype)
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return matmul_rounded(x, weight.T)
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias.to(x.dtype)
 
 
 def _transposed(g: Tensor, weight: Tensor) -> Tensor:
@@ -391,10 +402,8 @@ def _split(x: Float[Tensor, "pos all"], d_head: int) -> Float[Tensor, "pos head 
     return rearrange(x, "t (head h) -> t head h", h=d_head)
 
 
-def _head(
-    n1: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, w: BlockWeights, cos: Tensor, sin: Tensor
-) -> Normed:
-    raw = _split(_linear(n1, weight, bias), w.d_head)
+def _head(raw: Tensor, bias: Tensor | None, gamma: Tensor | None, w: BlockWeights, cos: Tensor, sin: Tensor) -> Normed:
+    raw = _split(_biased(raw, bias), w.d_head)
     if gamma is None:
         return Normed(None, None, _rotate(raw, cos[:, None], sin[:, None]))
     scale = _inverse_rms(raw, w.eps)

@@ -21,7 +21,7 @@ MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
-POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_middle.py, _features.py
+POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
 CAST, CAST_ROWS = 1 << 24, 1 << 20  # half-precision numbers cast up at a time, hooks/kernels.py
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
@@ -268,7 +268,7 @@ def _stack(ask: Ask) -> int:
     """`circuits.attribution._stack.record_stack`, in fp32; the streams themselves are new only in half precision."""
     m, T = ask.model, ask.tokens
     streams = m.d_model * (1 if ask.item >= 4 else 2)
-    per_token = streams + m.query + 2 * m.keyvalue + 2 * m.d_ff + m.n_heads * T + 2
+    per_token = streams + m.query + 4 * m.keyvalue + 2 * m.d_ff + m.n_heads * T + 2
     return m.n_layers * T * per_token * ask.wide
 
 
