@@ -327,7 +327,9 @@ def _meet_fields(given, pair, t, targets, left, found, few):
     for k in range(0, given.inner, given.chunk):
         count, at = min(given.chunk, given.inner - k), left.ctypes.data + 4 * k
         meet(found, at, left.strides[0], targets, image + 4 * k, next_image, order, 0, given.fields, count, False)
-        few[:targets] += found[:targets, : given.fields]
+        for i in range(targets):
+            for f in range(given.fields):
+                few[i, f] += found[i, f]
 
 
 @njit
@@ -360,7 +362,9 @@ def _meet_heads(given, start, stop, left, found, few):
     seen = carray(f32_at(given.seen), (given.fields, given.targets, given.positions))
     first, targets, t = blocks[start, 0], blocks[start, 1], blocks[start, 5]
     chunks = -(-given.inner // given.chunk)
-    few[:targets] = 0
+    for i in range(targets):
+        for f in range(given.fields):
+            few[i, f] = 0
     for number in range(given.pairs * chunks):
         pair, k, last = number // chunks, number % chunks * given.chunk, number == given.pairs * chunks - 1
         count, base = min(given.chunk, given.inner - k), tables[pair] + k * size
@@ -377,15 +381,15 @@ def _meet_heads(given, start, stop, left, found, few):
             meet(found, at, left.strides[0], targets, base, given.next_row, row, begin, end, count, given.narrow)
             for i in range(targets):
                 into = carray(f32_at(given.out + 4 * ((first + i) * sources + begin)), end - begin)
-                if number == 0:
-                    into[:] = found[i, : end - begin]
-                else:
-                    into += found[i, : end - begin]
+                for j in range(end - begin):
+                    into[j] = found[i, j] if number == 0 else into[j] + found[i, j]
                 if last:
                     _finish(given, into, t, begin, first + i, few[i, given.fields - 1])
             if number == 0 and first == firsts[t]:  # a target has no edge from a later position
                 for i in range(first):
-                    carray(f32_at(given.out + 4 * (i * sources + begin)), end - begin)[:] = 0
+                    into = carray(f32_at(given.out + 4 * (i * sources + begin)), end - begin)
+                    for j in range(end - begin):
+                        into[j] = 0
     for f in range(given.fields):
         for i in range(targets):
             seen[f, first + i, t] = few[i, f]

@@ -186,15 +186,17 @@ class Lying:
         W_dec, reached = s.cut.transcoder.W_dec, slice(int(self._stops.max()))
         probes, feature = s.norms + self._first.diff(), s.cut.feature[reached]
         self._met = s.same.new_zeros(int(probes.max()), len(feature))
-        add_products(self._met, s.probes, W_dec, feature, self._by_feature(probes, len(W_dec)))
+        add_products(self._met, s.probes, W_dec, feature, self._by_feature(probes, len(feature)))
 
-    def _by_feature(self, probes: Int[Tensor, " reached"], features: int) -> Int[Tensor, "block 6"]:
-        """Every position's nodes in as many parts: neighbouring parts meet about the same rows."""
-        parts = -(-features // FEATURES_AT_ONCE)
-        part = rearrange(torch.arange(parts + 1), "part -> part 1")
-        edges = self._starts + (self._stops - self._starts) * part // parts
-        columns = (0, probes, edges[:-1], edges[1:], probes.cumsum(0) - probes, part[:-1])
-        wide = [torch.as_tensor(each).expand(parts, len(probes)) for each in columns]
+    def _by_feature(self, probes: Int[Tensor, " reached"], nodes: int) -> Int[Tensor, "block 6"]:
+        """Some features of every position, then the next: neighbouring blocks meet the same rows of the dictionary."""
+        cut, features = self._sources.cut, len(self._sources.cut.transcoder.W_dec)
+        place = cut.pos[:nodes] * features + cut.feature[:nodes]  # ascends
+        part = torch.arange(0, features + FEATURES_AT_ONCE, FEATURES_AT_ONCE).clamp(max=features)
+        pos = rearrange(torch.arange(len(probes)), "pos -> pos 1")
+        edges = rearrange(torch.searchsorted(place, pos * features + part), "pos part -> part pos")
+        columns = (0, probes, edges[:-1], edges[1:], probes.cumsum(0) - probes, rearrange(part[:-1], "part -> part 1"))
+        wide = [torch.as_tensor(each).expand(len(part) - 1, len(probes)) for each in columns]
         return cut_blocks(rearrange(torch.stack(wide, dim=-1), "part pos number -> (part pos) number"))
 
     def put(self, out: Float[Tensor, "target source"]) -> Float[Tensor, "field target reached"]:
