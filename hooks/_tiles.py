@@ -29,13 +29,14 @@ _BYTE = ir.IntType(8).as_pointer()
 
 
 @no_type_check
-def _make_tile(narrow: bool):
+def _make_tile(narrow: bool, lefts: int):
     """The intrinsic `tile(left, rows, ahead, share, count, out, stride)`: out[i, j] = sum_k left_i[k] rows_j[k].
 
     k < count; meanwhile share / 2**16 of a row is fetched from `ahead`.
 
     Args:
         narrow: whether rows are bf16.
+        lefts: how many vectors; those are the outer loop, and their sums a row each.
     """
     vector = ir.VectorType(_F32, LANES)
 
@@ -57,7 +58,7 @@ def _make_tile(narrow: bool):
     def generate(context, b, signature, args):
         left, rows, ahead, share, count, out, stride = args
         fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32")
-        left = [b.inttoptr(b.extract_value(left, i), _BYTE) for i in range(LEFT)]
+        left = [b.inttoptr(b.extract_value(left, i), _BYTE) for i in range(lefts)]
         rows = [b.inttoptr(b.extract_value(rows, j), _BYTE) for j in range(ROWS)]
         fetch_type = ir.FunctionType(ir.VoidType(), [_BYTE, _I32, _I32, _I32])
         fetch = cgutils.get_or_insert_function(b.module, fetch_type, "llvm.prefetch.p0")
@@ -66,9 +67,9 @@ def _make_tile(narrow: bool):
         b.branch(loop)
         b.position_at_end(loop)
         k = b.phi(_I64)
-        sums = [[b.phi(vector) for _ in range(ROWS)] for _ in range(LEFT)]
+        sums = [[b.phi(vector) for _ in range(ROWS)] for _ in range(lefts)]
         xs = [load(b, vector, pointer, b.mul(k, _I64(4))) for pointer in left]
-        new = [[None] * ROWS for _ in range(LEFT)]
+        new = [[None] * ROWS for _ in range(lefts)]
         for j, pointer in enumerate(rows):  # one row at a time, so that sums and vectors fit into the registers
             y = load_row(b, pointer, k)
             for i, x in enumerate(xs):
@@ -94,7 +95,7 @@ def _make_tile(narrow: bool):
     @intrinsic
     @no_type_check
     def tile(typing, left, rows, ahead, share, count, out, stride):
-        pointers = (types.UniTuple(types.uintp, LEFT), types.UniTuple(types.uintp, ROWS))
+        pointers = (types.UniTuple(types.uintp, lefts), types.UniTuple(types.uintp, ROWS))
         return types.void(*pointers, types.uintp, types.intp, types.intp, types.uintp, types.intp), generate
 
     return tile
@@ -114,7 +115,8 @@ def _sum_lanes(b, vectors):
     return vectors[0]
 
 
-_wide, _narrow = _make_tile(False), _make_tile(True)
+_wide, _narrow = _make_tile(False, LEFT), _make_tile(True, LEFT)
+_wide_2, _narrow_2 = _make_tile(False, 2), _make_tile(True, 2)  # what is left over
 
 
 @no_type_check
@@ -187,8 +189,12 @@ def meet(found, left, left_next, targets, base, next_row, row, begin, end, count
                 part += 1
                 if part == parts:
                     following, part = following + 1, 0
-            if narrow:
+            if narrow and last == 1:
+                _narrow_2((at, at + left_next), rows, ahead, share, count, place, found_next)
+            elif narrow:
                 _narrow(lefts, rows, ahead, share, count, place, found_next)
+            elif last == 1:
+                _wide_2((at, at + left_next), rows, ahead, share, count, place, found_next)
             else:
                 _wide(lefts, rows, ahead, share, count, place, found_next)
 
