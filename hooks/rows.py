@@ -107,6 +107,9 @@ def on_every_thread(
         work: a function of numba's for the address of one `kind`.
         numbers, arrays: what that holds, besides "parts", "bounds" (where each part ends) and "taken" (how many are).
         each: the work of each block; parts are about equal.
+
+    Raises:
+        MemoryError: no thread had room for its own part of the results.
     """
     threads, team = torch.get_num_threads(), _team()
     bounds = _parts(each, PARTS * threads)
@@ -117,9 +120,11 @@ def on_every_thread(
         given[name] = value
     if team is not None:
         team(ctypes.c_void_p(work.address), ctypes.c_void_p(given.ctypes.data), threads, 0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda _: work.ctypes(given.ctypes.data), range(threads)))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda _: work.ctypes(given.ctypes.data), range(threads)))
+    if int(held["taken"]) < len(bounds):  # who comes to the end counts once more; compiled code cannot raise
+        raise MemoryError("no thread could allocate the few MB that a block of edges takes")
 
 
 def _parts(each: Int[Tensor, " block"], parts: int) -> Int[Tensor, " bound"]:

@@ -112,6 +112,12 @@ def test_no_blocks_change_nothing():
     assert torch.equal(out, torch.ones(2, 3))
 
 
+def test_work_that_nobody_did_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr(rows, "_team", lambda: lambda *_: None)
+    with pytest.raises(MemoryError, match="no thread"):
+        Case(1, 40, 300, 64, narrow=False).run()
+
+
 SMALL_REGISTERS = """
 from llvmlite import binding
 real = binding.get_host_cpu_features
