@@ -264,6 +264,6 @@ class Lying:
         return seen
 
 
-def _places(arrays: Sequence[Float[Tensor, "..."]]) -> Int[Tensor, " array"]:
+def _places(arrays: Sequence[Tensor]) -> Int[Tensor, " array"]:
     """Where some arrays lie in memory."""
     return torch.tensor([array.data_ptr() for array in arrays])
