@@ -47,6 +47,7 @@ demo-weights: .stamp-install
 
 .stamp-install: .stamp-venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	$(BIN)/python -c "from hooks.rows import compiled; compiled()" # once, and not in the midst of a first graph
 	touch $@
 
 clean:
