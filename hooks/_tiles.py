@@ -417,9 +417,8 @@ def work_heads(pointer):
     """
     given = carray(pointer, 1)[0]
     bounds, blocks = carray(i64_at(given.bounds), given.parts + 1), carray(i64_at(given.block), (given.blocks, 6))
-    left = _aligned(
-        given.most + LEFT, given.inner + LANES
-    )  # equal numbers of neighbours in different sets of the cache
+    # rows are a register longer than they need, so that neighbours do not fall into the same sets of the cache
+    left = _aligned(given.most + LEFT, given.inner + LANES)
     found = _aligned(given.most + LEFT, -(-max(given.widest, given.fields) // LANES) * LANES + LANES)
     few = np.empty((given.most, given.fields), np.float32)
     part = take_number(given.taken)

@@ -5,31 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from worlds import ARCHITECTURES
 
 from circuits.blocks import BLOCKS, Rule, pull_back, read_block, record_block
 from circuits.blocks._algebra import norm_transposed
 
-MODELS = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
 EXACT = Rule("exact", "exact", "exact")
 LENGTH, LAYER = 7, 1
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def block(request):
     """A random fp64 block with grouped queries, biases and gains that are not trivial; its weights and an input."""
-    make_config, make_model = MODELS[request.param]
+    make_config, make_model = ARCHITECTURES[request.param]
     torch.manual_seed(0)
     config = make_config(
         vocab_size=11, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=6,

@@ -11,15 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conventions import run_of
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from worlds import random_transcoder, word_tokenizer
+from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
 from circuits.assemble import Setting, settle
 from circuits.attribution import RULES, LocalRun, _features, _middle
@@ -182,17 +174,12 @@ def test_without_numba_there_is_the_other_way(monkeypatch):
 # -- the engine's two ways --------------------------------------------------------------------------------------------
 
 TEXT = "fact: the capital of the state containing Dallas is"
-MODELS = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),  # keys are normed
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
 
 
 @cache
 def setting(kind: str, dtype: torch.dtype) -> Setting:
     """Three random blocks with grouped queries and transcoders on a random prompt."""
-    make_config, make_model = MODELS[kind]
+    make_config, make_model = ARCHITECTURES[kind]
     torch.manual_seed(0)
     config = make_config(
         vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
@@ -233,7 +220,7 @@ def assert_same_both_ways(run: LocalRun, rule: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("rule", ["exact", "affine", "relp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_edge_is_the_same_both_ways(kind, dtype, rule, monkeypatch):
     """Norms held or not, patterns held or not, keys normed or not; whole dictionaries and a few features of them."""
     whole = run_of(setting(kind, dtype))

@@ -1,10 +1,23 @@
 """Small models and transcoder sets that tests build in memory."""
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hooks import HookedModel, Site, Transcoder
 
+ARCHITECTURES = {  # whose blocks the algebra knows
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),  # queries and keys are normed
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 WORDS = ["<end>", "<unk>", *(f"w{i}" for i in range(62))]
 
 

@@ -259,8 +259,8 @@ def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"],
 
 
 def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice) -> Tensor:
-    """h * slopes[at]; these are the widest rows there are, so that no slope is copied for each of its targets."""
-    if isinstance(at, slice):
+    """h * slopes[at]; on the CPU without a copy of these widest of rows per target, elsewhere in one kernel."""
+    if isinstance(at, slice) or h.device.type != "cpu":
         return h * slopes[at]
     out, start = torch.empty_like(h), 0
     places, counts = at.unique_consecutive(return_counts=True)
