@@ -21,6 +21,7 @@ check: lint types test notebooks
 lint: .stamp-install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --collect-only -qqq # every test file imports, before minutes are spent on the others
 
 types: .stamp-install
 	$(BIN)/mypy

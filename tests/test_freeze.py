@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_blocks import MODELS, frozen_forward, full_gradient
+from test_blocks import frozen_forward, full_gradient
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from worlds import WORDS, word_tokenizer
+from worlds import ARCHITECTURES, WORDS, word_tokenizer
 
 from circuits.blocks import Rule, pull_back, read_block, record_block
 from hooks import UserError
@@ -29,7 +29,7 @@ def make_host(kind: str, dtype=torch.float64, attention: str = "sdpa", exact: bo
 
     exact: norms in the precision of the model. transformers rounds to fp32 inside, which hides laws below 1e-7.
     """
-    make_config, make_model = MODELS[kind]
+    make_config, make_model = ARCHITECTURES[kind]
     torch.manual_seed(0)
     config = make_config(
         vocab_size=len(WORDS), hidden_size=WIDTH, intermediate_size=36, num_hidden_layers=LAYERS, num_attention_heads=6,
@@ -50,7 +50,7 @@ def exact_norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=ARCHITECTURES)
 def kind(request) -> str:
     return request.param
 
