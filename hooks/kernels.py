@@ -19,6 +19,7 @@ from hooks.types import SparseActs
 
 _CAST_CHUNK = 1 << 24  # weight elements upcast at a time: 64 MB of fp32
 _CAST_BLOCK = 1 << 20  # the same where one buffer is used again and again: 4 MB, which a cache holds
+_CAST_TILE = 1 << 22  # and where it meets the rows of a whole prompt
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -49,12 +50,12 @@ def linear_fp32(
 
 
 def _linear_cast(
-    x: Float[Tensor, "*token d_model"], weight: Float[Tensor, "feature d_model"]
+    x: Float[Tensor, "*token d_model"], weight: Float[Tensor, "feature d_model"], block: int = _CAST_BLOCK
 ) -> Float[Tensor, "*token feature"]:
     if x.requires_grad and torch.is_grad_enabled():  # a backward pass needs each part as it was
         parts = weight.split(max(1, _CAST_CHUNK // weight.shape[1]))
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
-    rows = max(1, _CAST_BLOCK // weight.shape[1])
+    rows = max(1, block // weight.shape[1])
     wide = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=x.dtype, device=weight.device)
     out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
     for part, place in zip(weight.split(rows), out.split(rows, dim=-1), strict=True):
@@ -75,7 +76,8 @@ def matmul_rounded(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner 
     """`x @ matrix`, accumulated and returned in the precision of x.
 
     A half-precision matrix meets x rounded to the same precision, as tensor cores want it: one relative rounding of
-    at most 2^-8 per entry of x (bf16), the same on every device. On the CPU both are cast up, some columns at a time.
+    at most 2^-8 per entry of x (bf16), the same on every device. On the CPU both are cast up, the matrix some of its
+    stored rows at a time: as columns of the result where it lies transposed, else as parts of the sum. No gradient.
     """
     if matrix.dtype == x.dtype:
         return x @ matrix
@@ -85,9 +87,18 @@ def matmul_rounded(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner 
     if matrix.is_cuda:
         flat = rearrange(rounded, "... inner -> (...) inner")
         return torch.mm(flat, matrix, out_dtype=x.dtype).view(*x.shape[:-1], -1)
-    columns = max(1, _CAST_CHUNK // len(matrix))
-    rounded = rounded.to(x.dtype)
-    return torch.cat([rounded @ part.to(x.dtype) for part in matrix.split(columns, dim=1)], dim=-1)
+    flat = rearrange(rounded.to(x.dtype), "... inner -> (...) inner")
+    out = _linear_cast(flat, matrix.T, _CAST_TILE) if matrix.stride(0) == 1 else _summed_cast(flat, matrix)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _summed_cast(x: Float[Tensor, "row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "row outer"]:
+    rows = max(1, _CAST_TILE // matrix.shape[1])
+    wide = torch.empty(min(rows, len(matrix)), matrix.shape[1], dtype=x.dtype, device=x.device)
+    out = torch.zeros(len(x), matrix.shape[1], dtype=x.dtype, device=x.device)
+    for columns, part in zip(x.split(rows, dim=1), matrix.split(rows), strict=True):
+        out.addmm_(columns, wide[: len(part)].copy_(part))
+    return out
 
 
 def topk_mask(pre: Float[Tensor, "*token feature"], k: int) -> Bool[Tensor, "*token feature"]:

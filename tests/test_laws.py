@@ -367,12 +367,16 @@ def test_a_half_precision_matrix_meets_x_rounded_once(dtype):
     assert error.max() > 1e-3 * roundoff * size.max()  # it is rounded
 
 
-def test_the_matrix_is_cast_in_chunks_of_columns(monkeypatch):
+@pytest.mark.parametrize("numbers", [1, 300 * 8, 1 << 30])
+@pytest.mark.parametrize("how", ["as it is", "transposed", "every other column"])
+def test_the_matrix_is_cast_in_tiles_however_it_lies(monkeypatch, how, numbers):
+    monkeypatch.setattr(kernels, "_CAST_TILE", numbers)
     x, matrix = _operands()
-    whole = matmul_rounded(x, matrix.bfloat16())
-    monkeypatch.setattr(kernels, "_CAST_CHUNK", 300 * 8)
-    apart = matmul_rounded(x, matrix.bfloat16())
-    torch.testing.assert_close(apart, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    matrix = matrix.bfloat16()
+    given = {"as it is": matrix, "transposed": matrix.T.contiguous().T, "every other column": matrix[:, ::2]}[how]
+    found = matmul_rounded(x, given)
+    size = x.double().abs() @ given.double().abs()
+    assert ((found.double() - x.bfloat16().double() @ given.double()).abs() <= 300 * 2.0**-24 * size).all()
 
 
 def test_double_precision_is_never_rounded():

@@ -209,7 +209,8 @@ def test_limits_are_those_of_the_modules_that_have_them():
     default = inspect.signature(trace).parameters["budget_bytes"].default
     assert default // EDGE_BYTES == _work.MOST_EDGES
     assert (_work.COPIES, _work.HELD_ROWS, _work.SWEEP_TOKENS) == (autograd.COPIES, ROWS, sweep.TOKENS_AT_ONCE)
-    assert (_work.CAST, _work.CAST_ROWS) == (kernels._CAST_CHUNK, kernels._CAST_BLOCK)
+    casts = (kernels._CAST_CHUNK, kernels._CAST_BLOCK, kernels._CAST_TILE)
+    assert (_work.CAST, _work.CAST_ROWS, _work.CAST_TILE) == casts
 
 
 # -- estimates against measured peaks ----------------------------------------------------------------------------------

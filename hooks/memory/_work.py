@@ -22,7 +22,7 @@ COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attributio
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
-CAST, CAST_ROWS = 1 << 24, 1 << 20  # half-precision numbers cast up at a time, hooks/kernels.py
+CAST, CAST_ROWS, CAST_TILE = 1 << 24, 1 << 20, 1 << 22  # half-precision numbers cast up at a time, hooks/kernels.py
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
 
@@ -188,8 +188,8 @@ def cast_rows(ask: Ask, numbers: int, item: int, most: int = CAST_ROWS) -> int:
 
 
 def gathered(ask: Ask) -> int:
-    """The same where whole columns are cast, for products of the edge algebra: no matrix of a block is larger."""
-    return cast_rows(ask, ask.model.d_model * ask.model.d_ff, ask.item, CAST)
+    """The same for products of the edge algebra: no matrix of a block is larger."""
+    return cast_rows(ask, ask.model.d_model * ask.model.d_ff, ask.item, CAST_TILE)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------
