@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hooks.errors import ModelError, PromptError, TargetError, first_line, memory_ran_out
 from hooks.kernels import linear_fp32
@@ -73,6 +74,8 @@ class Host:
         self.n_layers, self.d_model, self.d_vocab = len(self.layers), config.hidden_size, config.vocab_size
         self.max_positions = int(getattr(config, "max_position_embeddings", 1 << 30))
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or config.eos_token_id
+        self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
         if next(model.parameters()).dtype == torch.float16:
             log.warning("fp16 overflows in this model family; bfloat16 or float32 is safer")
@@ -138,8 +141,20 @@ class Host:
         """
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         if not _plain_matrix(head) or head.weight.dtype.itemsize > 2 or hidden.requires_grad:
-            return head(hidden)
-        return linear_fp32(hidden.to(head.weight.device), head.weight, head.bias)
+            return self._behind_head(head(hidden))
+        return self._behind_head(linear_fp32(hidden.to(head.weight.device), head.weight, head.bias))
+
+    def _behind_head(self, logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:
+        """What some architectures do to logits behind the unembedding."""
+        if self.plain_logits:
+            return logits
+        scaled = logits * self._logit_scale
+        return scaled if self._logit_cap is None else (scaled / self._logit_cap).tanh() * self._logit_cap
+
+    @property
+    def plain_logits(self) -> bool:
+        """Whether logits are the unembedding's product alone, neither scaled (Granite, Cohere) nor capped (Gemma 2)."""
+        return self._logit_scale == 1.0 and self._logit_cap is None
 
     def unembed_rows(
         self, hidden: Float[Tensor, "*token d_model"], tokens: Sequence[int]
@@ -150,7 +165,7 @@ class Host:
         if not _plain_matrix(head) or getattr(head, "_hf_hook", None) is not None:
             return self.unembed(hidden)[..., rows]
         bias = None if head.bias is None else head.bias[rows]
-        return linear_fp32(hidden.to(head.weight.device), head.weight[rows], bias)
+        return self._behind_head(linear_fp32(hidden.to(head.weight.device), head.weight[rows], bias))
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -292,6 +307,13 @@ class Host:
         with self.attached(edits) as session, torch.no_grad():
             return session.run(batch)
 
+    def window(self, first: int = 0, last: int | None = None) -> int | None:
+        """How far back some blocks attend, where one of them does so through a sliding window."""
+        config: Any = self.model.config
+        types = getattr(config, "layer_types", None)  # where a config has none, all layers are alike (Mistral)
+        slides = types is None or "sliding_attention" in types[first:last]
+        return (getattr(config, "sliding_window", None) or None) if slides else None
+
     def through_blocks(
         self, x: Float[Tensor, "batch pos d_model"], first: int, last: int
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -300,9 +322,8 @@ class Host:
         Raises:
             ModelError: some of the blocks attend through a sliding window shorter than the rows.
         """
-        config: Any = self.model.config
-        window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
-        if window and x.shape[1] > window and "sliding_attention" in types[first:last]:
+        window = self.window(first, last)
+        if window is not None and x.shape[1] > window:
             raise ModelError(
                 f"blocks {first} to {last - 1} attend through a sliding window of {window}",
                 expected=f"at most {window} tokens",
@@ -310,7 +331,7 @@ class Host:
             )
         places = torch.arange(x.shape[1], device=x.device)[None]
         mask = None  # causal by itself, except in eager attention
-        if config._attn_implementation == "eager":
+        if self.model.config._attn_implementation == "eager":  # type: ignore[union-attr]
             mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
             mask = mask.triu(1)[None, None]
         with torch.no_grad():
@@ -336,6 +357,19 @@ class Host:
         """The same with an autograd graph from whatever leaves the edits put in; parameters take no gradient."""
         with self.attached(edits) as session, torch.enable_grad():
             return session.run(batch)
+
+    def own_logits(self, batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        """What the model's own code makes of streams behind the final norm; no block is run."""
+        decoder, given = self.decoder, BaseModelOutputWithPast(last_hidden_state=hidden)
+        before = decoder.__dict__.get("forward")
+        decoder.forward = lambda *_, **__: given
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+        finally:
+            del decoder.forward
+            if before is not None:
+                decoder.forward = before
 
     def capture(
         self, batch: Batch, sites: Sequence[Site]

@@ -682,6 +682,7 @@ def self_test(host: Host, store: TranscoderStore) -> None:
     names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     layers = sorted({0, min(1, host.n_layers - 1), host.n_layers - 1})
     logits, seen = host.capture(batch, [Site(name, layer) for layer in layers for name in names])
+    _check_logits(host, batch, seen[Site("resid_post", host.n_layers - 1)], logits)
     for layer in layers:
         pre, attention, mid, out, post = (seen[Site(name, layer)] for name in names)
         wired = mid.shape == (1, 3, host.d_model) and torch.equal(mid + out, post) and torch.equal(pre + attention, mid)
@@ -698,6 +699,20 @@ def self_test(host: Host, store: TranscoderStore) -> None:
     taps = [tap(site, touched) for layer in store.layers for site in store.sites(layer)]
     if not torch.equal(host.forward(batch, [*empty, *taps]), logits) or len(touched) != len({t.site for t in taps}):
         raise ModelError("an empty edit changes this model's logits, or a site is never reached")
+
+
+def _check_logits(
+    host: Host, batch: Batch, stream: Float[Tensor, "batch pos d_model"], logits: Float[Tensor, "batch pos vocab"]
+) -> None:
+    with torch.no_grad():
+        theirs = host.own_logits(batch, host.decoder.norm(stream)).to(logits.device)
+    miss = float((logits - theirs).abs().max())
+    if not miss <= 4 * torch.finfo(theirs.dtype).eps * float(theirs.abs().max()) + 1e-30:
+        raise ModelError(
+            f"{type(host.model).__name__} makes its logits in a way that is not known here",
+            expected="the unembedding of what is behind the final norm, scaled or capped as config.json says",
+            found=f"logits up to {miss:.2g} from the model's own",
+        )
 
 
 def _check_fit(host: Host, store: TranscoderStore) -> None:

@@ -16,11 +16,11 @@ This is the only file that knows hook names and HF module paths (docs/architectu
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from hooks.errors import CheckpointError, UserError
+from hooks.errors import CheckpointError, ModelError, UserError
 
 End = Literal["input", "output"]
 
@@ -206,6 +206,7 @@ def module_at(model: nn.Module, site: Site) -> tuple[nn.Module, End]:
 
     Raises:
         CheckpointError: the model has no such layer.
+        ModelError: its layers are built differently.
     """
     layers = decoder_layers(model)
     if not 0 <= site.layer < len(layers):
@@ -216,5 +217,11 @@ def module_at(model: nn.Module, site: Site) -> tuple[nn.Module, End]:
             repair="check --read/--write and that the transcoders belong to this model",
         )
     place = _PLACES[site.name]
-    module = layers[site.layer]
-    return (module.get_submodule(place.path) if place.path else module), place.end
+    module: Any = layers[site.layer]
+    if place.path and not isinstance(getattr(module, place.path, None), nn.Module):
+        raise ModelError(
+            f"a {type(module).__name__} has no {place.path}, where {site.name} is",
+            expected="a pre-norm decoder as in Qwen2, Qwen3 or Llama",
+            found=", ".join(name for name, _ in module.named_children()),
+        )
+    return (getattr(module, place.path) if place.path else module), place.end
