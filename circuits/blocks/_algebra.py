@@ -120,9 +120,9 @@ class BlockRecord:
     cos: Float[Tensor, "pos d_head"]
     sin: Float[Tensor, "pos d_head"]
 
-    @cached_property
+    @property
     def y(self) -> Float[Tensor, "pos d_model"]:
-        """What the block puts out; transposed products do not need it."""
+        """What the block puts out; transposed products do not need it, so it is not kept."""
         return self.x_mid + _linear(silu(self.z_g) * self.z_u, self.W_D)
 
     def upto(self, length: int) -> "BlockRecord":
@@ -243,9 +243,11 @@ def through_mlp(
     """
     to_u, to_g = _gate_slopes(r, rule)
     h = _transposed(u, w.W_D)
-    on_n2 = _transposed(_scaled(h, to_u, at), w.W_U)
-    if to_g is not None:
-        on_n2 += _transposed(_scaled(h, to_g, at), w.W_G)
+    if to_g is None:
+        on_n2 = _transposed(_scaled(h, to_u, at, out=h), w.W_U)
+    else:
+        on_n2 = _transposed(_scaled(h, to_u, at, out=torch.empty_like(h)), w.W_U)
+        on_n2 += _transposed(_scaled(h, to_g, at, out=h), w.W_G)
     return u + norm_transposed(on_n2, w.g2, r.x_mid[at], r.s2[at], rule)
 
 
@@ -258,14 +260,15 @@ def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"],
     return silu(r.z_g), torch.ops.aten.silu_backward(r.z_u, r.z_g)
 
 
-def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice) -> Tensor:
-    """h * slopes[at]; on the CPU without a copy of these widest of rows per target, elsewhere in one kernel."""
+def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice, *, out: Tensor) -> Tensor:
+    """out = h * slopes[at], and `out` may be h; on the CPU without a copy of these widest of rows per target."""
     if isinstance(at, slice) or h.device.type != "cpu":
-        return h * slopes[at]
-    out, start = torch.empty_like(h), 0
+        return torch.mul(h, slopes[at], out=out)
+    start = 0
     places, counts = at.unique_consecutive(return_counts=True)
     for t, count in zip(places.tolist(), counts.tolist(), strict=True):
-        out[start : start + count] = h[start : start + count] * slopes[t]
+        here = slice(start, start + count)
+        torch.mul(h[here], slopes[t], out=out[here])
         start += count
     return out
 
