@@ -1,7 +1,7 @@
 """From a recorded prompt and chosen features to a graph: cuts, edges by a rule, and what is known of every node."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.attribution import RULES, LocalRun, Rows, make_cuts
-from circuits.attribution._stack import stream_sites
+from circuits.attribution._stack import Stack, stack_of, stream_sites
 from circuits.graph import Graph
 from circuits.held import feature_values
 from circuits.influence import node_influence, start_weights
@@ -34,6 +34,7 @@ class Setting:
     Attributes:
         counterfactual: the other prompt of a pair.
         scores: of all features, by the metric's own gradient.
+        stack: what every block computed, held for what comes after the scores; None where the algebra does not know.
     """
 
     model: HookedModel
@@ -42,6 +43,7 @@ class Setting:
     targets: tuple[AnyTarget, ...]
     scores: FeatureScores
     rule: str
+    stack: Stack | None = field(default=None, repr=False)
 
 
 def settle(
@@ -83,6 +85,7 @@ def score_setting(
     Raises:
         UserError: nothing that the transcoders write reaches the target.
     """
+    stack = stack_of(model.host, recording)
     scores = score_features(model, recording, resolved, counterfactual=other)
     if not scores.layers:
         raise TargetError(
@@ -90,7 +93,7 @@ def score_setting(
             expected="a target above at least one of their sites",
             found=f"transcoders that write {model.store.convention.write}, from layer {model.store.layers[0]}",
         )
-    return Setting(model, recording, other, resolved, scores, rule)
+    return Setting(model, recording, other, resolved, scores, rule, stack)
 
 
 def make_run(setting: Setting, selected: Mapping[int, list[tuple[int, int]]]) -> LocalRun:
@@ -226,7 +229,7 @@ def _node_values(setting: Setting, run: LocalRun) -> NodeValues:
 
     put(TOKEN, None, run.embedding.norm(dim=-1), scores.tokens)
     for cut in run.cuts:
-        gradient = scores.gradients[cut.layer].to(cut.error.dtype)
+        gradient = scores.gradients[cut.layer].to(cut.error)
         slope = _slopes(cut.transcoder.W_dec, cut.pos, cut.feature, gradient)
         rows = put(FEATURE, cut.layer, cut.activation, cut.activation * slope.to(cut.activation))
         found.per_unit[rows] = slope.double().cpu().numpy()

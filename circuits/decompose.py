@@ -15,7 +15,7 @@ from circuits.assemble import Setting, make_run, recorded, score_setting
 from circuits.attribution import RULES, LocalRun
 from circuits.attribution._ends import ends
 from circuits.attribution._heads import Parts, parts_of
-from circuits.attribution._stack import MIDDLE, Stack, joins_at, known_blocks, read_from, record_stack
+from circuits.attribution._stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.blocks import Rule
 from circuits.graph import Graph
 from circuits.nodes import ERROR, FEATURE, TARGET
@@ -71,8 +71,9 @@ def _again(model: HookedModel, graph: Graph) -> tuple[Setting, LocalRun, Stack, 
     """Record the graph's prompt again; its own features are the nodes."""
     facts = graph.meta
     rule = getattr(RULES[facts["rule"]], "RULE", None)
-    blocks = known_blocks(model.host)
-    if rule is None or blocks is None:
+    recording = recorded(model, facts["ids"])
+    stack = stack_of(model.host, recording)
+    if rule is None or stack is None:
         raise UserError(
             f"edges of rule {facts['rule']} on a {type(model.host.model).__name__} have no parts by heads",
             expected="a rule that holds or differentiates parts of a known block: "
@@ -80,12 +81,12 @@ def _again(model: HookedModel, graph: Graph) -> tuple[Setting, LocalRun, Stack, 
         )
     other = None if "counterfactual" not in facts else recorded(model, facts["counterfactual"]["ids"])
     targets = read_targets(facts["targets"], model.store)
-    setting = score_setting(model, recorded(model, facts["ids"]), other, targets, facts["rule"])
+    setting = score_setting(model, recording, other, targets, facts["rule"])
     index = graph.index
     selected: dict[int, list[tuple[int, int]]] = {layer: [] for layer in facts["layers"]}
     for row in index.rows(FEATURE):
         selected[int(index.layer[row])].append((int(index.pos[row]), int(index.feature[row])))
-    return setting, make_run(setting, selected), record_stack(model.host, setting.recording, blocks), rule
+    return setting, make_run(setting, selected), stack, rule
 
 
 def _through_one_block(graph: Graph, run: LocalRun) -> Int[np.ndarray, " edge"]:

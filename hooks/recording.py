@@ -5,6 +5,8 @@ prompts → host (one hooked pass) → per layer: what the transcoder reads, its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,12 +42,14 @@ class Recording:
 
     Attributes:
         streams: what stood at further sites that were asked for.
+        shared: what has been worked out from the pass, by name, for as long as somebody holds it.
     """
 
     batch: Batch
     layers: Mapping[int, LayerRecord]
     logits: Float[Tensor, "batch pos vocab"]
     streams: Mapping[Site, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    shared: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False, repr=False)
 
 
 def record(

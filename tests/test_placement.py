@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,8 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from two_devices import Judged, playing, spread
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
+from circuits import Answer, Direction, Feature, Graph, Mass, Pair, decompose, faithfulness, make_cases, trace, verify
+from circuits.rankings import RANKINGS, rank
 from hooks import Ablate, Clamp, HookedModel, Scale
+from hooks.calibrate import calibrate
+from hooks.formats import recognise
+from hooks.quality import quality
 from hooks.sites import Site, SiteSpec
+from hooks.texts import Texts
 from hooks.transcoder import WEIGHTS
 
 LAYERS = (0, 1, 3)  # the second device begins with layer 2
@@ -23,6 +30,7 @@ SITES = {
     "mlp": ("mlp_in", "mlp_out", 0),
     "resid_mid": ("resid_mid", "mlp_out", 0),
     "next layer": ("resid_pre", "mlp_out", 1),  # layer 1 reads on one device and writes on the other
+    "block": ("resid_pre", "resid_post", 0),  # and here, too: what it writes goes on in layer 2
 }
 
 
@@ -149,6 +157,89 @@ def test_sweeps_are_the_same(both, alone, monkeypatch):
     one, two = (model.sweep(PROMPT, groups).table["delta"] for model in (alone, both))
     assert one.abs().max() > 0
     assert torch.allclose(torch.tensor(list(two)), torch.tensor(list(one)), atol=1e-4)
+
+
+def test_checks_qualities_and_effects_are_the_same(both, alone, tmp_path):
+    texts = [" ".join(f"w{(3 * n + k) % 60}" for n in range(40)) for k in range(6)]
+    folder = recognise(save_native(tmp_path, list(alone.store)))
+    one, two = (calibrate(model.host, folder, Texts("made", tuple(texts)), tokens=200) for model in (alone, both))
+    assert str(two.findings.best) == str(one.findings.best)
+    one, two = (quality(model, texts[:2]).layers for model in (alone, both))
+    for here, there in zip(one, two, strict=True):
+        assert (there.fvu, there.loss) == pytest.approx((here.fvu, here.loss), rel=1e-3)
+    row = alone.features(PROMPT, 3).query("pos > 0").iloc[-1]
+    one, two = (model.effects(PROMPT, [Ablate(f"L{row.layer}/{row.feature}@{row.pos}")]) for model in (alone, both))
+    assert (two.total, two.direct) == pytest.approx((one.total, one.direct), abs=1e-4)
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------
+
+OTHER = "w9 w2 w3 w4 w5 w6"
+
+
+def same_graph(one: Graph, two: Graph) -> None:
+    """To rounding: an edge that one of them lacks counts as zero; what leads nowhere but by such edges is left out."""
+    common = set(one.names) & set(two.names)
+    assert len(common) > 0.7 * max(len(one.names), len(two.names))
+    here, there = ({key: w for key, w in edges(graph).items() if common.issuperset(key)} for graph in (one, two))
+    scale = max(map(abs, here.values()))
+    assert scale > 0
+    assert max(abs(here.get(edge, 0) - there.get(edge, 0)) for edge in here.keys() | there.keys()) < 1e-4 * scale
+    scores = [dict(zip(graph.names, graph.score, strict=True)) for graph in (one, two)]
+    assert max(abs(scores[0][name] - scores[1][name]) for name in common) < 1e-4 * max(map(abs, scores[0].values()))
+
+
+def edges(graph: Graph) -> dict[tuple[str, str], float]:
+    columns = zip(graph.source, graph.target, graph.weight, strict=True)
+    return {(graph.names[source], graph.names[target]): weight for source, target, weight in columns}
+
+
+@pytest.mark.parametrize("rule", ["exact", "relp", "half", "affine", "ose", "ig"])
+def test_complete_graphs_are_the_same(both, alone, convention, rule):
+    if rule == "ig" and convention not in ("same-site", "block"):
+        pytest.skip("one cut must feed a target")
+    whole = {"max_nodes": None, "sample": 0, "node_threshold": 1.0, "edge_threshold": 1.0, "max_in_edges": 10_000}
+    same_graph(*(trace(model, PROMPT, rule=rule, **whole) for model in (alone, both)))
+
+
+@pytest.mark.parametrize("order", ["total", "ose", "influence"])
+def test_the_same_features_are_selected(both, alone, order):
+    options = {"max_nodes": 20, "select_by": order, "sample": 0}
+    same_graph(*(trace(model, PROMPT, **options) for model in (alone, both)))
+
+
+@pytest.mark.parametrize("what", ["features", "direction", "answer", "mass", "pair"])
+def test_whatever_is_explained(both, alone, what):
+    layer = alone.store.layers[-1]
+    if what == "features" and len(alone.store.layers) == 2:
+        pytest.skip("nothing is written below its layers")
+    targets = {
+        "features": [Feature(f"L{layer}/5@4"), Feature(f"L{layer}/9@2")],
+        "direction": Direction([0.1 * n for n in range(40)], Site("resid_post", 2)),
+        "answer": Answer("w3 w4"),
+        "mass": Mass(),
+        "pair": None,
+    }
+    options = {"max_nodes": 30, "sample": 0, "counterfactual": OTHER if what == "pair" else None}
+    same_graph(*(trace(model, PROMPT, targets[what], **options) for model in (alone, both)))
+
+
+def test_graphs_are_verified_taken_apart_and_evaluated(both, alone, convention):
+    graphs = [trace(model, PROMPT, max_nodes=20, sample=0, edge_threshold=1.0) for model in (alone, both)]
+    one, two = (verify(model, graph, n=20) for model, graph in zip((alone, both), graphs, strict=True))
+    for table, columns in (("nodes", ["score", "effect", "doubled"]), ("edges", ["weight", "effect"])):
+        here, there = (getattr(found, table)[columns].to_numpy() for found in (one, two))
+        np.testing.assert_allclose(there, here, rtol=0, atol=1e-4 * np.abs(here).max())
+    if convention in ("same-site", "block"):
+        here, there = (decompose(model, graph, top=20) for model, graph in zip((alone, both), graphs, strict=True))
+        assert np.abs(there["weight"] - here["weight"]).max() < 1e-4 * np.abs(here["weight"]).max()
+    chosen = {name: rule for name, rule in RANKINGS.items() if name != "ig"}  # autograd cannot be played
+    curves = []
+    for model in (alone, both):
+        cases = make_cases(model, [Pair(PROMPT, OTHER)])
+        curves.append(faithfulness(model, cases, rank(model, cases, chosen)))
+    for here, there in zip(*curves, strict=True):
+        np.testing.assert_allclose(there.values, here.values, rtol=0, atol=1e-2)
 
 
 def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):

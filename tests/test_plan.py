@@ -210,7 +210,7 @@ def test_limits_are_those_of_the_modules_that_have_them():
     assert default // EDGE_BYTES == _work.MOST_EDGES
     assert (_work.COPIES, _work.HELD_ROWS, _work.SWEEP_TOKENS) == (autograd.COPIES, ROWS, sweep.TOKENS_AT_ONCE)
     casts = (kernels._CAST_CHUNK, kernels._CAST_BLOCK, kernels._CAST_TILE)
-    assert (_work.CAST, _work.CAST_ROWS, _work.CAST_TILE) == casts
+    assert casts == (_work.CAST, _work.CAST_ROWS, _work.CAST_TILE)
 
 
 # -- estimates against measured peaks ----------------------------------------------------------------------------------

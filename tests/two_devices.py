@@ -98,6 +98,10 @@ class Methods(TorchFunctionMode):
         if func is Tensor.nonzero:
             found = aten.nonzero(args[0])
             return found.unbind(1) if kwargs and kwargs.get("as_tuple") else found
+        if func is Tensor.__invert__:
+            return aten.bitwise_not(args[0])
+        if func is Tensor.new_tensor:
+            return torch.tensor(*args[1:], dtype=args[0].dtype, device=args[0].device)
         if func in _NUMBERS:  # they are fetched from wherever they are
             return func(args[0].held)
         return func(*args, **(kwargs or {}))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from circuits.attribution._room import Room
-from circuits.attribution._stack import Stack, known_blocks, record_stack
+from circuits.attribution._stack import Stack, stack_of
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
 from hooks.kernels import gather_features
@@ -97,9 +97,8 @@ class LocalRun:
 
     @cached_property
     def stack(self) -> Stack | None:
-        """What every block computed, recorded when first asked for; None where the algebra does not know the model."""
-        blocks = known_blocks(self.model.host)
-        return None if blocks is None else record_stack(self.model.host, self.recording, blocks)
+        """What every block computed; None where the algebra does not know the model."""
+        return stack_of(self.model.host, self.recording)
 
     @cached_property
     def room(self) -> Room:
@@ -170,9 +169,10 @@ def contract(
 
     One position at a time, so no more than the selected features of one token are gathered at once. Each node's edge
     is computed on its own; none is a difference to a total. The gradients may end before the prompt does: later
-    positions reach nothing.
+    positions reach nothing. Edges are formed on the device of the cut.
     """
-    gradients = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+    device = (embedding if cut is None else cut.pos).device
+    gradients = gradients.to(device, torch.promote_types(gradients.dtype, torch.float32))
     dtype, length = gradients.dtype, gradients.shape[1]
 
     def along(vectors: Tensor) -> Tensor:
@@ -205,7 +205,8 @@ def contract_here(
     embedding: Float[Tensor, "pos d_model"],
 ) -> Float[Tensor, "target source"]:
     """The same where each target's gradient stands at its own position alone."""
-    dtype = gradients.dtype
+    dtype, device = gradients.dtype, (embedding if cut is None else cut.pos).device
+    gradients, pos = gradients.to(device), pos.to(device)
     rows = torch.arange(len(pos), device=pos.device)
 
     def along(vectors: Tensor) -> Tensor:

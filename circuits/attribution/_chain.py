@@ -18,10 +18,10 @@ from circuits.attribution._stack import (
     Point,
     Stack,
     joins_at,
-    known_blocks,
     read_from,
-    record_stack,
+    stack_of,
     step,
+    summed,
 )
 from circuits.blocks import Rule
 from circuits.targets import AnyTarget
@@ -40,8 +40,8 @@ def chain_gradients(
     Raises:
         UserError: the algebra does not know the model's blocks, or a site.
     """
-    blocks, convention = known_blocks(model.host), model.store.convention
-    if blocks is None or convention.read.name not in READABLE or convention.write.name not in WRITABLE:
+    stack, convention = stack_of(model.host, recording), model.store.convention
+    if stack is None or convention.read.name not in READABLE or convention.write.name not in WRITABLE:
         raise UserError(
             "total effects need to know what a block computes",
             expected="a Qwen2, Qwen3 or Llama model with plain weights, and transcoders at known sites",
@@ -49,11 +49,9 @@ def chain_gradients(
             f"write {convention.write}",
             repair="select by score, --select score",
         )
-    stack = record_stack(model.host, recording, blocks)
     point, rows, pos, _ = target_ends(model.host, stack, targets, rule)
     rows = rows * rows.new_tensor([[target.weight] for target in targets])
-    gradient = rows.new_zeros(1, len(stack.end), rows.shape[1])
-    gradient[0].index_add_(0, pos, rows)
+    gradient = summed(stack, point, rows, pos, rule).everywhere
     return _descend(model, recording, stack, point, gradient, layers, rule)
 
 
@@ -71,24 +69,26 @@ def _descend(
     carried: dict[Point, Tensor] = {}
     found: dict[int, Tensor] = {}
     while True:
-        gradient = gradient + carried.pop(point, 0)  # what later layers read here, before anything is cut
+        gradient = _with(gradient, carried.pop(point, None))  # what later layers read here, before anything is cut
         if point in writes:
             layer = writes[point]
             found[layer] = gradient[0]
             transcoder = model.store[layer]
             at = read_from(transcoder.read)
             back = _through_features(stack, transcoder, recording.layers[layer].acts, gradient[0], rule)
-            carried[at] = carried.get(at, 0) + back
+            carried[at] = _with(back, carried.get(at))
             if transcoder.write.whole_stream:
                 gradient = torch.zeros_like(gradient)
-        gradient = gradient + carried.pop(point, 0)  # a layer that reads where it writes
+        gradient = _with(gradient, carried.pop(point, None))  # a layer that reads where it writes
         if point == (0, 0) or len(found) == len(writes):
             return found
-        front = Front(
-            point, torch.zeros(1, dtype=torch.int64), len(stack.end), rule, gradient.new_zeros(1), full=gradient
-        )
-        front = step(stack, front, held)
+        pos = torch.zeros(1, dtype=torch.int64, device=gradient.device)
+        front = step(stack, Front(point, pos, len(stack.end), rule, gradient.new_zeros(1), full=gradient), held)
         point, gradient = front.point, front.everywhere
+
+
+def _with(gradient: Tensor, more: Tensor | None) -> Tensor:
+    return gradient if more is None else gradient + more.to(gradient.device)
 
 
 def _adds(model: HookedModel) -> bool:
@@ -99,10 +99,10 @@ def _through_features(
     stack: Stack, transcoder: Transcoder, acts: SparseActs, gradient: Float[Tensor, "pos d_model"], rule: Rule
 ) -> Float[Tensor, "pos d_model"]:
     """Decoder, mask and encoder transposed, one position at a time."""
-    dtype = gradient.dtype
+    gradient, dtype = gradient.to(transcoder.device), gradient.dtype
     out = torch.zeros_like(gradient)
     everywhere = torch.arange(len(gradient), device=gradient.device)
-    x = read(stack, transcoder.read, everywhere)
+    x = read(stack, transcoder.read, everywhere).to(gradient.device)
     for t in range(len(gradient)):
         active = acts.indices[0, t][acts.values[0, t] > 0]
         along = transcoder.W_dec[active].to(dtype) @ gradient[t]

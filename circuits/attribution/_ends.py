@@ -30,18 +30,19 @@ def ends(run: LocalRun, stack: Stack, number: int, part: slice, rule: Rule) -> E
     return read_from(cut.read), gradients, cut.pos[part], values
 
 
-def constants(run: LocalRun, number: int, part: slice) -> Float[Tensor, " target"] | float:
+def constants(run: LocalRun, number: int, part: slice) -> Float[Tensor, " target"]:
     """w_j · ln_b + b_j of some targets of a group; none in a pair of prompts, where constants cancel."""
+    none = torch.zeros(len(run.target_rows(number)[part]))
     if run.paired:
-        return 0.0
+        return none
     if number < len(run.cuts):
         return encoder_bias(run.cuts[number].transcoder, run.cuts[number].feature[part])
     targets = run.targets[part]
     places, transcoder, feature = _features_among(targets)
     if transcoder is None:
-        return 0.0
+        return none
     found = encoder_bias(transcoder, feature)
-    return found.new_zeros(len(targets)).index_put((places,), found)
+    return none.to(found).index_put((places,), found)
 
 
 def _features_among(
@@ -83,7 +84,7 @@ def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: 
     if transcoder is not None:
         parts.append(_feature_ends(stack, transcoder, feature, pos[places], rule))
     if directions:
-        vectors, at = torch.stack(directions).to(stack.end), pos[others]
+        vectors, at = torch.stack([row.to(stack.end) for row in directions]), pos[others]
         values = (vectors * read(stack, site, at)).sum(-1)
         parts.append((before_norm(stack, site, vectors, at, rule), values))
     if len(parts) == 1:
@@ -119,7 +120,9 @@ def _unembedded(host: Host, target: Target) -> Float[Tensor, " d_model"]:
 
 def read(stack: Stack, site: Site, pos: Int[Tensor, " target"]) -> Float[Tensor, "target d_model"]:
     """What a site shows at some positions."""
-    x = stack.stream(read_from(site))[pos]
+    x = stack.stream(read_from(site))
+    pos = pos.to(x.device)
+    x = x[pos]
     if site.name != "mlp_in":
         return x
     block = stack.blocks[site.layer]
@@ -133,13 +136,15 @@ def before_norm(
     if site.name != "mlp_in":
         return gradients
     block = stack.blocks[site.layer]
-    return norm_transposed(gradients, block.weights.g2, block.record.x_mid[pos], block.record.s2[pos], rule)
+    x, scale = block.record.x_mid, block.record.s2
+    pos = pos.to(x.device)
+    return norm_transposed(gradients.to(x.device), block.weights.g2, x[pos], scale[pos], rule)
 
 
 def _feature_ends(
     stack: Stack, transcoder: Transcoder, feature: Int[Tensor, " target"], pos: Int[Tensor, " target"], rule: Rule
 ) -> tuple[Float[Tensor, "target d_model"], Float[Tensor, " target"]]:
-    x = read(stack, transcoder.read, pos)
+    x = read(stack, transcoder.read, pos).to(transcoder.device)
     rows = transcoder.W_enc[feature].to(x)
     gradients = encoder_gradient(transcoder, rows, x, rule)
     return before_norm(stack, transcoder.read, gradients, pos, rule), encoder_value(transcoder, rows, x)

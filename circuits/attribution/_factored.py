@@ -23,10 +23,11 @@ from circuits.attribution._stack import (
     Point,
     Stack,
     joins_at,
-    known_blocks,
     read_from,
-    record_stack,
+    stack_of,
+    summed,
     walk,
+    walk_on,
 )
 from circuits.attribution._tokens import token_rows
 from circuits.blocks import BLOCKS, Rule
@@ -94,14 +95,15 @@ def group_edges(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Iterato
     for start in range(0, len(rows), most):
         part = slice(start, start + most)
         point, gradients, pos, values = ends(run, stack, number, part, rule)
-        constant = constants(run, number, part)
         if bool((pos.diff() < 0).any()):
             order = pos.argsort(stable=True)
-            weights = way.edges(point, gradients[order], pos[order])[order.argsort()]
+            weights = way.edges(point, gradients[order], pos[order])
+            weights = weights[order.argsort().to(weights.device)]
         else:
             weights = way.edges(point, gradients, pos)
+        constant = constants(run, number, part).to(weights)
         weights[:, -1] += constant
-        yield Rows(rows[part], sources, weights, values + constant)
+        yield Rows(rows[part], sources, weights, values.to(weights) + constant)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Way:
     Attributes:
         feeders: newest first; None, last, stands for the tokens.
         held: module outputs that cuts replace, which no gradient passes.
-        projected: the sources' images, where one block lies between the group and the one cut that feeds it.
+        projected: the sources' images, where one block lies between the group and the one cut that feeds it, on the
+            device of that cut's transcoder.
     """
 
     run: LocalRun
@@ -124,7 +127,10 @@ class Way:
     def edges(
         self, point: Point, gradients: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"]
     ) -> Float[Tensor, "target source"]:
-        """Edges from everything that feeds the group, columns as in `LocalRun.source_rows`; positions ascending."""
+        """Edges from everything that feeds the group, columns as in `LocalRun.source_rows`; positions ascending.
+
+        Formed where the feeders' transcoders are, and put together where the last one's is.
+        """
         waiting = list(self.feeders)
         stack = self.stack.upto(int(pos.max()) + 1)
         parts = []
@@ -134,8 +140,8 @@ class Way:
             if not waiting:
                 break
         if not self.run.paired:
-            parts[-1][:, -1] += front.constant
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            parts[-1][:, -1] += front.constant.to(parts[-1].device)
+        return torch.cat([part.to(parts[-1].device) for part in parts], dim=1) if len(parts) > 1 else parts[0]
 
     def _meet(self, cut: Cut | None, front: Front) -> Float[Tensor, "target source"]:
         if front.here is not None:
@@ -155,7 +161,8 @@ def way_to(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Way:
     projected = None
     if cut is not None and len(feeders) == 1:
         layer, within = joins_at(cut.write)
-        if within == 0 and top in ((layer + 1, 0), (layer, MIDDLE)):
+        near = within == 0 and top in ((layer + 1, 0), (layer, MIDDLE))
+        if near and stack.blocks[layer].record.x.device == cut.pos.device:
             projected = project(run.model.store, cut, stack.blocks[layer], rule)
     return Way(run, stack, rule, feeders, held, projected)
 
@@ -180,17 +187,27 @@ def known_gradients(
     Raises:
         UserError: the algebra does not know the model's blocks.
     """
-    blocks = known_blocks(model.host)
-    if blocks is None or not all(site.name in WRITABLE for site in sites):
+    found = all_gradients(model, recording, targets, sites, rule)
+    if found is None:
         _refuse(model, name)
-    stack = record_stack(model.host, recording, blocks)
+    return found
+
+
+def all_gradients(
+    model: HookedModel, recording: Recording, targets: tuple[AnyTarget, ...], sites: tuple[Site, ...], rule: Rule
+) -> dict[Site, Float[Tensor, "pos d_model"]] | None:
+    """The same, and None where the algebra does not know the model or a site."""
+    stack = stack_of(model.host, recording)
+    end = targets[0].site
+    if stack is None or not (end is None or end.name in READABLE) or not all(site.name in WRITABLE for site in sites):
+        return None
     point, gradients, pos, _ = target_ends(model.host, stack, targets, rule)
     gradients = gradients * gradients.new_tensor([[target.weight] for target in targets])
-    wanted: dict[Point, list[Site]] = {}
-    for site in sites:
-        wanted.setdefault(joins_at(site), []).append(site)
-    return {
-        site: front.everywhere.sum(0)
-        for front in walk(stack, point, gradients, pos, rule)
-        for site in wanted.get(front.point, [])
-    }
+    waiting, found = set(sites), dict[Site, Tensor]()
+    for front in walk_on(stack, summed(stack, point, gradients, pos, rule)):
+        here = {site for site in waiting if joins_at(site) == front.point}
+        found |= dict.fromkeys(here, front.everywhere[0]) if here else {}
+        waiting -= here
+        if not waiting:
+            return found
+    return None  # no gradient reaches what stands above the targets

@@ -7,6 +7,8 @@ MLP, as in `Site.depth`. What a module writes joins the stream at the point behi
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange, reduce
@@ -26,6 +28,7 @@ from circuits.blocks import (
     through_mlp,
 )
 from hooks.host import Host
+from hooks.kernels import linear_fp32
 from hooks.recording import Recording
 from hooks.sites import Site
 
@@ -85,10 +88,70 @@ def read_from(site: Site) -> Point:
 
 
 def known_blocks(host: Host) -> tuple[BlockWeights, ...] | None:
-    """The weights of every block, or None where the algebra does not know the architecture."""
-    found = [read_block(host.model, layer) for layer in range(host.n_layers)]
+    """The weights of every block, or None where the algebra does not know the architecture, or not all are loaded."""
+    layers: list[Any] = list(host.layers)
+    found = [read_block(host.model, layer) for layer in range(len(layers))]
     blocks = tuple(weights for weights in found if weights is not None)
-    return blocks if len(blocks) == len(found) else None
+    loaded = not any(part.is_meta for part in host.model.parameters())
+    rotates = all(getattr(layer.self_attn, "use_rope", True) for layer in layers[: len(blocks)])
+    return blocks if len(blocks) == len(found) and loaded and rotates else None
+
+
+def stack_of(host: Host, recording: Recording) -> Stack | None:
+    """What every block computed on a recorded prompt, worked out once for as long as somebody holds it.
+
+    None where the algebra does not know the model: by its modules, by how far its attention reaches, or because it
+    does not arrive at what the model itself computed. Architectures that share all names differ in more (Granite
+    scales what a block adds, SmolLM3 leaves rotations out), so that is measured on a host's first prompts.
+    """
+    found: Stack | None = recording.shared.get("stack")
+    if found is not None or _REPRODUCED.get(host) is False:
+        return found
+    blocks, window, length = known_blocks(host), host.window(), recording.batch.lengths[0]
+    if blocks is None or (window is not None and length > window):
+        return None
+    found = record_stack(host, recording, blocks)
+    if host not in _REPRODUCED:
+        right = reproduces(host, recording, found)
+        if length >= TELLING or not right:
+            _REPRODUCED[host] = right
+        if not right:
+            return None
+    recording.shared["stack"] = found
+    return found
+
+
+_REPRODUCED: WeakKeyDictionary[Host, bool] = WeakKeyDictionary()
+TELLING = 8  # tokens; a shorter prompt that is reproduced does not settle it
+
+
+def reproduces(host: Host, recording: Recording, stack: Stack) -> bool:
+    """Whether the recorded blocks, norm and unembedding arrive at the streams and logits of the model itself.
+
+    What a block adds may be off by rounding, at most positions: 1 % of its size in fp32 and fp64, a fifth of it in
+    half precision, or what rounding the stream itself takes.
+    """
+    precision = torch.finfo(next(host.model.parameters()).dtype).eps
+    streams = [*(block.record.x for block in stack.blocks), stack.end]
+    for block, x, after in zip(stack.blocks, streams[:-1], streams[1:], strict=True):
+        made, after = block.record.y, after.to(x.device)
+        if not _near(made - after, (after - x).norm(dim=-1), after.norm(dim=-1), precision):
+            return False
+    head, norm = host.model.get_output_embeddings(), host.decoder.norm  # type: ignore[operator]
+    if not hasattr(norm, "variance_epsilon") or not host.plain_logits:
+        return False
+    x = stack.end[-1:]
+    normed = norm.weight.to(x) * x * torch.rsqrt(reduce(x.square(), "1 d -> 1 1", "mean") + norm.variance_epsilon)
+    logits = recording.logits[0, recording.batch.lengths[0] - 1][None].to(x)
+    made = linear_fp32(normed.to(head.weight.device), head.weight, None).to(x)
+    return _near(made - logits, logits.norm(dim=-1), logits.norm(dim=-1), precision)
+
+
+def _near(
+    miss: Float[Tensor, "pos d"], step: Float[Tensor, " pos"], size: Float[Tensor, " pos"], precision: float
+) -> bool:
+    room = max(0.01, 25 * precision) * step + max(1e-5, 2 * precision) * size
+    return bool((miss.norm(dim=-1) <= room).double().mean() >= 0.5)
 
 
 def stream_sites(host: Host) -> list[Site]:
@@ -97,7 +160,7 @@ def stream_sites(host: Host) -> list[Site]:
 
 
 def record_stack(host: Host, recording: Recording, blocks: tuple[BlockWeights, ...]) -> Stack:
-    """What every block computed on a recorded prompt, from the streams between them.
+    """What every block computed on a recorded prompt, from the streams between them; each block's on its own device.
 
     Memory: per block and position 3 d_model + 2 d_ff + 2 d_query + 4 d_keyvalue numbers, and the attention pattern.
     """
@@ -107,9 +170,12 @@ def record_stack(host: Host, recording: Recording, blocks: tuple[BlockWeights, .
     streams = [seen[site][0] for site in sites]
     dtype = torch.float64 if streams[0].dtype == torch.float64 else torch.float32
     cos, sin = rotary(host, streams[0].to(dtype))
-    pairs = zip(blocks, streams[:-1], strict=True)
-    recorded = (Block(w, record_block(w, x.to(w.g1.device, dtype), cos.to(x), sin.to(x))) for w, x in pairs)
-    return Stack(tuple(recorded), streams[-1].to(dtype))
+    recorded = []
+    for w, x in zip(blocks, streams[:-1], strict=True):
+        parts = (part.to(w.g1.device, dtype) for part in (x, cos, sin))
+        recorded.append(Block(w, record_block(w, *parts)))
+    norm: Any = host.decoder.norm
+    return Stack(tuple(recorded), streams[-1].to(norm.weight.device, dtype))
 
 
 def rotary(host: Host, x: Float[Tensor, "pos d_model"]) -> tuple[Float[Tensor, "pos d_head"], ...]:
@@ -153,6 +219,15 @@ class Front:
         out[torch.arange(len(out), device=out.device), self.pos] = self.here
         return out
 
+    def on(self, device: torch.device) -> "Front":
+        """The same on another device; what is factored there is multiplied out before it leaves."""
+        if device == self.constant.device:
+            return self
+        here = None if self.here is None else self.here.to(device)
+        full = None if here is not None else self.everywhere.to(device)
+        pos, constant = self.pos.to(device), self.constant.to(device)
+        return replace(self, pos=pos, constant=constant, here=here, pulled=None, block=None, full=full)
+
 
 def walk(
     stack: Stack,
@@ -169,18 +244,37 @@ def walk(
         held: outputs of modules (`mlp_out`, `attn_out`) that are replaced, so that no gradient passes the module.
     """
     front = Front(point, pos, len(stack.end), rule, gradients.new_zeros(len(gradients)), here=gradients)
+    yield from walk_on(stack, front, held)
+
+
+def walk_on(stack: Stack, front: Front, held: Collection[Site] = ()) -> Iterator[Front]:
+    """The same from any front on, itself the first."""
     yield front
     while front.point != (0, 0):
         front = step(stack, front, held)
         yield front
 
 
+def summed(
+    stack: Stack, point: Point, gradients: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"], rule: Rule
+) -> Front:
+    """The front of one target: the sum of these, at its position if they share one, else at every position."""
+    constant = gradients.new_zeros(1)
+    if bool((pos == pos[0]).all()):
+        return Front(point, pos[:1], len(stack.end), rule, constant, here=gradients.sum(0, keepdim=True))
+    full = gradients.new_zeros(1, *stack.end.shape)
+    full[0].index_add_(0, pos, gradients)
+    return Front(point, pos[:1], len(stack.end), rule, constant, full=full)
+
+
 def step(stack: Stack, front: Front, held: Collection[Site]) -> Front:
     """From one point to the next below: past an MLP, or past an attention."""
     layer, within = front.point
+    block = stack.blocks[layer if within else layer - 1]
+    front = front.on(block.record.x.device)
     if within:
-        return _past_attention(stack.blocks[layer], front, Site("attn_out", layer) in held)
-    return _past_mlp(stack.blocks[layer - 1], front, Site("mlp_out", layer - 1) in held)
+        return _past_attention(block, front, Site("attn_out", layer) in held)
+    return _past_mlp(block, front, Site("mlp_out", layer - 1) in held)
 
 
 def _past_mlp(block: Block, front: Front, held: bool) -> Front:

@@ -23,7 +23,8 @@ def token_rows(run: LocalRun, number: int) -> Rows:
     clean = run.recording.layers[cut.layer].read[0][cut.pos].to(dtype)
     rows = cut.transcoder.W_enc[cut.feature].to(dtype)
     gradients = encoder_gradient(cut.transcoder, rows, clean, HELD)
-    own, constant = (gradients * run.embedding[cut.pos].to(dtype)).sum(-1), constants(run, number, everything)
+    own = (gradients * run.embedding.to(gradients)[cut.pos]).sum(-1)
+    constant = constants(run, number, everything).to(own)
     weights = own.new_zeros(len(own), len(run.embedding) + 1)
     weights[torch.arange(len(own), device=own.device), cut.pos] = own
     weights[:, -1] += constant

@@ -70,7 +70,7 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[tuple[int
             for feeder in run.feeders(number)
         ]
         weights = torch.cat(parts, dim=1)
-        weights[:, -1] += constants(run, number, part)
+        weights[:, -1] += constants(run, number, part).to(weights)
         yield number, Rows(run.target_rows(number)[part], run.source_rows(number), weights, value)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from circuits.attribution import LocalRun, Rows, autograd
-from circuits.attribution._factored import all_edges
+from circuits.attribution._factored import all_edges, all_gradients
 from circuits.blocks import Rule
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
@@ -33,5 +33,5 @@ def gradients(
     sites: tuple[Site, ...],
     counterfactual: Recording | None = None,
 ) -> dict[Site, Tensor]:
-    """The metric's gradient at some sites, [pos d_model] each: one backward pass of the plain model."""
-    return autograd.gradients(model, recording, targets, sites)
+    """The metric's gradient at some sites, [pos d_model] each; in a pair of prompts, too, at the clean one."""
+    return all_gradients(model, recording, targets, sites, RULE) or autograd.gradients(model, recording, targets, sites)

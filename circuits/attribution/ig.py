@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.attribution import Cut, LocalRun, Rows, stretches
 from circuits.attribution._factored import group_edges
-from circuits.attribution._stack import Block, Point, Stack, joins_at, known_blocks, read_from, record_stack, rotary
+from circuits.attribution._stack import Block, Point, Stack, joins_at, read_from, rotary
 from circuits.attribution._tokens import token_rows
 from circuits.blocks import Rule, record_block
 from circuits.targets import AnyTarget, metric
@@ -39,15 +39,14 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
     Raises:
         UserError: the algebra does not know the model's blocks, or several cuts feed a target.
     """
-    blocks = known_blocks(run.model.host)
-    if blocks is None or not all(cut.write.whole_stream for cut in run.cuts):
+    stack = run.stack
+    if stack is None or not all(cut.write.whole_stream for cut in run.cuts):
         raise UserError(
             "rule ig needs known blocks, and one cut that feeds a target",
             expected="a Qwen2, Qwen3 or Llama model, and transcoders that write the whole stream",
             found=f"{type(run.model.host.model).__name__}, write site {run.model.store.convention.write}",
             repair="use --rule exact",
         )
-    stack = record_stack(run.model.host, run.recording, blocks)
     still = replace(run, cuts=tuple(replace(cut, bias=torch.zeros_like(cut.bias)) for cut in run.cuts))
     for number in run.groups:
         if run.reads_embedding(number):
@@ -71,7 +70,8 @@ def _moved_stack(run: LocalRun, stack: Stack, number: int, share: float) -> Stac
         start, moved = joins_at(run.cuts[feeder].write), _held_by(run.cuts[feeder])
     if share == 0:
         return stack
-    return _run_again(run.model.host, stack, start, top, stack.stream(start) - share * moved.to(stack.end))
+    x = stack.stream(start)
+    return _run_again(run.model.host, stack, start, top, x - share * moved.to(x))
 
 
 def _run_again(host: Host, stack: Stack, start: Point, top: Point, x: Float[Tensor, "pos d_model"]) -> Stack:
@@ -85,10 +85,11 @@ def _run_again(host: Host, stack: Stack, start: Point, top: Point, x: Float[Tens
     blocks, end = list(stack.blocks), stack.end
     for layer in range(start[0], top[0] + 1):
         if layer == len(blocks):
-            end = x
+            end = x.to(end.device)
             break
         w = blocks[layer].weights
-        blocks[layer] = Block(w, record_block(w, x, cos, sin))
+        parts = (part.to(w.g1.device) for part in (x, cos, sin))
+        blocks[layer] = Block(w, record_block(w, *parts))
         x = blocks[layer].record.y
     return Stack(tuple(blocks), end)
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut, LocalRun, Rows, autograd
+from circuits.attribution import Cut, LocalRun, Rows, exact
 from circuits.attribution._stack import joins_at
 from circuits.attribution._tokens import token_rows
 from circuits.held import Removal, feature_values, run_held
@@ -135,7 +135,7 @@ def gradients(
     counterfactual: Recording | None = None,
 ) -> dict[Site, Tensor]:
     """The plain model's; `rescore` is what makes the difference."""
-    return autograd.gradients(model, recording, targets, sites, counterfactual)
+    return exact.gradients(model, recording, targets, sites, counterfactual)
 
 
 ROWS = 64  # of a block's stream at once
@@ -176,7 +176,7 @@ def one_step(
     layer: int,
     *,
     blocks: int = BLOCKS,
-    gradients: Gradients = autograd.gradients,
+    gradients: Gradients = exact.gradients,
 ) -> Step:
     """The blocks after one layer's write site.
 
@@ -214,7 +214,7 @@ def one_step_scores(
     nodes: tuple[Int[Tensor, " node"], Int[Tensor, " node"], Float[Tensor, " node"]],
     *,
     blocks: int = BLOCKS,
-    gradients: Gradients = autograd.gradients,
+    gradients: Gradients = exact.gradients,
 ) -> Float[Tensor, " node"]:
     """Scores of features of one layer with the next blocks run for real.
 

@@ -16,18 +16,25 @@ _PARTS = (
 def style(model: nn.Module) -> Literal["biases", "head norms", "plain"] | None:
     """What sets a model's attention apart; None where the blocks are not what the algebra knows.
 
-    That is: exactly these matrices, as plain float weights, with SiLU between them.
+    That is: exactly these matrices, as plain float weights, RMSNorms, SiLU. Whether they are put together as the
+    algebra does it is measured (`circuits.attribution._stack.reproduces`).
     """
     layer: Any = decoder_layers(model)[0]
-    if not {name for name, _ in layer.named_modules()} >= set(_PARTS):
-        return None
-    linear: list[Any] = [layer.get_submodule(name) for name in _PARTS[2:]]
-    plain = all(type(part) is nn.Linear and part.weight.is_floating_point() for part in linear)
-    if not plain or "silu" not in type(layer.mlp.act_fn).__name__.lower() or layer.self_attn.o_proj.bias is not None:
+    if not _known(layer):
         return None
     if hasattr(layer.self_attn, "q_norm"):
         return "head norms"
     return "plain" if layer.self_attn.q_proj.bias is None else "biases"
+
+
+def _known(layer: Any) -> bool:
+    if not {name for name, _ in layer.named_modules()} >= set(_PARTS):
+        return False
+    norms, linear = ([layer.get_submodule(name) for name in part] for part in (_PARTS[:2], _PARTS[2:]))
+    plain = all(type(part) is nn.Linear and part.weight.is_floating_point() for part in linear)
+    rms = all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in norms)
+    silu = "silu" in type(layer.mlp.act_fn).__name__.lower()
+    return plain and rms and silu and layer.self_attn.o_proj.bias is None
 
 
 def gather(layer: nn.Module, *, head_norms: bool) -> BlockWeights:

@@ -243,9 +243,12 @@ def _sweep(ask: Ask) -> list[Step]:
 def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
     m, s, T = ask.model, ask.coders, ask.tokens
     one = replace(ask, batch=1)
-    back = backward_pass(one, T)
-    gradients = s.layers * T * m.d_model * ask.item
     steps = _record(one, streams=True)
+    if by_autograd:
+        back, gradients = backward_pass(one, T), s.layers * T * m.d_model * ask.item
+    else:
+        back, gradients = _walk(ask), s.layers * T * m.d_model * ask.wide
+        steps.append(Step("blocks", gathered(ask), {"what blocks computed": _stack(ask)}))
     steps.append(Step("score", back, {"gradients, scores": gradients + ACTIVE * ask.active}))
     rows = s.layers * T * 2 * m.d_model * ask.wide
     steps.append(Step("lay out", 4 * T * m.d_model * ask.wide, {"rest and error": rows + 20 * ask.chosen}))
@@ -254,7 +257,6 @@ def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
         found = 2 * 4 * ask.chosen * (_targets(ask) + 2 * T + 1)  # all edges of the groups that share a pass
         steps.append(Step("edges", backward_pass(one, copies * T) + found))
     else:
-        steps.append(Step("blocks", gathered(ask), {"what blocks computed": _stack(ask)}))
         kept = _kept_edges(ask)
         steps += [Step("edges", _edges(ask) + kept, _tables(ask)), Step("keep", 2 * kept)]
     if ask.sample:
@@ -270,6 +272,14 @@ def _stack(ask: Ask) -> int:
     streams = m.d_model * (1 if ask.item >= 4 else 2)
     per_token = streams + m.query + 4 * m.keyvalue + 2 * m.d_ff + m.n_heads * T + 2
     return m.n_layers * T * per_token * ask.wide
+
+
+def _walk(ask: Ask) -> int:
+    """The gradient of one metric at every position on its way down the blocks: past an MLP, or past an attention."""
+    m, T = ask.model, ask.tokens
+    mlp = T * (4 * m.d_ff + 4 * m.d_model)
+    attention = T * (3 * m.n_heads * T + 4 * m.query + 4 * m.keyvalue + 4 * m.d_model)
+    return ask.wide * max(mlp, attention) + gathered(ask)
 
 
 def _targets(ask: Ask) -> int:
