@@ -93,7 +93,7 @@ def score_setting(
             expected="a target above at least one of their sites",
             found=f"transcoders that write {model.store.convention.write}, from layer {model.store.layers[0]}",
         )
-    return Setting(model, recording, other, resolved, scores, rule, stack)
+    return Setting(model, recording, other, resolved, scores, rule, None if rule == "autograd" else stack)
 
 
 def make_run(setting: Setting, selected: Mapping[int, list[tuple[int, int]]]) -> LocalRun:
@@ -205,7 +205,8 @@ def _target_values(setting: Setting, recording: Recording) -> Float[Tensor, " ta
     else:
         _, seen = setting.model.host.capture(recording.batch, [site])
         out = seen[site]
-    return torch.stack([target.value(out)[0] for target in setting.targets])
+    values = [target.value(out)[0] for target in setting.targets]
+    return torch.stack([value.to(values[0].device) for value in values])
 
 
 @dataclass(frozen=True)

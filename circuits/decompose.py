@@ -127,13 +127,15 @@ def _parts(
     number = len(run.cuts) if at_end else [cut.layer for cut in run.cuts].index(int(index.layer[target[0]]))
     point, gradients, pos, _ = ends(run, stack, number, slice(None), rule)
     place = {int(row): n for n, row in enumerate(index.rows(TARGET) if at_end else _features(graph, target))}
-    which = torch.tensor([place[int(row)] for row in target], device=pos.device)
+    which = torch.tensor([place[int(row)] for row in target])
     (feeder,) = run.feeders(number)
     assert feeder is not None
     layer, _ = joins_at(run.cuts[feeder].write)
-    written = _written(graph, run, feeder, source).to(gradients)
-    at = torch.from_numpy(index.pos[source]).to(pos.device)
-    return parts_of(stack.blocks[layer], point, gradients[which], pos[which], written, at, rule)
+    block = stack.blocks[layer]
+    x = block.record.x
+    gradients, written = (part.to(x) for part in (gradients[which], _written(graph, run, feeder, source)))
+    pos, at = (part.to(x.device) for part in (pos[which], torch.from_numpy(index.pos[source])))
+    return parts_of(block, point, gradients, pos, written, at, rule)
 
 
 def _features(graph: Graph, target: Int[np.ndarray, " edge"]) -> Int[np.ndarray, " row"]:

@@ -120,10 +120,11 @@ def feature_values(
 ) -> Float[Tensor, "row target"]:
     """Pre-activations of named features from what their transcoder reads, one position at a time."""
     transcoder = model.store[layer]
+    pos, feature = pos.to(transcoder.device), feature.to(transcoder.device)
     out = torch.zeros(len(stream), len(pos), dtype=torch.float64)
     for t in pos.unique().tolist():
         here = (pos == t).nonzero()[:, 0]
-        normed = transcoder.normed(stream[:, t]).double()
+        normed = transcoder.normed(stream[:, t].to(transcoder.device)).double()
         weight, bias = transcoder.W_enc[feature[here]].double(), transcoder.b_enc[feature[here]].double()
         out[:, here.cpu()] = (normed @ weight.T + bias).cpu()
     return out

@@ -4,7 +4,7 @@
 
 with g the metric's gradient where the transcoder writes; ablating the feature is predicted to change the metric by
 −s_i (grad × activation; Marks et al., Sparse Feature Circuits, arXiv:2403.19647). Which gradient is a rule's business
-(`circuits/attribution`): under `exact` it is the plain model's own, so one backward pass serves every site.
+(`circuits/attribution`): under `exact` it is the plain model's own, so one walk down the model serves every site.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution import RULES
+from circuits.attribution._stack import stack_of
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.kernels import linear_fp32
@@ -100,6 +101,7 @@ def score_features(
     targets = (target,) if isinstance(target, AnyTarget) else tuple(target)
     layers = below(model, recording, targets)
     sites = {layer: model.store.convention.write.at(layer) for layer in layers}
+    held = None if rule == "autograd" else stack_of(model.host, recording)  # for all that asks for it below
     found = RULES[rule].gradients(model, recording, targets, (EMBEDDING, *sites.values()), counterfactual)
     scores = from_gradients(
         model, recording, targets, {layer: found[site] for layer, site in sites.items()}, counterfactual
@@ -109,7 +111,9 @@ def score_features(
         start = start - embedding_of(model, counterfactual)
     tokens = (start * found[EMBEDDING].to(start)).sum(-1)
     scores = replace(scores, tokens=tokens)
-    return rescored(model, scores, rule) if hasattr(RULES[rule], "rescore") else scores
+    scores = rescored(model, scores, rule) if hasattr(RULES[rule], "rescore") else scores
+    del held
+    return scores
 
 
 def rescored(model: HookedModel, scores: FeatureScores, rule: str = "ose") -> FeatureScores:

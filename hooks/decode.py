@@ -310,11 +310,12 @@ def _check_room(host: Host, capacity: int, max_length: int) -> None:
             expected=f"2 to {host.max_positions}, the model's context",
         )
     types = getattr(host.model.config, "layer_types", None) or []
-    if host.window() is not None or any(kind != "full_attention" for kind in types):
+    window = host.window()
+    if (window is not None and window < max_length) or any(kind != "full_attention" for kind in types):
         raise ModelError(
             "the model does not attend to its whole context at every layer",
             expected="full attention throughout",
-            found=", ".join(sorted(set(types))) or f"a sliding window of {host.window()}",
+            found=", ".join(sorted(set(types))) or f"a sliding window of {window}",
             repair="use model.generate",
         )
 

@@ -263,6 +263,7 @@ def _check_fit(clean: Batch, rows: int, length: int) -> None:
 def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
     """Put functions in the place of modules' own, and take them out again whatever happens."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_attribute(host, "held", True))
         configs: dict[int, Any] = {}
         for name, function in functions.items():
             module = host.decoder.get_submodule(name)
@@ -277,7 +278,7 @@ def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attribute(module: nn.Module, name: str, value: Function) -> Iterator[None]:
+def _attribute(module: object, name: str, value: object) -> Iterator[None]:
     """An attribute of this very instance; afterwards what it had before, which may be nothing."""
     own = vars(module)
     before = {name: own[name]} if name in own else {}

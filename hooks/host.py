@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from hooks.errors import ModelError, PromptError, TargetError, first_line, memory_ran_out
 from hooks.kernels import linear_fp32
@@ -74,6 +74,7 @@ class Host:
         self.n_layers, self.d_model, self.d_vocab = len(self.layers), config.hidden_size, config.vocab_size
         self.max_positions = int(getattr(config, "max_position_embeddings", 1 << 30))
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or config.eos_token_id
+        self.held = False  # whether parts of the model stand at values of another pass, `hooks.freeze`
         self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -359,17 +360,24 @@ class Host:
             return session.run(batch)
 
     def own_logits(self, batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        """What the model's own code makes of streams behind the final norm; no block is run."""
-        decoder, given = self.decoder, BaseModelOutputWithPast(last_hidden_state=hidden)
+        """What the model's own code makes of streams behind the final norm; blocks are run only if it cannot be asked
+        for that alone."""
+        decoder, given = self.decoder, MoeModelOutputWithPast(last_hidden_state=hidden)
         before = decoder.__dict__.get("forward")
         decoder.forward = lambda *_, **__: given
         try:
-            with torch.no_grad():
-                return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+            return self._whole(batch)
+        except (AttributeError, TypeError, KeyError):  # its own code asks for more than these streams
+            pass
         finally:
             del decoder.forward
             if before is not None:
                 decoder.forward = before
+        return self._whole(batch)
+
+    def _whole(self, batch: Batch) -> Float[Tensor, "batch pos vocab"]:
+        with torch.no_grad():
+            return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
 
     def capture(
         self, batch: Batch, sites: Sequence[Site]

@@ -43,7 +43,7 @@ def linear_fp32(
         out = F.linear(x.to(dtype), weight)
     elif weight.is_cuda:
         flat = rearrange(x, "... d -> (...) d").to(dtype)
-        out = _split_product(flat, weight.T).view(*x.shape[:-1], -1)
+        out = _split_product(flat, weight.T).view(*x.shape[:-1], len(weight))
     else:
         out = _linear_cast(x.to(dtype), weight)
     return out if bias is None else out + bias.to(dtype)
@@ -86,10 +86,10 @@ def matmul_rounded(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner 
     rounded = x.to(matrix.dtype)
     if matrix.is_cuda:
         flat = rearrange(rounded, "... inner -> (...) inner")
-        return torch.mm(flat, matrix, out_dtype=x.dtype).view(*x.shape[:-1], -1)
+        return torch.mm(flat, matrix, out_dtype=x.dtype).view(*x.shape[:-1], matrix.shape[1])
     flat = rearrange(rounded.to(x.dtype), "... inner -> (...) inner")
     out = _linear_cast(flat, matrix.T, _CAST_TILE) if matrix.stride(0) == 1 else _summed_cast(flat, matrix)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], matrix.shape[1])
 
 
 def _summed_cast(x: Float[Tensor, "row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "row outer"]:

@@ -49,7 +49,9 @@ class Recording:
     layers: Mapping[int, LayerRecord]
     logits: Float[Tensor, "batch pos vocab"]
     streams: Mapping[Site, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
-    shared: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False, repr=False)
+    shared: WeakValueDictionary[str, Any] = field(
+        default_factory=WeakValueDictionary, init=False, compare=False, repr=False
+    )
 
 
 def record(

@@ -17,6 +17,7 @@ from circuits.attribution._stack import known_blocks, reproduces, stack_of
 from circuits.targets import resolve_targets
 from hooks import HookedModel, Site, UserError
 from hooks.errors import ModelError
+from hooks.freeze import held, record_held
 from hooks.host import Host
 from hooks.sites import EMBEDDING
 
@@ -58,6 +59,25 @@ def test_models_that_are_what_the_algebra_says(name, dtype):
     assert stack_of(model.host, recorded(model, model.host.tokenize(PROMPT))) is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_half_precision_does_not_hide_it(name, dtype):
+    model = hooked(build(name, dtype, **OTHERS[name]))
+    assert stack_of(model.host, recorded(model, model.host.tokenize(PROMPT))) is None
+
+
+@pytest.mark.parametrize("size", [1, 30, 300])
+def test_rounding_of_large_key_biases_is_not_taken_for_it(size):
+    """As in Qwen2.5, where they reach hundreds: half precision then moves scores, and with them the pattern."""
+    network = build("Qwen2", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for block in network.model.layers:
+        block.self_attn.k_proj.bias.data = size * torch.randn(20, generator=generator).bfloat16()
+        block.self_attn.q_proj.bias.data = torch.randn(40, generator=generator).bfloat16()
+    model = hooked(network)
+    assert stack_of(model.host, recorded(model, model.host.tokenize(PROMPT))) is not None
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_that_are_something_else(name):
     """exact goes on by autograd; a rule that has no other way refuses."""
@@ -92,12 +112,15 @@ def test_the_verdict_is_of_a_prompt_that_is_long_enough():
     assert _stack._REPRODUCED[model.host] is True
 
 
-@pytest.mark.parametrize("part", ["W_Q", "W_K", "W_V", "W_O", "W_G", "W_U", "W_D", "g1", "g2", "b_Q", "b_V"])
+PARTS = ("W_Q", "W_K", "W_V", "W_O", "W_G", "W_U", "W_D", "g1", "g2", "b_Q", "b_K", "b_V", "q_norm", "k_norm")
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_any_part_that_is_off_by_a_third_is_noticed(part):
-    model = hooked(build("Qwen2"))
-    for block in model.host.layers:
-        for name in ("q_proj", "v_proj"):
-            getattr(block.self_attn, name).bias.normal_()
+    model = hooked(build("Qwen3" if "norm" in part else "Qwen2"))
+    for name, parameter in model.host.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
     recording = recorded(model, model.host.tokenize(PROMPT))
     stack = stack_of(model.host, recording)
     assert stack is not None
@@ -105,6 +128,43 @@ def test_any_part_that_is_off_by_a_third_is_noticed(part):
     blocks = list(known_blocks(model.host))
     blocks[2] = _stack.replace(blocks[2], **{part: getattr(blocks[2], part) * 1.3})
     assert not reproduces(model.host, recording, _stack.record_stack(model.host, recording, tuple(blocks)))
+
+
+def test_a_short_prompt_that_fails_settles_nothing_either():
+    model = hooked(build("Helium"))
+    assert stack_of(model.host, recorded(model, model.host.tokenize("w1 w2 w3"))) is None
+    assert model.host not in _stack._REPRODUCED
+
+
+def test_a_recording_older_than_an_edit_of_the_weights_does_not_settle_it():
+    model = hooked(build("Qwen2"))
+    old = recorded(model, model.host.tokenize(PROMPT))
+    model.host.layers[1].mlp.up_proj.weight.mul_(3)
+    stack_of(model.host, old)
+    assert _stack._REPRODUCED[model.host] is True
+    assert stack_of(model.host, recorded(model, model.host.tokenize(PROMPT))) is not None
+
+
+def test_recordings_of_two_models_are_not_mixed_up():
+    one, two = hooked(build("Qwen2")), hooked(build("Llama"))
+    recording = recorded(one, one.host.tokenize(PROMPT))
+    first, second = stack_of(one.host, recording), stack_of(two.host, recording)
+    assert first is not second
+
+
+def test_parts_that_are_held_are_differentiated_as_they_are():
+    model = hooked(build("Qwen2"))
+    ids = model.host.tokenize(PROMPT)
+    recording, clean = recorded(model, ids), record_held(model.host, model.host.batch([ids]))
+    target = resolve_targets(model.host, recording.logits[0], ("w3", "w4"))
+    free = RULES["exact"].gradients(model, recording, target, (EMBEDDING,))[EMBEDDING]
+    with held(model.host, clean):
+        assert stack_of(model.host, recording) is None
+        frozen = RULES["exact"].gradients(model, recording, target, (EMBEDDING,))[EMBEDDING]
+        truth = RULES["autograd"].gradients(model, recording, target, (EMBEDDING,))[EMBEDDING]
+    assert torch.equal(frozen, truth)
+    assert (frozen - free).abs().max() > 0.01 * free.abs().max()
+    assert not model.host.held
 
 
 # -- what is shared --------------------------------------------------------------------------------------------------
@@ -185,8 +245,8 @@ def test_half_precision_scores_are_nearer_to_the_truth_than_autograds():
         module.gradients(model, recording, target, (EMBEDDING,))[EMBEDDING] for module in (RULES["exact"], autograd)
     ]
     misses = [float((gradient.double() - truth).norm() / truth.norm()) for gradient in found]
-    assert misses[0] <= 1.2 * misses[1]
     assert misses[0] < 0.05
+    assert misses[0] < misses[1]
     assert score_features(model, recording, target).frame["score"].abs().max() > 0
 
 
@@ -214,6 +274,14 @@ def test_capped_logits_are_the_models_own():
     hidden = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     plain = hidden @ network.lm_head.weight.T
     torch.testing.assert_close(host.unembed(hidden), 2 * (plain / 2).tanh())
+
+
+@pytest.mark.parametrize("name", ["Qwen2Moe", "Qwen3Moe"])
+def test_models_of_experts_load(name):
+    """Their own code asks the decoder for more than a stream. Edges go by autograd."""
+    model = hooked(build(name, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16))
+    assert stack_of(model.host, recorded(model, model.host.tokenize(PROMPT))) is None
+    assert trace(model, PROMPT, max_nodes=10, sample=0).n_edges > 0
 
 
 def test_logits_made_in_an_unknown_way_are_refused():

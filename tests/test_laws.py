@@ -377,6 +377,7 @@ def test_the_matrix_is_cast_in_tiles_however_it_lies(monkeypatch, how, numbers):
     found = matmul_rounded(x, given)
     size = x.double().abs() @ given.double().abs()
     assert ((found.double() - x.bfloat16().double() @ given.double()).abs() <= 300 * 2.0**-24 * size).all()
+    assert matmul_rounded(x[:0], given).shape == (0, 3, given.shape[1])
 
 
 def test_double_precision_is_never_rounded():

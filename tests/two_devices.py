@@ -42,6 +42,7 @@ class Judged(FakeTensorMode):
         device = kwargs.get("device")
         if not placed and (device is None or torch.device(device).type == "cpu"):
             return func(*args, **kwargs)
+        _check_index(func, args)
         self._judging = True
         try:
             told = super().dispatch(func, types, args, kwargs)
@@ -69,6 +70,15 @@ class Judged(FakeTensorMode):
             return self.put(found, told.fake_device)
         told.held = found
         return told
+
+
+def _check_index(func: Any, args: Any) -> None:
+    """FakeTensorMode lets an index come from anywhere; CUDA takes it from the CPU or from the same device."""
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        own = args[0].fake_device if isinstance(args[0], FakeTensor) else torch.device("cpu")
+        places = {index.fake_device for index in args[1] if isinstance(index, FakeTensor)}
+        if places - {own, torch.device("cpu")}:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, an index or the CPU apart")
 
 
 def _held(value: Any) -> Any:
@@ -143,10 +153,10 @@ def _taken(part: Any) -> int:
     return int(part is not None)
 
 
-def playing(stack: ExitStack) -> Judged:
+def playing(stack: ExitStack, machine: Judged) -> Judged:
     """Enter the played machine."""
     stack.enter_context(Methods())
-    return stack.enter_context(Judged())
+    return stack.enter_context(machine)
 
 
 def spread(model: nn.Module, mode: Judged, device_of: Callable[[str], str]) -> nn.Module:

@@ -77,20 +77,20 @@ def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: 
     if site is None:
         logits = [target for target in targets if isinstance(target, Target)]
         return (len(stack.blocks), 0), *_logit_ends(host, stack, logits, pos, rule)
+    x = stack.stream(read_from(site))
+    pos = pos.to(x.device)
     places, transcoder, feature = _features_among(targets)
-    directions = [target.row for target in targets if isinstance(target, Direction)]
+    directions = [target.row.to(x) for target in targets if isinstance(target, Direction)]
     others = torch.tensor([place for place, target in enumerate(targets) if isinstance(target, Direction)])
     parts = []
     if transcoder is not None:
-        parts.append(_feature_ends(stack, transcoder, feature, pos[places], rule))
+        parts.append(_feature_ends(stack, transcoder, feature, pos[places].to(transcoder.device), rule))
     if directions:
-        vectors, at = torch.stack([row.to(stack.end) for row in directions]), pos[others]
+        vectors, at = torch.stack(directions), pos[others]
         values = (vectors * read(stack, site, at)).sum(-1)
         parts.append((before_norm(stack, site, vectors, at, rule), values))
-    if len(parts) == 1:
-        return read_from(site), parts[0][0], pos, parts[0][1]
     order = torch.cat([places, others]).argsort()
-    gradients, values = (torch.cat(each)[order] for each in zip(*parts, strict=True))
+    gradients, values = (torch.cat([part.to(x.device) for part in each])[order] for each in zip(*parts, strict=True))
     return read_from(site), gradients, pos, values
 
 

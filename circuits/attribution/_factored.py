@@ -209,5 +209,5 @@ def all_gradients(
         found |= dict.fromkeys(here, front.everywhere[0]) if here else {}
         waiting -= here
         if not waiting:
-            return found
-    return None  # no gradient reaches what stands above the targets
+            break
+    return found | {site: torch.zeros_like(stack.stream(joins_at(site))) for site in waiting}  # above the targets

@@ -69,9 +69,9 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[tuple[int
             contract(None if feeder is None else run.cuts[feeder], gradients[feeder][: len(value)], run.embedding)
             for feeder in run.feeders(number)
         ]
-        weights = torch.cat(parts, dim=1)
+        weights = torch.cat([part.to(parts[-1].device) for part in parts], dim=1)
         weights[:, -1] += constants(run, number, part).to(weights)
-        yield number, Rows(run.target_rows(number)[part], run.source_rows(number), weights, value)
+        yield number, Rows(run.target_rows(number)[part], run.source_rows(number), weights, value.to(weights.device))
 
 
 def _forward(run: LocalRun, copies: int) -> tuple[dict[Site | None, Tensor], dict[int | None, Tensor]]:
@@ -103,7 +103,7 @@ def _values(run: LocalRun, number: int, part: slice, out: Float[Tensor, "copy po
         return torch.stack([target.value(out[row]) for row, target in enumerate(run.targets[part])])
     cut = run.cuts[number]
     pos, feature = cut.pos[part], cut.feature[part]
-    stream = cut.transcoder.normed(out[torch.arange(len(pos)), pos])
+    stream = cut.transcoder.normed(out[torch.arange(len(pos)), pos.to(out.device)].to(pos.device))
     rows = cut.transcoder.W_enc[feature].to(stream.dtype)
     return (stream * rows).sum(-1) + cut.transcoder.b_enc[feature].to(stream.dtype)
 
