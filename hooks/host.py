@@ -332,7 +332,8 @@ class Host:
             )
         places = torch.arange(x.shape[1], device=x.device)[None]
         mask = None  # causal by itself, except in eager attention
-        if self.model.config._attn_implementation == "eager":  # type: ignore[union-attr]
+        config: Any = self.model.config
+        if config._attn_implementation == "eager":
             mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
             mask = mask.triu(1)[None, None]
         with torch.no_grad():

@@ -251,11 +251,9 @@ def test_the_same_features_are_selected(both, alone, order):
 def test_whatever_is_explained(both, alone, what):
     layer = int(what[-1]) if what[-1].isdigit() else 3
     vector = [0.1 * n for n in range(40)]
-    if "features" in what and (alone.store.convention.write.offset or layer not in alone.store.layers):
-        pytest.skip("nothing is written below, or nothing read here")
     site = alone.store.sites(alone.store.layers[-1])[0]
-    if what == "both" and (alone.store.convention.write.offset or site.name == "mlp_in"):
-        pytest.skip("a direction is not read where these features are")
+    if what == "both" and site.name == "mlp_in":
+        pytest.skip("a direction is read from the stream, these features from the MLP's input")
     targets = {
         f"features {layer}": [Feature(f"L{layer}/5@4"), Feature(f"L{layer}/9@2")],
         f"direction {layer}": [Direction(vector, Site("resid_post", layer), pos) for pos in (2, 5)],
@@ -273,12 +271,12 @@ def test_graphs_are_verified_taken_apart_and_evaluated(both, alone, convention):
     options = {"max_nodes": 40, "sample": 0, "node_threshold": 1.0, "edge_threshold": 1.0}
     graphs = [trace(model, PROMPT, **options) for model in (alone, both)]
     crossed = {tuple(name.split("/")[0] for name in edge) for edge in edges(graphs[0])}
-    assert ("L1", "L2") in crossed or convention in ("gap", "next layer")  # from one device to the other
+    assert ("L1", "L2") in crossed or convention == "next layer"  # from one device to the other
     one, two = (verify(model, graph, n=120) for model, graph in zip((alone, both), graphs, strict=True))
     for table, columns in (("nodes", ["score", "effect", "doubled"]), ("edges", ["weight", "effect"])):
         here, there = (getattr(found, table)[columns].to_numpy() for found in (one, two))
         np.testing.assert_allclose(there, here, rtol=0, atol=1e-4 * np.abs(here).max())
-    if convention in ("same-site", "gap"):
+    if convention == "same-site":
         here, there = (decompose(model, graph, top=1000) for model, graph in zip((alone, both), graphs, strict=True))
         assert np.abs(there["weight"] - here["weight"]).max() < 1e-4 * np.abs(here["weight"]).max()
     chosen = {name: rule for name, rule in RANKINGS.items() if name != "ig"}  # autograd cannot be played
