@@ -17,7 +17,7 @@ from transformers import StaticCache
 
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
-from hooks.host import Batch, Host, Prompt, execution_device
+from hooks.host import CACHE, Batch, Host, Prompt, execution_device
 from hooks.intervene import Plan, make_edits, make_plan
 from hooks.kernels import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
@@ -250,7 +250,8 @@ class FastDecoder:
 
     def _feed(self, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, " vocab"]:
         """Read tokens behind what the cache holds; logits behind the last."""
-        hidden = self._host.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True).last_hidden_state
+        given: dict[str, Any] = {CACHE: self._cache}
+        hidden = self._host.decoder(input_ids=ids, use_cache=True, **given).last_hidden_state
         return self._host.unembed(hidden[:, -1])[0]
 
     def _advance(self) -> None:

@@ -11,6 +11,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from hooks.errors import ModelError, PromptError, TargetError, first_line, memory_ran_out
 from hooks.kernels import linear_fp32
@@ -28,6 +30,9 @@ from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.types import Edit, Pass
 
 log = logging.getLogger("hooks")
+
+# what a decoder calls its cache: transformers renamed it in 5.24
+CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 
 Prompt = str | Sequence[int] | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
@@ -466,9 +471,8 @@ class Attached:
         self.current = Pass(first, list(prompt_lengths), pads=pads)
         device = self._host.device
         masks = {name: tensor.to(device) for name, tensor in _padding(first, ids.shape[1], pads).items()}
-        hidden = self._host.decoder(
-            input_ids=ids.to(device), past_key_values=cache, use_cache=cache is not None, **masks
-        ).last_hidden_state
+        given = masks | {CACHE: cache}
+        hidden = self._host.decoder(input_ids=ids.to(device), use_cache=cache is not None, **given).last_hidden_state
         return self._host.unembed(hidden[:, -1])
 
 
