@@ -20,9 +20,9 @@ from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, 
 from circuits.scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
 from hooks.errors import TargetError
-from hooks.host import Prompt
 from hooks.model import HookedModel
 from hooks.recording import SINK, Recording, check_same_length, record
+from hooks.tokens import Prompt
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
 

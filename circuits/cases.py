@@ -15,9 +15,9 @@ from torch import Tensor
 
 from circuits.targets import Target, TargetLike, resolve_targets
 from hooks.errors import AddressError, PromptError, TargetError, UserError
-from hooks.host import Prompt
 from hooks.model import HookedModel
 from hooks.recording import Recording, check_same_length
+from hooks.tokens import Prompt
 
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 """What a feature outside the circuit is set to.

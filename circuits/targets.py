@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import TargetError
-from hooks.host import Host, Prompt
+from hooks.host import Host
 from hooks.readout import best_other
 from hooks.sites import Site
 from hooks.store import TranscoderStore
+from hooks.tokens import Prompt
 from hooks.transcoder import Transcoder
 from hooks.types import FeatureAddress, Positions
 

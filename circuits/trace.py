@@ -12,9 +12,9 @@ from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike
 from circuits.verify import verify_in
 from hooks.errors import UserError
-from hooks.host import Prompt
 from hooks.memory import explained
 from hooks.model import HookedModel
+from hooks.tokens import Prompt
 
 log = logging.getLogger("circuits")
 

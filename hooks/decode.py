@@ -17,7 +17,7 @@ from transformers import StaticCache
 
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
-from hooks.host import CACHE, Batch, Host, Prompt, execution_device
+from hooks.host import CACHE, Host, execution_device
 from hooks.intervene import Plan, make_edits, make_plan
 from hooks.kernels import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
@@ -26,6 +26,7 @@ from hooks.observe import Observed, observed_layers
 from hooks.sampling import Sampling, stop_strings
 from hooks.store import TranscoderStore
 from hooks.swap import Swap
+from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass, SparseActs
 
 _WARM_UP = 3  # passes before a capture: libraries choose their kernels and make their workspaces

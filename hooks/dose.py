@@ -10,10 +10,10 @@ import torch
 
 from hooks.errors import InterventionError, TargetError, UserError
 from hooks.generation import Generated
-from hooks.host import Prompt
 from hooks.readout import Effect, effect
 from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
 from hooks.strength import UNITS, Resolved, Steer, Strength
+from hooks.tokens import Prompt
 
 
 @dataclass(frozen=True)

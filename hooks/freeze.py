@@ -31,7 +31,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import UserError
-from hooks.host import Batch, Host
+from hooks.host import Host
+from hooks.tokens import Batch
 
 Part = Literal["attention", "norms", "gates"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hooks.errors import ModelError, PromptError, UserError
-from hooks.host import Batch, Host
+from hooks.host import Host
 from hooks.observe import Observer
 from hooks.sampling import Sampling, TextPieces
+from hooks.tokens import Batch
 from hooks.types import Edit, SparseActs
 
 Reason = Literal["length", "end", "stop"]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hooks.errors import UserError
 from hooks.freeze import PARTS, held, record_held
-from hooks.host import Batch, Host, tap
+from hooks.host import Host, tap
 from hooks.sites import Site
+from hooks.tokens import Batch
 from hooks.types import Edit
 
 ENTRY = {"attn_out": 0, "mlp_out": 3}  # depth in the block at which a module takes its input: resid_pre, mlp_in

@@ -23,7 +23,7 @@ from hooks.errors import CheckpointError, ModelError, TargetError, UserError, fi
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
-from hooks.host import Batch, Host, Prompt, fingerprint, tap
+from hooks.host import Host, fingerprint, tap
 from hooks.hub import Resolved, resolve
 from hooks.intervene import lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
@@ -40,6 +40,7 @@ from hooks.store import TranscoderStore
 from hooks.strength import Strength
 from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
+from hooks.tokens import Batch, Prompt
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, ErrorMode, FeatureAddress, MaskMode
 

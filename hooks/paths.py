@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooks.errors import AddressError, InterventionError, TargetError, UserError
 from hooks.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
-from hooks.host import Batch, Host, tap
+from hooks.host import Host, tap
 from hooks.intervene import as_interventions, make_edits, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
@@ -30,6 +30,7 @@ from hooks.kernels import gather_features
 from hooks.readout import Effect, effect
 from hooks.sites import Site
 from hooks.store import TranscoderStore
+from hooks.tokens import Batch
 from hooks.types import Edit, FeatureAddress
 
 ROWS = 64  # copies of the prompt per pass

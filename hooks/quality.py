@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hooks.errors import PromptError, UserError
-from hooks.host import Batch, Host, Prompt
+from hooks.host import Host
 from hooks.model import HookedModel
 from hooks.quality_report import LayerQuality, Prediction, QualityReport, Replacement
 from hooks.recording import SINK
 from hooks.site_sums import SiteSums, site_sums
 from hooks.store import TranscoderStore
+from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass
 
 TOKENS_AT_ONCE = 2048

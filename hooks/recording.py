@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import PromptError
-from hooks.host import Batch, Host
+from hooks.host import Host
 from hooks.sites import Site
 from hooks.store import TranscoderStore
+from hooks.tokens import Batch
 from hooks.types import SparseActs
 
 SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink

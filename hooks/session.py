@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
-from hooks.host import Batch, Host
+from hooks.host import Host
 from hooks.intervene import NEVER, as_interventions
 from hooks.sampling import Sampling, stop_strings
+from hooks.tokens import Batch
 from hooks.types import Edit
 
 

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.host import Host, Prompt
+from hooks.host import Host
 from hooks.sampling import Sampling, stop_strings
 from hooks.store import TranscoderStore
 from hooks.strength import Resolved, preliminary, resolve
+from hooks.tokens import Prompt
 from hooks.types import Edit, ErrorMode, MaskMode
 
 GREEDY = Sampling()

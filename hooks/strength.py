@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import InterventionError
-from hooks.host import Batch, Host, Prompt, tap
+from hooks.host import Host, tap
 from hooks.intervene import as_interventions, make_plan
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
@@ -27,6 +27,7 @@ from hooks.interventions.clamp import Clamp
 from hooks.recording import SINK
 from hooks.sites import Site
 from hooks.store import TranscoderStore
+from hooks.tokens import Batch, Prompt
 from hooks.types import FeatureAddress
 
 Kind = Literal["absolute", "typical", "residual"]

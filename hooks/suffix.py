@@ -24,8 +24,9 @@ from torch import Tensor
 
 from hooks.errors import memory_ran_out
 from hooks.freeze import own_attention, plain_attention
-from hooks.host import Batch, Host, tap
+from hooks.host import Host, tap
 from hooks.sites import Site
+from hooks.tokens import Batch
 from hooks.types import Edit, Pass
 
 

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from hooks.errors import OutputError, UserError
 from hooks.files import replacing
-from hooks.host import Batch, Host, execution_device
+from hooks.host import Host, execution_device
 from hooks.intervene import LayerTable, as_interventions, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.readout import best_other
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, out_of_memory, record_clean
+from hooks.tokens import Batch
 from hooks.variants import Work, lay_out, live_groups, run_groups
 
 SUFFIXES = (".parquet", ".csv", ".json")

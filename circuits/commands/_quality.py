@@ -8,10 +8,11 @@ from circuits.commands._output import Result, say, show, table
 from circuits.quality_plot import quality_plot
 from circuits.scatter import check_drawing
 from hooks.files import check_writable
-from hooks.host import Host, Prompt
+from hooks.host import Host
 from hooks.quality import quality
 from hooks.quality_report import SUFFIXES, QualityReport, check_report_suffix
 from hooks.texts import Texts
+from hooks.tokens import Prompt
 from hooks.walk import rows_of
 
 SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")

@@ -24,12 +24,12 @@ from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
 from hooks.files import check_writable
-from hooks.host import Prompt
 from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer
+from hooks.tokens import Prompt
 
 
 def add(commands: Any) -> None:
