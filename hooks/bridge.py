@@ -4,7 +4,8 @@ interventions → fwd_hooks → (name, function) pairs → bridge.run_with_hooks
 
 The bridge wraps a twin of the model that shares every tensor; the model itself stays as it is. A TransformerLens hook
 sees a tensor and nothing of the pass it belongs to. So the twin's decoder notes what every pass is given, and our hooks
-read there where they stand: how many tokens are cached, and where the padding is.
+read there where they stand: how many tokens are cached, and where the padding is. TransformerLens 4.3 knows the cache
+by the name that it had before transformers 5.24; until it knows the new one, the twin is given it by both.
 """
 
 import copy
@@ -17,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooks.errors import ModelError, UserError
-from hooks.host import Host
+from hooks.host import CACHE, Host
 from hooks.intervene import Plan, make_edits, make_plan
 from hooks.sites import Site, branches_off
 from hooks.store import TranscoderStore
@@ -96,7 +97,7 @@ class Passes:
             return
         ids = args[0] if args else given.get("input_ids")
         entry = given["inputs_embeds"] if ids is None else ids
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         first = 0 if cache is None else int(cache.get_seq_length())
         self.current = Incoming(ids, entry.shape[0], first, entry.shape[1], given.get("attention_mask"))
 
@@ -117,7 +118,33 @@ def boot(host: Host, passes: Passes, name: str) -> Any:
     passes.watch(twin.model)
     name = str(getattr(model.config, "_name_or_path", "") or name)
     dtype = next(model.parameters()).dtype
-    return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=host.tokenizer, dtype=dtype)
+    bridge = TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=host.tokenizer, dtype=dtype)
+    if CACHE != LENS_CACHE:
+        _name_the_cache(twin)
+    return bridge
+
+
+LENS_CACHE = "past_key_values"  # what TransformerLens 4.3 calls the cache, in every transformers
+
+
+def _name_the_cache(twin: nn.Module) -> None:
+    """Give the model the cache by its present name, and the attention of TransformerLens by the name it reads.
+
+    Without the first, transformers warns at every cached token. Without the second, nothing is ever put into the cache,
+    so that every new token attends to itself alone.
+    """
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    def present(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        return args, {CACHE if name == LENS_CACHE else name: value for name, value in given.items()}
+
+    def both(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        return args, given | {LENS_CACHE: given.get(CACHE)}
+
+    twin.register_forward_pre_hook(present, with_kwargs=True)
+    for part in twin.modules():
+        if isinstance(part, AttentionBridge) and type(part).forward is not AttentionBridge.forward:  # which calls HF's
+            part.register_forward_pre_hook(both, with_kwargs=True)
 
 
 def fwd_hooks(

@@ -667,6 +667,9 @@ class HookedModel:
     def bridge(self) -> Any:
         """A TransformerBridge on a twin of the model that shares every tensor; the plain model stays as it is.
 
+        It finds its cache by the name that the installed transformers gives it; a bridge booted by other means may not
+        (docs/transformerlens.md, "A bridge of your own").
+
         Raises:
             ModelError: transformer-lens is not installed.
         """

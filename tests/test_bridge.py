@@ -1,13 +1,31 @@
 """TransformerLens both ways: our edits as hooks of a bridge, its users' functions as our edits; the model untouched."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from test_interventions import KINDS, inactive, strongest
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
+from hooks.bridge import LENS_CACHE
 from hooks.errors import AddressError
-from hooks.host import tap
+from hooks.host import CACHE, tap
 from hooks.lens import lens_edits
 from hooks.types import SparseActs
 
@@ -265,6 +283,68 @@ def test_a_generation_that_was_not_announced_is_refused(odd):
         hooks = odd.fwd_hooks([Clamp("L1/7", 8.0)], max_new_tokens=room)
         with odd.bridge.hooks(fwd_hooks=hooks), pytest.raises(UserError, match=f"at most {room} new tokens"):
             odd.bridge.generate(tokens, **LOUD)
+
+
+WINDOWS = {"sliding_window": 3}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2, windows": (Qwen2Config, Qwen2ForCausalLM, WINDOWS | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral, windows": (MistralConfig, MistralForCausalLM, WINDOWS),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0}),  # one projection for queries, keys and values
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"pad_token_id": 0}),
+}
+
+
+def endless(family: str) -> HookedModel:
+    """A random model that never ends a text, so that every generation has its full length."""
+    config, network, special = FAMILIES[family]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    made = network(config(**sizes, **heads, **special, max_position_embeddings=128, initializer_range=0.15)).eval()
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
+    return HookedModel.from_model(made, word_tokenizer(), [random_transcoder(0, 40)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bridge_generates_what_transformers_do_and_without_a_warning(family):
+    """With the cache, whatever transformers calls it, and without; also where prompts are longer than a window."""
+    model = endless(family)
+    ids = torch.tensor([[3, 9, 4, 22, 17, 5, 8]])
+    theirs = model.host.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    bridge = model.bridge
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cached in (True, False):
+            assert torch.equal(bridge.generate(ids, use_past_kv_cache=cached, **LOUD), theirs)
+        assert torch.equal(bridge.hf_generate(ids, max_new_tokens=NEW, do_sample=False), theirs)
+        first, cache = bridge(ids[:, :4], return_type="logits_and_cache", use_past_kv_cache=True)
+        after = bridge(ids[:, 4:], past_key_values=cache, attention_mask=torch.ones_like(ids))
+    close(torch.cat([first, after], 1), bridge(ids))
+
+
+REPAIRED = (
+    "TransformerLens is repaired: remove _name_the_cache and LENS_CACHE from hooks/bridge.py, this test, and "
+    "'A bridge of your own' from docs/transformerlens.md"
+)
+
+
+def test_a_bridge_that_is_not_ours_still_loses_the_cache(odd):
+    """TransformerLens 4.3 on transformers 5.24: no hook of ours is involved."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokens, plain = odd.host.batch([ROWS[0]]).ids, odd.host.model
+    theirs = odd.bridge.generate(tokens, use_past_kv_cache=False, **LOUD)
+    bare = TransformerBridge.boot_transformers("", hf_model=copy.deepcopy(plain), tokenizer=word_tokenizer())
+    assert torch.equal(bare.generate(tokens, use_past_kv_cache=False, **LOUD), theirs)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cached = bare.generate(tokens, use_past_kv_cache=True, **LOUD)
+    wrong = not torch.equal(cached, theirs)
+    warned = any("past_key_values" in str(each.message) for each in said)
+    assert (wrong, warned) == (CACHE != LENS_CACHE,) * 2, REPAIRED
 
 
 # -- the twin ----------------------------------------------------------------------------------------------------------
