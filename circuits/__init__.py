@@ -7,8 +7,10 @@ graph.to_networkx()
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hooks
+from hooks.lazy import lazily
 
 if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).parent.parent:
     raise ImportError(  # the import names are generic; another distribution may own one of them
@@ -16,18 +18,20 @@ if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).pa
         f"beside {Path(__file__).parent}: another package of that name is in the way"
     )
 
-from circuits.attribution import RULES
-from circuits.cases import Pair, make_cases
-from circuits.decompose import decompose
-from circuits.evaluate import completeness, faithfulness
-from circuits.graph import Graph
-from circuits.measures import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
-from circuits.prune import prune
-from circuits.scores import FeatureScores, score_features
-from circuits.supernodes import merge_chains, supernode_graph
-from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
-from circuits.trace import prepare, trace
-from circuits.verify import Verification, verify
+if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
+    from circuits.attribution import RULES
+    from circuits.cases import Pair, make_cases
+    from circuits.decompose import decompose
+    from circuits.evaluate import completeness, faithfulness
+    from circuits.graph import Graph
+    from circuits.measures import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
+    from circuits.prune import prune
+    from circuits.scores import FeatureScores, score_features
+    from circuits.supernodes import merge_chains, supernode_graph
+    from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
+    from circuits.trace import prepare, trace
+    from circuits.verify import Verification, verify
+    from hooks.version import __version__ as __version__
 
 __all__ = [
     "RULES",
@@ -58,3 +62,22 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+lazily(
+    __name__,
+    {
+        "circuits.attribution": ("RULES",),
+        "circuits.cases": ("Pair", "make_cases"),
+        "circuits.decompose": ("decompose",),
+        "circuits.evaluate": ("completeness", "faithfulness"),
+        "circuits.graph": ("Graph",),
+        "circuits.measures": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
+        "circuits.prune": ("prune",),
+        "circuits.scores": ("FeatureScores", "score_features"),
+        "circuits.supernodes": ("merge_chains", "supernode_graph"),
+        "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
+        "circuits.trace": ("prepare", "trace"),
+        "circuits.verify": ("Verification", "verify"),
+        "hooks.version": ("__version__",),
+    },
+)

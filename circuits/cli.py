@@ -4,15 +4,14 @@ Exit status 0: done; 2: the input was wrong, said without a traceback; 1: a faul
 """
 
 import argparse
+import importlib
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-import transformers
-
-from circuits.commands import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
+from circuits.options import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
 from hooks.errors import UserError
 
 COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
@@ -22,17 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="circuits: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    if getattr(args, "model", "demo") == "demo":
-        torch.set_num_threads(1)  # a tiny model is slower on several
-        transformers.utils.logging.disable_progress_bar()  # of loading it
     try:
-        result = args.run(args)
+        result = run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Import what the chosen command needs, which takes seconds, and do it; returns what `--json` prints."""
+    return importlib.import_module(f"circuits.commands.{args.command}").run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

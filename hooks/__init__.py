@@ -5,20 +5,26 @@ model = HookedModel.load("demo")
 run = model.run("fact: the capital of the state containing Dallas is", [Ablate("L3/118@-1")])
 """
 
-from hooks.candidates import Change
-from hooks.errors import UserError
-from hooks.generation import Sampling
-from hooks.hold import Hold
-from hooks.interventions.ablate import Ablate
-from hooks.interventions.add import Add
-from hooks.interventions.clamp import Clamp
-from hooks.interventions.scale import Scale
-from hooks.model import HookedModel
-from hooks.sites import Site
-from hooks.store import TranscoderStore
-from hooks.strength import Steer
-from hooks.transcoder import Transcoder
-from hooks.types import FeatureAddress, SparseActs
+from typing import TYPE_CHECKING
+
+from hooks.lazy import lazily
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
+    from hooks.candidates import Change
+    from hooks.errors import UserError
+    from hooks.generation import Sampling
+    from hooks.hold import Hold
+    from hooks.interventions.ablate import Ablate
+    from hooks.interventions.add import Add
+    from hooks.interventions.clamp import Clamp
+    from hooks.interventions.scale import Scale
+    from hooks.model import HookedModel
+    from hooks.sites import Site
+    from hooks.store import TranscoderStore
+    from hooks.strength import Steer
+    from hooks.transcoder import Transcoder
+    from hooks.types import FeatureAddress, SparseActs
+    from hooks.version import __version__ as __version__
 
 __all__ = [
     "Ablate",
@@ -37,3 +43,24 @@ __all__ = [
     "TranscoderStore",
     "UserError",
 ]
+
+lazily(
+    __name__,
+    {
+        "hooks.candidates": ("Change",),
+        "hooks.errors": ("UserError",),
+        "hooks.generation": ("Sampling",),
+        "hooks.hold": ("Hold",),
+        "hooks.interventions.ablate": ("Ablate",),
+        "hooks.interventions.add": ("Add",),
+        "hooks.interventions.clamp": ("Clamp",),
+        "hooks.interventions.scale": ("Scale",),
+        "hooks.model": ("HookedModel",),
+        "hooks.sites": ("Site",),
+        "hooks.store": ("TranscoderStore",),
+        "hooks.strength": ("Steer",),
+        "hooks.transcoder": ("Transcoder",),
+        "hooks.types": ("FeatureAddress", "SparseActs"),
+        "hooks.version": ("__version__",),
+    },
+)

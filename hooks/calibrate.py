@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
 from hooks.findings import DecoderFinding, Findings
 from hooks.formats import Checkpoint, encoders
@@ -29,8 +30,6 @@ from hooks.sites import SiteSpec
 from hooks.texts import Texts
 from hooks.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
 from hooks.walk import Rows, rows_of
-
-TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def calibrate(
     checkpoint: Checkpoint,
     texts: Texts,
     *,
-    tokens: int = TOKENS,
+    tokens: int = CHECK_TOKENS,
     layers: Sequence[int] | None = None,
     read: SiteSpec | None = None,
     write: SiteSpec | None = None,

@@ -8,6 +8,7 @@ from itertools import combinations
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.choices import CHANGES
 from hooks.errors import InterventionError, UserError
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
@@ -15,8 +16,6 @@ from hooks.interventions.clamp import Clamp
 from hooks.interventions.scale import Scale
 from hooks.recording import Recording, check_same_length
 from hooks.types import FeatureAddress, Positions
-
-KINDS = ("zero", "mean", "resample", "scale", "set")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Change:
     reference: Recording | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InterventionError(f"unknown kind of change {self.kind!r}", expected=", ".join(KINDS))
+        if self.kind not in CHANGES:
+            raise InterventionError(f"unknown kind of change {self.kind!r}", expected=", ".join(CHANGES))
         valued, compared = self.kind in ("scale", "set"), self.kind in ("mean", "resample")
         if valued != (self.value is not None):
             wanted = "a value" if valued else "no value"

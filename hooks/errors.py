@@ -6,8 +6,6 @@ Everything a person or a file got wrong is a `UserError` (exit status 2, no trac
 
 import re
 
-import torch
-
 
 class UserError(ValueError):
     """The input was wrong. `str(error)` is a complete message; nothing was written.
@@ -71,6 +69,7 @@ class OutputError(UserError):
 
 def memory_ran_out(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on either kind of device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    # torch's own class by its name: the command line starts with this file, and without torch
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -2,6 +2,9 @@
 
 import importlib
 import pkgutil
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 
@@ -22,3 +25,21 @@ def discover(package: str, requires: tuple[str, ...]) -> dict[str, ModuleType]:
             raise TypeError(f"{module.__file__} is in {package}/ but does not define {missing}")
         found[info.name] = module
     return found
+
+
+def names(package: str, defines: str) -> tuple[str, ...]:
+    """The plug-ins of a folder whose source defines a function or imports it under its own name; imports none of them.
+
+    What `discover` finds, for help and completion: a name is known before the libraries that it works with are loaded.
+    """
+    spec = find_spec(package)
+    assert spec is not None, f"there is no package {package}"
+    assert spec.submodule_search_locations, f"{package} is no folder"
+    defining = re.compile(rf"^def {defines}\(|^from .* import .*\b{defines}\b", re.MULTILINE)
+    folder = Path(spec.submodule_search_locations[0])
+    sources = {info.name: folder / f"{info.name}.py" for info in pkgutil.iter_modules([str(folder)])}
+    return tuple(
+        name
+        for name, source in sources.items()
+        if not name.startswith("_") and defining.search(source.read_text(encoding="utf-8"))
+    )

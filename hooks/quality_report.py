@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from hooks.choices import REPORTS
 from hooks.errors import OutputError
 from hooks.files import replacing, write_json
 
-SUFFIXES = (".csv", ".json", ".parquet")
 _SUMMED = ("dead", "always_on", "features")
 _NOTHING_LOST = 1e-6  # nats; an ablation that costs less is no yardstick
 
@@ -159,8 +159,8 @@ def check_report_suffix(path: Path) -> None:
     Raises:
         OutputError: the suffix is none of csv, json and parquet.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"unknown table format {path.suffix!r}", expected=", ".join(SUFFIXES), where=str(path))
+    if path.suffix.lower() not in REPORTS:
+        raise OutputError(f"unknown table format {path.suffix!r}", expected=", ".join(REPORTS), where=str(path))
 
 
 def _site_columns(sites: pd.DataFrame) -> dict[str, Any]:

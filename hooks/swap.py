@@ -10,13 +10,11 @@ from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.choices import ERROR_MODES, MASK_MODES
 from hooks.errors import UserError
 from hooks.recording import LayerRecord, Recording
 from hooks.transcoder import Transcoder
-from hooks.types import ErrorMode, MaskMode, Pass, SparseActs
-
-ERROR_MODES: tuple[ErrorMode, ...] = ("live", "frozen", "zero")
-MASK_MODES: tuple[MaskMode, ...] = ("frozen", "live")
+from hooks.types import ErrorMode, Pass, SparseActs
 
 
 def check_modes(error: str, mask: str, *, swapping: bool) -> None:

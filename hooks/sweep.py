@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.files import replacing
 from hooks.host import Host, execution_device
@@ -30,8 +31,6 @@ from hooks.suffix import Clean, out_of_memory, record_clean
 from hooks.tokens import Batch
 from hooks.variants import Work, lay_out, live_groups, run_groups
 
-SUFFIXES = (".parquet", ".csv", ".json")
-METRICS = ("delta", "delta_logit", "delta_prob", "kl", "rank")
 CONTROLS = 8  # rows in which nothing is changed, in every batch
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
 
@@ -76,8 +75,8 @@ class Sweep:
         """
         path = Path(path)
         suffix = path.suffix.lower()
-        if suffix not in SUFFIXES:
-            raise OutputError(f"unknown table format {path.suffix!r}", expected=" or ".join(SUFFIXES), where=str(path))
+        if suffix not in TABLES:
+            raise OutputError(f"unknown table format {path.suffix!r}", expected=" or ".join(TABLES), where=str(path))
         with replacing(path) as temporary:
             if suffix == ".csv":
                 self.table.to_csv(temporary, index=False)
@@ -113,7 +112,7 @@ def sweep(
     Args:
         groups: what each variant changes; delta form, TopK not run again (`mask="frozen"`).
         target, against: token ids; the clean run's answer and its best other by default.
-        metrics: any of `METRICS`. The first two need two rows of the unembedding, the others all of it.
+        metrics: any of `hooks.choices.METRICS`. The first two need two rows of the unembedding, the others all of it.
         tokens_at_once: of all rows of a batch; by default what a quarter of the free memory holds, 8,192 at most.
             Halved as often as memory runs out.
 

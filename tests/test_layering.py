@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "errors", "plugins", "sites", "types", "kernels", "_tiles", "rows",
+        "version", "lazy", "errors", "choices", "plugins", "sites", "types", "kernels", "_tiles", "rows",
         "transcoder", "links", "guard", "files", "formats", "hub",
         "findings", "convention", "loading", "residency", "store", "convert",
         "readout", "tokens", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths",
@@ -22,8 +22,8 @@ ORDER = {  # lowest first: a module imports only what stands before it
     "circuits": [
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
         "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "quality_plot", "verify",
-        "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "commands",
-        "cli",
+        "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "options",
+        "commands", "cli",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}

@@ -5,7 +5,6 @@ run, where the resident set of a process this small is mostly interpreter, heap 
 takes are held to 15 % *without* the weights, which alone would make most of the figure right.
 """
 
-import argparse
 import gc
 import inspect
 import json
@@ -18,10 +17,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from worlds import word_tokenizer
 
 from benchmarks._allocations import allocations
-from circuits import prepare, trace
+from circuits import cli, prepare, trace
 from circuits.attribution import _factored, _features, autograd
-from circuits.commands import _plan
-from circuits.commands._options import command
 from circuits.held import ROWS
 from circuits.trace import EDGE_BYTES
 from hooks import Clamp, HookedModel, Site, Transcoder, kernels, sweep
@@ -471,10 +468,8 @@ def test_other_errors_pass_and_sizes_are_not_asked_for():
 
 
 def ran(*arguments: str) -> dict:
-    parser = argparse.ArgumentParser()
-    _plan.add(command(parser.add_subparsers(), "check", _plan.run, "measure"))
-    args = parser.parse_args(["check", "--plan", "--json", *arguments])
-    return json.loads(json.dumps(args.run(args), allow_nan=False))
+    args = cli.build_parser().parse_args(["check", "--plan", "--json", *arguments])
+    return json.loads(json.dumps(cli.run(args), allow_nan=False))
 
 
 NUMBERS = ("--set-layers", "63", "--features", "12288", "--k", "1474", "--set-dtype", "bfloat16")
@@ -504,10 +499,7 @@ def test_a_folder_with_a_config_and_a_folder_of_transcoders(tmp_path, capsys):
 
 
 def test_what_people_see(capsys):
-    parser = argparse.ArgumentParser()
-    _plan.add(command(parser.add_subparsers(), "check", _plan.run, "measure"))
-    args = parser.parse_args(["check", "--plan", "--model", "32B", *NUMBERS])
-    args.run(args)
+    cli.run(cli.build_parser().parse_args(["check", "--plan", "--model", "32B", *NUMBERS]))
     said = capsys.readouterr().out
     for part in ("65.5 GB in bfloat16", "8-bit 34.3 GB", "= 15.9 GB", "at 512 tokens", "what blocks computed", "141"):
         assert part in said

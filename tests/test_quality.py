@@ -407,7 +407,7 @@ def test_the_picture_is_drawn_from_the_report(odd, tmp_path):
 
 def asked(*words: str) -> dict:
     args = cli.build_parser().parse_args(["check", "--quality", *words])
-    return args.run(args)
+    return cli.run(args)
 
 
 def test_the_command_measures_a_file_and_writes_all_of_it(demo, tmp_path, capsys):

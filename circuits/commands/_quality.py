@@ -1,7 +1,6 @@
 """`circuits check --quality`: how good a set is on a model and a text."""
 
 import argparse
-from pathlib import Path
 
 from circuits.commands._options import load
 from circuits.commands._output import Result, say, show, table
@@ -10,7 +9,7 @@ from circuits.scatter import check_drawing
 from hooks.files import check_writable
 from hooks.host import Host
 from hooks.quality import quality
-from hooks.quality_report import SUFFIXES, QualityReport, check_report_suffix
+from hooks.quality_report import QualityReport, check_report_suffix
 from hooks.texts import Texts
 from hooks.tokens import Prompt
 from hooks.walk import rows_of
@@ -18,13 +17,6 @@ from hooks.walk import rows_of
 SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")
 LOSSES = ("loss", "stored_loss")
 PREDICTIONS = ("swapped", "delta_ce", "ce_ablated", "ce_score", "kl", "kl_ablated", "kl_score", "top1_agreement")
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Its options, beside --text, --tokens, --layers and --plot of `circuits check`."""
-    group = parser.add_argument_group("quality of the set")
-    group.add_argument("--quality", action="store_true", help="measure what it reconstructs and what swapping costs")
-    group.add_argument("--out", type=Path, metavar="FILE", help=f"the whole report: {', '.join(SUFFIXES)}")
 
 
 def run(args: argparse.Namespace) -> Result:

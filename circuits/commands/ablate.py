@@ -2,20 +2,10 @@
 
 import argparse
 from dataclasses import asdict
-from typing import Any
 
-from circuits.commands._options import add_changing, add_many, add_prompt, add_target, command, load
+from circuits.commands._options import load
 from circuits.commands._output import Result, ranked, show, standing_line
 from hooks.interventions import INTERVENTIONS
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    ablate = command(commands, "ablate", run, "zero features and measure the change of a target's logit")
-    add_prompt(ablate)
-    add_many(ablate, "--feature", "ADDR", "L{layer}/{feature}[@{position}], for example L3/118@-1", required=True)
-    add_target(ablate)
-    add_changing(ablate)
 
 
 def run(args: argparse.Namespace) -> Result:

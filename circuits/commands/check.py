@@ -3,16 +3,15 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
-from circuits.commands._options import command, count, layers
+from circuits.commands._options import settle
 from circuits.commands._output import Result, say, show, table
 from circuits.scatter import check_drawing
-from hooks.calibrate import TOKENS, Calibration, calibrate
+from hooks.calibrate import Calibration, calibrate
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.files import check_writable
@@ -37,21 +36,6 @@ LAYERS = {
 }
 
 
-def add(commands: Any) -> None:
-    """Its options."""
-    check = command(commands, "check", run, "measure which sites a set of transcoders reads and writes on a model")
-    group = check.add_argument_group("measurement")
-    group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
-    group.add_argument("--tokens", type=count, default=TOKENS, metavar="N", help=f"how much of it (default {TOKENS})")
-    group.add_argument("--layers", type=layers, default="all", metavar="0,1|all", help="which (default all)")
-    group.add_argument(
-        "--save", action="store_true", help="write the findings beside the set, where loading finds them"
-    )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="a map of all candidates, png or svg")
-    _quality.add(check)
-    _plan.add(check)
-
-
 def run(args: argparse.Namespace) -> Result:
     """Measure, say, write."""
     if args.plan and args.quality:
@@ -68,6 +52,7 @@ def run(args: argparse.Namespace) -> Result:
     sites = {
         name: SiteSpec.parse(text) if text else None for name, text in (("read", args.read), ("write", args.write))
     }
+    settle(args.model)
     with explained("loading the model", args.device or "cpu"):
         host = load_host(args.model, dtype=args.dtype, device=args.device, device_map=args.device_map)
     chosen = None if args.layers == "all" else args.layers

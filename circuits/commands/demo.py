@@ -3,30 +3,21 @@
 import argparse
 import time
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from circuits.commands._options import command
+from circuits.commands._options import settle
 from circuits.commands._output import Result, say, show
 from circuits.demo import report
 from circuits.demo.questions import Exam
 from circuits.demo.story import PICTURES, tell
-from hooks.demo import TRANSCODERS
 from hooks.files import check_writable, write_text
 from hooks.model import HookedModel
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    demo = command(commands, "demo", run, "the whole story on the embedded model", model=False)
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the report and the circuit")
-    demo.add_argument("--transcoders", choices=sorted(TRANSCODERS), default="demo", help="embedded set")
 
 
 def run(args: argparse.Namespace) -> Result:
     """Tell the story and write the report and the circuit."""
     for name in ("report.md", *PICTURES):
         check_writable(args.out / name)
+    settle("demo")
     started = time.perf_counter()
     say("measuring; about half a minute on two cores")
     model = HookedModel.load("demo", args.transcoders)

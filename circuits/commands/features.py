@@ -1,18 +1,9 @@
 """`circuits features`: the strongest features per token."""
 
 import argparse
-from typing import Any
 
-from circuits.commands._options import add_prompt, command, count, layers, load
+from circuits.commands._options import load
 from circuits.commands._output import Result, show, table
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    features = command(commands, "features", run, "the strongest features of every token")
-    add_prompt(features)
-    features.add_argument("--top", type=count, default=10, metavar="N", help="features per token (default 10)")
-    features.add_argument("--layers", type=layers, metavar="0,1|all", help="only these layers")
 
 
 def run(args: argparse.Namespace) -> Result:

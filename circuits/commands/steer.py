@@ -10,11 +10,6 @@ from typing import Any
 import pandas as pd
 
 from circuits.commands._options import (
-    add_changing,
-    add_many,
-    add_prompt,
-    add_target,
-    command,
     intervention,
     load,
 )
@@ -24,46 +19,11 @@ from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
 from hooks.files import check_writable
-from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer
 from hooks.tokens import Prompt
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    steer = command(commands, "steer", run, "generate with features held at chosen values")
-    add_prompt(steer)
-    add_many(
-        steer,
-        "--set",
-        "ADDR=VALUE",
-        "hold a feature at a value, for example L3/118=8.0 or L3/118@new=8.0; x2 is twice its typical activation, 0.1r "
-        "what makes it write a tenth of the residual norm",
-    )
-    add_many(steer, "--do", "NAME:ADDR[=VALUE]", f"any intervention: {', '.join(INTERVENTIONS)}; scale:L3/118=2.0")
-    steer.add_argument(
-        "--when-inactive", choices=("apply", "skip"), help="where a feature is inactive (default: apply)"
-    )
-    steer.add_argument("--texts", type=Path, metavar="FILE", help="one text a line, for typical activations as well")
-    steer.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    add_changing(steer)
-    group = steer.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default 16")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
-    add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
-    sweep = steer.add_argument_group("sweep over strengths")
-    sweep.add_argument(
-        "--strengths",
-        metavar="GRID",
-        help="strengths for every --set ADDR without a value: 0,2,4 or 0:8:5 or x0,x1,x2 (--strengths=-2,0,2)",
-    )
-    sweep.add_argument("--plot", type=Path, metavar="FILE", help="effect and fluency against strength, png or svg")
-    add_target(sweep, top=False)
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -2,21 +2,11 @@
 
 import argparse
 from dataclasses import asdict
-from typing import Any
 
 import pandas as pd
 
-from circuits.commands._options import add_prompt, command, layers, load
+from circuits.commands._options import load
 from circuits.commands._output import Result, show, table
-from hooks.swap import ERROR_MODES
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    swap = command(commands, "swap", run, "replace sites by their reconstructions and measure")
-    add_prompt(swap)
-    swap.add_argument("--layers", type=layers, default="all", metavar="0,1|all", help="which (default all)")
-    swap.add_argument("--error", choices=ERROR_MODES, default="zero", help="what becomes of the error (default zero)")
 
 
 def run(args: argparse.Namespace) -> Result:

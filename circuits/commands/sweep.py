@@ -1,52 +1,24 @@
 """`circuits sweep`: the effect of many interventions, one by one, each exact."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from circuits.commands._options import (
-    add_many,
-    add_prompt,
-    add_target,
-    command,
-    count,
     intervention,
     load,
 )
 from circuits.commands._output import Result, say, show, table
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
-from hooks.candidates import KINDS, Change, active_features, changed, doses, pairs
+from hooks.candidates import Change, active_features, changed, doses, pairs
+from hooks.choices import TABLES
 from hooks.dose import grid
 from hooks.errors import OutputError, UserError
 from hooks.files import check_writable
 from hooks.model import HookedModel
-from hooks.sweep import METRICS, SUFFIXES, Sweep
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    sweep = command(commands, "sweep", run, "change features one by one and measure what each does to the next token")
-    add_prompt(sweep)
-    what = sweep.add_argument_group("what is changed (default: every active feature of the prompt)")
-    what.add_argument("--layer", type=int, nargs="+", action="extend", metavar="L", help="features of these layers")
-    what.add_argument("--position", type=int, nargs="+", action="extend", metavar="T", help="at these tokens")
-    add_many(what, "--group", "ADDR[+ADDR…]", "features changed together, for example L3/118@-1+L4/7")
-    what.add_argument("--pairs", action="store_true", help="every two of the groups together as well")
-    what.add_argument("--change", choices=KINDS, default="zero", help="what becomes of a feature (default zero)")
-    what.add_argument("--value", type=float, metavar="X", help="of scale and set")
-    add_many(what, "--reference", "PROMPT", "prompts that mean and resample take activations from")
-    what.add_argument("--dose", metavar="ADDR", help="hold one feature at each of --values")
-    what.add_argument("--values", metavar="A,B,…", help="numbers, or FROM:TO:COUNT")
-    add_target(sweep, top=False)
-    sweep.add_argument("--at", type=int, default=-1, metavar="T", help="the token whose successor is measured")
-    sweep.add_argument("--metrics", nargs="+", choices=METRICS, default=["delta", "delta_logit"], help="columns")
-    sweep.add_argument("--top", type=count, default=20, metavar="N", help="strongest effects to show (default 20)")
-    sweep.add_argument("--out", type=Path, metavar="FILE", help=f"the whole table: {', '.join(SUFFIXES)}")
-    sweep.add_argument("--plot", type=Path, metavar="FILE", help="effects by layer and position, png or svg")
-    sweep.add_argument("--tokens-at-once", type=count, metavar="N", help="positions per batch (default: what fits)")
+from hooks.sweep import Sweep
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -77,8 +49,8 @@ def run(args: argparse.Namespace) -> Result:
 
 def _check_files(args: argparse.Namespace) -> None:
     if args.out:
-        if args.out.suffix.lower() not in SUFFIXES:
-            raise OutputError(f"unknown table format {args.out.suffix!r}", expected=" or ".join(SUFFIXES))
+        if args.out.suffix.lower() not in TABLES:
+            raise OutputError(f"unknown table format {args.out.suffix!r}", expected=" or ".join(TABLES))
         check_writable(args.out)
     if args.plot:
         check_suffix(args.plot)

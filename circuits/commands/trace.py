@@ -2,46 +2,19 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from circuits.attribution import RULES
-from circuits.commands._options import add_prompt, add_target, command, load, nodes
+from circuits.commands._options import load
 from circuits.commands._output import Result, figure, peak_bytes, show, table
 from circuits.export import export
 from circuits.graph import Graph
 from circuits.scatter import check_suffix
-from circuits.select import ORDERS
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.trace import check_options, trace
 from hooks.errors import UserError
 from hooks.files import check_writable
-
-
-def add(commands: Any) -> None:
-    """Its options."""
-    tracer = command(commands, "trace", run, "explain an answer by a graph, verified by real ablations")
-    add_prompt(tracer)
-    tracer.add_argument("--out", type=Path, required=True, metavar="FILE", help="the graph, as safetensors")
-    tracer.add_argument("--rule", default="exact", help=f"attribution rule: {', '.join(RULES)} (default exact)")
-    tracer.add_argument(
-        "--select", default="score", metavar="ORDER", help=f"how features are chosen: {', '.join(ORDERS)}"
-    )
-    tracer.add_argument("--max-nodes", type=nodes, default=10_000, metavar="N|all", help="features (default 10000)")
-    tracer.add_argument("--max-in-edges", type=int, default=256, metavar="N", help="kept per node (default 256)")
-    tracer.add_argument("--node-threshold", type=float, default=0.8, metavar="SHARE", help="influence kept, nodes")
-    tracer.add_argument("--edge-threshold", type=float, default=0.98, metavar="SHARE", help="influence kept, edges")
-    tracer.add_argument("--sample", type=int, default=200, metavar="N", help="nodes and edges to verify (default 200)")
-    tracer.add_argument("--seed", type=int, default=0, help="of the verified sample")
-    tracer.add_argument("--plot", type=Path, metavar="FILE", help="predicted against measured, png or svg")
-    add_target(tracer, top=False)
-    tracer.add_argument("--position", type=int, metavar="N", help="explain the next token after this one (default -1)")
-    tracer.add_argument("--answer", metavar="TEXT", help="an answer of one or several tokens, explained as a whole")
-    tracer.add_argument("--mass", type=float, metavar="P", help="the likeliest next tokens up to this probability")
-    tracer.add_argument("--explain", metavar="ADDR", help="a feature instead of an answer, for example L3/118@7")
-    tracer.add_argument("--counterfactual", metavar="PROMPT", help="explain what differs from this other prompt")
 
 
 def run(args: argparse.Namespace) -> Result:

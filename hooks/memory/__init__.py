@@ -4,14 +4,12 @@ sizes (`ModelShape`, `SetShape`) + what is to be run (`Ask`) → the steps of ev
 weights, and where they fit (`plan`). Nothing is loaded. docs/memory.md derives every formula.
 """
 
-from hooks.memory._modes import DEVICES, MARGIN, Mode, Plan, gb, gib, plan
+from hooks.memory._modes import MARGIN, Mode, Plan, gb, gib, plan
 from hooks.memory._refusal import ask_for, capacity_of, explained, refuse, repair_for
-from hooks.memory._shapes import ITEM, QWEN25, ModelShape, SetShape, known_model, model_shape
+from hooks.memory._shapes import QWEN25, ModelShape, SetShape, known_model, model_shape
 from hooks.memory._work import Ask, Step, Task, Work, host_tables, tasks, work
 
 __all__ = [
-    "DEVICES",
-    "ITEM",
     "MARGIN",
     "QWEN25",
     "Ask",

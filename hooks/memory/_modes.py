@@ -11,8 +11,6 @@ MARGIN = 1.15  # on what running takes: estimates are held to 15 % of what is me
 BUDGET_LAYERS = 2  # a target's transcoder and its sources'
 SWEEP_AT_LEAST = 512  # tokens of a sweep's batch that are worth the while; it takes what fits
 MOST_CARDS = 16
-DEVICES = {"rtx4090": 24, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141}
-"""GB by name. A card's GB count as 10^9 bytes; what it has beyond (up to 7 %) is for driver, context and fragments."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hooks.choices import ITEM
 from hooks.errors import ModelError
 from hooks.files import open_pt
 from hooks.formats import Checkpoint, LayerSource
 from hooks.sites import Site, SiteSpec
 
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes per number
 SCALE_8BIT = 4  # bytes per row of a matrix held in int8: one fp32 scale
 BYTES_4BIT = 0.5 + 4 / 64  # per number of a matrix held in 4 bits: one fp32 scale per 64 of them
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
-from hooks.memory._shapes import ITEM, ModelShape, SetShape
+from hooks.choices import ITEM
+from hooks.memory._shapes import ModelShape, SetShape
 
 On = Literal["cuda", "cpu"]
 Task = Literal["features", "generate", "sweep", "trace"]

@@ -1,0 +1,94 @@
+"""Options that several subcommands share."""
+
+import argparse
+from typing import Any
+
+from hooks.choices import ERROR_MODES, MASK_MODES
+
+
+def command(commands: Any, name: str, help: str, *, model: bool = True) -> argparse.ArgumentParser:
+    """A subcommand with its `--json` and, unless told otherwise, the options that load a model."""
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(command=name)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+    if model:
+        group = parser.add_argument_group("model")
+        group.add_argument("--model", default="demo", help="demo (embedded, default), a folder, or a hub id")
+        group.add_argument("--transcoders", metavar="SET", help="demo, demo-dense, a folder, or a hub id")
+        group.add_argument("--read", metavar="SITE", help="the site the transcoders read, if the files do not say")
+        group.add_argument("--write", metavar="SITE", help="the site they reconstruct, likewise")
+        group.add_argument("--k", type=int, metavar="N", help="features TopK keeps, if the files do not say")
+        group.add_argument("--encoder", metavar="E", help="trained (default), or card: as on the published set's card")
+        group.add_argument("--decoder", type=int, metavar="N", help="which one, where a file has several (from 0)")
+        group.add_argument(
+            "--budget-gb", type=float, metavar="GB", help="keep at most this much of the transcoders loaded"
+        )
+        group.add_argument("--device", help="cpu, cuda, cuda:1, …")
+        group.add_argument("--device-map", metavar="MAP", help="let accelerate place the model, for example auto")
+        group.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
+    return parser
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """The prompt."""
+    parser.add_argument("prompt", metavar="PROMPT", help="the text, as one argument")
+
+
+def add_target(parser: argparse._ActionsContainer, *, top: bool = True) -> None:
+    """The token to measure."""
+    parser.add_argument("--target", help="the token to measure (default: the model's own answer)")
+    parser.add_argument("--against", metavar="TOKEN", help="the other token of the metric (default: the best other)")
+    if top:
+        parser.add_argument("--top", type=count, default=5, metavar="N", help="most likely tokens to show (default 5)")
+
+
+def add_changing(parser: argparse.ArgumentParser) -> None:
+    """How interventions are carried out."""
+    parser.add_argument("--swap", type=layers, metavar="0,1|all", help="replace these layers' sites (default: none)")
+    parser.add_argument("--error", choices=ERROR_MODES, default="live", help="the error at replaced sites")
+    parser.add_argument(
+        "--mask",
+        choices=MASK_MODES,
+        default="frozen",
+        help="live: TopK selects again after an ablation",
+    )
+
+
+def add_many(parser: argparse._ActionsContainer, flag: str, metavar: str, help: str, *, required: bool = False) -> None:
+    """An option that takes several values and may be repeated."""
+    parser.add_argument(
+        flag,
+        nargs="+",
+        action="extend",
+        default=None if required else [],
+        metavar=metavar,
+        help=help,
+        required=required,
+    )
+
+
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def nodes(text: str) -> int | None:
+    """A number of nodes, or all."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor a number") from None
+
+
+def layers(text: str) -> str | list[int]:
+    """Layer numbers, or all."""
+    if text == "all":
+        return "all"
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor numbers such as 0,1,5") from None

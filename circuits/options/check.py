@@ -1,0 +1,24 @@
+"""Options of `circuits check`."""
+
+from pathlib import Path
+from typing import Any
+
+from circuits.options import _plan, _quality
+from circuits.options._shared import command, count, layers
+from hooks.choices import CHECK_TOKENS
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    check = command(commands, "check", "measure which sites a set of transcoders reads and writes on a model")
+    group = check.add_argument_group("measurement")
+    group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
+    how_much = f"how much of it (default {CHECK_TOKENS})"
+    group.add_argument("--tokens", type=count, default=CHECK_TOKENS, metavar="N", help=how_much)
+    group.add_argument("--layers", type=layers, default="all", metavar="0,1|all", help="which (default all)")
+    group.add_argument(
+        "--save", action="store_true", help="write the findings beside the set, where loading finds them"
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="a map of all candidates, png or svg")
+    _quality.add(check)
+    _plan.add(check)

@@ -1,0 +1,13 @@
+"""Options of `circuits features`."""
+
+from typing import Any
+
+from circuits.options._shared import add_prompt, command, count, layers
+
+
+def add(commands: Any) -> None:
+    """Its options."""
+    features = command(commands, "features", "the strongest features of every token")
+    add_prompt(features)
+    features.add_argument("--top", type=count, default=10, metavar="N", help="features per token (default 10)")
+    features.add_argument("--layers", type=layers, metavar="0,1|all", help="only these layers")
