@@ -23,7 +23,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
         "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "quality_plot", "verify",
         "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "options",
-        "commands", "cli",
+        "commands", "cli", "__main__",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}
