@@ -12,9 +12,10 @@ import pytest
 
 import circuits
 import hooks
-from circuits import options, select
+from circuits import select
 from circuits.attribution import RULES
 from circuits.export import EXPORTERS
+from circuits.options import convert, export, steer, trace
 from hooks.convert import WRITERS
 from hooks.interventions import INTERVENTIONS
 
@@ -68,11 +69,11 @@ def test_the_parser_needs_no_heavy_library():
 
 
 def test_the_words_of_options_are_those_of_the_code():
-    assert tuple(RULES) == options.trace.RULES
-    assert tuple(select.ORDERS) == options.trace.ORDERS
-    assert tuple(EXPORTERS) == options.export.EXPORTERS
-    assert tuple(WRITERS) == options.convert.WRITERS
-    assert tuple(INTERVENTIONS) == options.steer.INTERVENTIONS
+    assert tuple(RULES) == trace.RULES
+    assert tuple(select.ORDERS) == trace.ORDERS
+    assert tuple(EXPORTERS) == export.EXPORTERS
+    assert tuple(WRITERS) == convert.WRITERS
+    assert tuple(INTERVENTIONS) == steer.INTERVENTIONS
 
 
 @pytest.mark.parametrize("package", PACKAGES)
