@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import OutputError
-from hooks.files import replacing
+from hooks.output import replacing
 
 Order = Literal["signed", "absolute"]
 """What comes first: the highest score (MIB measures CPR on it), or the largest in size (CMD)."""

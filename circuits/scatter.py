@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from circuits.agreement import Agreement, Values, agree
 from hooks.errors import OutputError
-from hooks.files import check_writable, replacing
+from hooks.output import check_writable, replacing
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 3  # panels side by side

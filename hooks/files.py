@@ -1,19 +1,16 @@
-"""The only file that opens weight files, and the way every file is written: a temporary name, then a rename.
+"""The only file that opens weight files.
 
 `.pt` files are unpickled with `weights_only=True` and memory-mapped, so nothing in them is executed and unused
 tensors (some published files carry a 240 MB table nobody needs) are never read.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -26,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.errors import CheckpointError, OutputError, first_line
+from hooks.errors import CheckpointError, first_line
 from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, plain
+from hooks.output import replacing
 
 # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
 _UNSAFE = re.compile(
@@ -295,123 +293,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary sibling, and rename it to `path` only if nothing was raised.
-
-    Raises:
-        OutputError: the folder cannot be made or written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}",
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            repair="choose a folder you may write to, with --out",
-        ) from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with _disk_errors(path):
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """What a full or failing disk raises while `path` is written; any other error is not the disk's."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK:
-            raise
-        raise OutputError(
-            f"{path} could not be written to its end",
-            expected="a disk with room for it",
-            found=first_line(error),
-            where=str(path.parent),
-            repair="make room, or choose another disk; what was there before is unchanged",
-        ) from None
-
-
-def check_writable(path: Path) -> None:
-    """Fail now, not after minutes of work, if `path` cannot be written. Leaves no trace, folders included.
-
-    Raises:
-        OutputError: the folder cannot be made or written to, or `path` is a folder.
-    """
-    made = [folder for folder in path.parents if not folder.exists()]
-    try:
-        with contextlib.suppress(_Probe), replacing(path):
-            raise _Probe
-    finally:
-        for folder in made:  # innermost first
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, nbytes: int) -> Iterator[Path]:
-    """Fill a temporary folder beside `path`, and rename it to `path` only if nothing was raised.
-
-    Args:
-        path: what does not exist yet, or is an empty folder.
-        nbytes: about what will be written.
-
-    Raises:
-        OutputError: `path` exists, cannot be made, or its disk has too little room.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(
-            f"{path} exists", expected="a new folder, or an empty one", repair="choose another, or remove it"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}", found=f"{type(error).__name__}: {error.strerror or error}") from None
-    try:
-        if free < nbytes:
-            found = f"{free / 1e9:.1f} GB"
-            raise OutputError(f"{path} would not fit on its disk", expected=f"{nbytes / 1e9:.1f} GB free", found=found)
-        with _disk_errors(path):
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o777 & ~umask)
-            temporary.replace(path)  # over an empty folder, or where nothing is
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class _Probe(Exception):  # noqa: N818
-    """Ends the trial write of `check_writable` before the rename."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

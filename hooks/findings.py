@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files import write_json
 from hooks.formats import OPEN, native
 from hooks.guard import read_json
+from hooks.output import write_json
 from hooks.sites import SiteSpec
 
 FILE = "calibration.json"

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
-from hooks.files import replacing
 from hooks.host import Host, execution_device
 from hooks.intervene import LayerTable, as_interventions, make_plan
 from hooks.interventions import FeatureIntervention
+from hooks.output import replacing
 from hooks.readout import best_other
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, out_of_memory, record_clean

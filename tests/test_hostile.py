@@ -29,8 +29,9 @@ from worlds import random_transcoder
 from circuits.cli import main
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import OutputError, UserError
-from hooks.files import new_folder, write_safetensors, write_text
+from hooks.files import write_safetensors
 from hooks.formats import native, recognise
+from hooks.output import new_folder, write_text
 from hooks.sites import SiteSpec, from_lens, from_module
 from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS as PARTS

@@ -6,8 +6,8 @@ from circuits.commands._options import load
 from circuits.commands._output import Result, say, show, table
 from circuits.quality_plot import quality_plot
 from circuits.scatter import check_drawing
-from hooks.files import check_writable
 from hooks.host import Host
+from hooks.output import check_writable
 from hooks.quality import quality
 from hooks.quality_report import QualityReport, check_report_suffix
 from hooks.texts import Texts

@@ -9,8 +9,8 @@ from circuits.commands._output import Result, say, show
 from circuits.demo import report
 from circuits.demo.questions import Exam
 from circuits.demo.story import PICTURES, tell
-from hooks.files import check_writable, write_text
 from hooks.model import HookedModel
+from hooks.output import check_writable, write_text
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -5,7 +5,7 @@ import argparse
 from circuits.commands._output import Result, show
 from circuits.export import check_format, export
 from circuits.graph import Graph
-from hooks.files import check_writable
+from hooks.output import check_writable
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -18,8 +18,8 @@ from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
-from hooks.files import check_writable
 from hooks.model import HookedModel
+from hooks.output import check_writable
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer

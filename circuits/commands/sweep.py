@@ -16,8 +16,8 @@ from hooks.candidates import Change, active_features, changed, doses, pairs
 from hooks.choices import TABLES
 from hooks.dose import grid
 from hooks.errors import OutputError, UserError
-from hooks.files import check_writable
 from hooks.model import HookedModel
+from hooks.output import check_writable
 from hooks.sweep import Sweep
 
 

@@ -14,7 +14,7 @@ from circuits.scatter import check_suffix
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.trace import check_options, trace
 from hooks.errors import UserError
-from hooks.files import check_writable
+from hooks.output import check_writable
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from circuits.graph import Graph
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
 from hooks.errors import OutputError
-from hooks.files import replacing
+from hooks.output import replacing
 
 DRAWN_PER_LAYER = 7
 EDGES_PER_NODE = 3  # strongest ways in

@@ -10,7 +10,7 @@ from typing import Any
 import pydot
 
 from circuits.graph import Graph
-from hooks.files import write_text
+from hooks.output import write_text
 
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\0": "\ufffd"})
 

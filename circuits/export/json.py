@@ -5,7 +5,7 @@ from pathlib import Path
 import networkx as nx
 
 from circuits.graph import Graph
-from hooks.files import write_json
+from hooks.output import write_json
 
 
 def write(graph: Graph, path: Path) -> None:

@@ -25,10 +25,11 @@ from pydantic import (
 )
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files import safetensors_dtypes, safetensors_shapes, sha256, write_json, write_safetensors
+from hooks.files import safetensors_dtypes, safetensors_shapes, sha256, write_safetensors
 from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
 from hooks.guard import FLOATS, read_json, shown
 from hooks.links import hub_snapshot
+from hooks.output import write_json
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 from hooks.transcoder import Activation as ActivationName
