@@ -19,7 +19,7 @@ from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Prompt
 from hooks.transcoder import Transcoder
-from hooks.types import FeatureAddress, Positions
+from hooks.types import AddressLike, FeatureAddress, Positions
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Feature:
 
     def __init__(
         self,
-        address: str | FeatureAddress | tuple[int, int, int],
+        address: AddressLike,
         weight: float = 1.0,
         transcoder: Transcoder | None = None,
     ):

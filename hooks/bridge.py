@@ -9,7 +9,7 @@ by the name that it had before transformers 5.24; until it knows the new one, th
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hooks.errors import ModelError, UserError
 from hooks.host import CACHE, Host
-from hooks.intervene import Plan, make_edits, make_plan
+from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
 from hooks.store import TranscoderStore
 from hooks.swap import Swap
@@ -151,7 +151,7 @@ def fwd_hooks(
     host: Host,
     store: TranscoderStore,
     passes: Passes,
-    interventions: Sequence[object],
+    interventions: Interventions,
     *,
     swap: Swap | None = None,
     mask: MaskMode = "frozen",
@@ -169,7 +169,7 @@ def fwd_hooks(
 
     # what exists is checked now; where it stands can only be checked when a prompt is there
     room = [host.max_positions]
-    plans = [make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=mask) for item in interventions]
+    plans = [make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=mask) for item in listed(interventions)]
     tables = {layer: table for plan in plans for layer, table in plan.tables.items()}
     running = _Running(passes, make, max_new_tokens)
     pairs: list[tuple[str, Callable[..., Tensor]]] = []

@@ -18,7 +18,7 @@ from transformers import StaticCache
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
 from hooks.host import CACHE, Host, execution_device
-from hooks.intervene import Plan, make_edits, make_plan
+from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.kernels import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.model import HookedModel
@@ -97,7 +97,7 @@ class FastDecoder:
         """The layers that have a table."""
         return tuple(self._tables)
 
-    def set(self, interventions: Sequence[object]) -> None:
+    def set(self, interventions: Interventions) -> None:
         """Go on with these interventions in place of those before. Buffers are written, nothing else happens.
 
         Raises:
@@ -105,9 +105,9 @@ class FastDecoder:
         """
         if self._prompt_length:  # positions mean something only once there is a prompt
             self._write(self._plan(interventions, self._prompt_length))
-        self._interventions = tuple(interventions)
+        self._interventions = tuple(listed(interventions))
 
-    def _plan(self, interventions: Sequence[object], length: int) -> Plan:
+    def _plan(self, interventions: Interventions, length: int) -> Plan:
         plan = make_plan(self._store, [interventions], [length], new_tokens=self.max_length - length)
         for layer, table in plan.tables.items():
             if layer not in self._tables:

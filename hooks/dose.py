@@ -10,6 +10,7 @@ import torch
 
 from hooks.errors import InterventionError, TargetError, UserError
 from hooks.generation import Generated
+from hooks.intervene import Interventions, listed
 from hooks.readout import Effect, effect
 from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
 from hooks.strength import UNITS, Resolved, Steer, Strength
@@ -82,7 +83,7 @@ def _row(dose: Dose) -> dict[str, object]:
 def dose_response(
     model: Steerable,
     prompt: Prompt,
-    interventions: Sequence[object],
+    interventions: Interventions,
     strengths: str | Sequence[float | str | Strength],
     *,
     target: str | SupportsIndex | None = None,
@@ -101,7 +102,7 @@ def dose_response(
         InterventionError: nothing takes the strengths.
         UserError: as `compare_steering`, `grid` and `Run.effect`.
     """
-    doses = grid(strengths)
+    doses, interventions = grid(strengths), listed(interventions)
     takes = [isinstance(item, Steer) and item.strength is None for item in interventions]
     if not any(takes):
         raise InterventionError(

@@ -6,10 +6,11 @@ same deltas are added. Either way the activation a_i is the one TopK gives on th
 earlier layers included, and the result is cast to the model's precision once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, SupportsIndex
+from numbers import Real
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,7 +24,10 @@ from hooks.kernels import gather_features, working_dtype
 from hooks.store import TranscoderStore
 from hooks.swap import Swap
 from hooks.transcoder import Transcoder
-from hooks.types import Edit, FeatureAddress, MaskMode, Pass, Positions, SparseActs
+from hooks.types import Edit, FeatureAddress, MaskMode, Pass, SparseActs, as_row, shortened
+
+Interventions = Any
+"""One intervention, or any sequence of them: objects, or rows (layer, position, feature, value) of any library."""
 
 KNOWN = (*(module.Intervention for module in INTERVENTIONS.values()), FeatureIntervention)  # a protocol costs 50 µs
 NEVER = torch.iinfo(torch.int64).max
@@ -78,53 +82,85 @@ class Plan:
     mask: MaskMode
 
 
-def as_interventions(items: Sequence[object]) -> list[FeatureIntervention]:
-    """Accept intervention objects and circuit-tracer's `(layer, position, feature, value)`.
+def as_interventions(items: Interventions) -> list[FeatureIntervention]:
+    """Accept intervention objects and circuit-tracer's `(layer, position, feature, value)`, many or a single one.
 
     Raises:
         InterventionError: an item is neither.
+        AddressError: a row of numbers names no feature.
     """
     out: list[FeatureIntervention] = []
-    for item in items:
-        if isinstance(item, tuple) and len(item) == 4:
-            layer, positions, feature, value = item
-            out.append(Clamp(FeatureAddress(int(layer), int(feature), Positions.of(positions)), float(value)))
+    for item in listed(items):
+        row = as_row(item)
+        if row is not None and _is_clamp(row):
+            layer, positions, feature, value = row
+            out.append(Clamp(FeatureAddress.of((layer, positions, feature)), value))
         elif isinstance(item, KNOWN):
             out.append(item)
         else:
-            raise InterventionError(
-                f"{item!r} is not an intervention",
-                expected='Ablate("L3/118"), Clamp("L3/118", 8.0), … or (layer, position, feature, value)',
-            )
+            raise _no_intervention(item)
     return out
 
 
-def lists_per_row(interventions: Sequence[object], rows: int) -> list[Sequence[object]]:
+def listed(interventions: Interventions) -> list[Any]:
+    """One intervention, or any sequence of them, as a list; None is none.
+
+    Raises:
+        InterventionError: it is neither.
+    """
+    if _is_one(interventions):
+        return [interventions]
+    if interventions is None:
+        return []
+    if isinstance(interventions, str) or not isinstance(interventions, Iterable):
+        raise _no_intervention(interventions)
+    return list(interventions)
+
+
+def _no_intervention(item: object) -> InterventionError:
+    return InterventionError(
+        f"{shortened(repr(item))} is not an intervention",
+        expected='Ablate("L3/118"), Clamp("L3/118", 8.0), … or (layer, position, feature, value)',
+    )
+
+
+def _is_one(item: object) -> bool:
+    return hasattr(item, "address") or _is_clamp(as_row(item) or [])
+
+
+def _is_clamp(row: list[Any]) -> bool:
+    return len(row) == 4 and isinstance(row[0], Real | Tensor)
+
+
+def lists_per_row(interventions: Interventions, rows: int) -> list[list[Any]]:
     """One list of interventions for every row of a batch, or already one list per row.
 
     Raises:
         InterventionError: there are lists, but not one per row.
     """
-    lists = [item for item in interventions if _is_list(item)]
+    items = listed(interventions)
+    lists = [list(item) for item in items if _is_list(item)]
     if not lists:
-        return [interventions] * rows
-    if len(lists) < len(interventions) or len(lists) != rows:
+        return [items] * rows
+    if len(lists) < len(items) or len(lists) != rows:
         raise InterventionError(
             f"{len(lists)} lists of interventions for {rows} prompts",
             expected="one list for all prompts, or a list of lists, one per prompt",
-            found=f"{len(interventions) - len(lists)} interventions beside them" * (len(lists) < len(interventions)),
+            found=f"{len(items) - len(lists)} interventions beside them" * (len(lists) < len(items)),
         )
-    return lists  # type: ignore[return-value]
+    return lists
 
 
 def _is_list(item: object) -> bool:
-    """A list of interventions; a tuple that begins with a number is itself one."""
-    return isinstance(item, list) or (isinstance(item, tuple) and not (item and isinstance(item[0], SupportsIndex)))
+    """A list of interventions; a row that begins with a number is itself one."""
+    if len(getattr(item, "shape", ())) == 2:
+        return True
+    return isinstance(item, list | tuple) and not (item and isinstance(item[0], Real | Tensor))
 
 
 def make_plan(
     store: TranscoderStore,
-    per_row: Sequence[Sequence[object]],
+    per_row: Sequence[Interventions],
     prompt_lengths: Sequence[int],
     *,
     new_tokens: int = 0,

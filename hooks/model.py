@@ -25,7 +25,7 @@ from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Host, fingerprint, tap
 from hooks.hub import Resolved, resolve
-from hooks.intervene import lists_per_row, make_edits, make_plan
+from hooks.intervene import Interventions, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
@@ -42,7 +42,7 @@ from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality,
 from hooks.sweep import Sweep, sweep
 from hooks.tokens import Batch, Prompt
 from hooks.transcoder import Transcoder
-from hooks.types import Edit, ErrorMode, FeatureAddress, MaskMode
+from hooks.types import AddressLike, Edit, ErrorMode, MaskMode
 
 log = logging.getLogger("hooks")
 
@@ -288,7 +288,7 @@ class HookedModel:
     def run(
         self,
         prompt: Prompt,
-        interventions: Sequence[object] = (),
+        interventions: Interventions = (),
         *,
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
@@ -299,7 +299,7 @@ class HookedModel:
         """One prompt, plain and with interventions.
 
         Args:
-            interventions: `Ablate`, `Clamp`, `Scale`, `Add`, or `(layer, position, feature, value)`.
+            interventions: `Ablate`, `Clamp`, `Scale`, `Add`, or `(layer, position, feature, value)`; one or many.
             swap: layers whose sites are replaced by their reconstruction: `"all"`, a list, or None for delta form.
             error: what becomes of the reconstruction error at replaced sites.
             mask: whether TopK selects again when a feature is ablated.
@@ -322,7 +322,7 @@ class HookedModel:
     def run_many(
         self,
         prompts: Sequence[Prompt],
-        interventions: Sequence[Sequence[object]] | None = None,
+        interventions: Interventions | None = None,
         *,
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
@@ -330,9 +330,13 @@ class HookedModel:
         hold: HoldLike = "nothing",
         lens_hooks: Sequence[LensHook] = (),
     ) -> Float[Tensor, "batch vocab"]:
-        """Logits at the last token of many prompts, each with its own interventions, in packed passes."""
+        """Logits at the last token of many prompts, in packed passes.
+
+        Args:
+            interventions: of every prompt, or a list of lists, one per prompt; the rest as in `run`.
+        """
         chosen, by_lens = self._hold(hold, swap), lens_edits(lens_hooks, self.host.n_layers)
-        plans = [()] * len(prompts) if interventions is None else interventions
+        plans = lists_per_row(interventions, len(prompts))
         out = []
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
@@ -342,18 +346,18 @@ class HookedModel:
         return torch.cat(out)
 
     @overload
-    def generate(self, prompt: Prompt, interventions: Sequence[object] = (), **options: Any) -> Generated: ...
+    def generate(self, prompt: Prompt, interventions: Interventions = (), **options: Any) -> Generated: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], interventions: Sequence[object] = (), **options: Any
+        self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Any
     ) -> list[Generated]: ...
 
     @_within_memory("generate")  # type: ignore[misc]
     def generate(  # the overloads leave the options to this signature
         self,
         prompt: Prompt | Sequence[Prompt],
-        interventions: Sequence[object] = (),
+        interventions: Interventions = (),
         *,
         max_new_tokens: int = 32,
         swap: str | Sequence[int] | None = None,
@@ -400,7 +404,7 @@ class HookedModel:
     def stream(
         self,
         prompt: Prompt,
-        interventions: Sequence[object] = (),
+        interventions: Interventions = (),
         *,
         max_new_tokens: int = 32,
         swap: str | Sequence[int] | None = None,
@@ -426,7 +430,7 @@ class HookedModel:
     def session(
         self,
         prompt: Prompt,
-        interventions: Sequence[object] = (),
+        interventions: Interventions = (),
         *,
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
@@ -447,7 +451,7 @@ class HookedModel:
             check_length(self.host, batch.lengths[0], new_tokens)
         room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
 
-        def make(items: Sequence[object]) -> list[Edit]:
+        def make(items: Interventions) -> list[Edit]:
             return self._generation_edits(batch, [items], swap, error, mask, room)
 
         return Session(self.host, batch, make, interventions, sampling)
@@ -455,7 +459,7 @@ class HookedModel:
     def _generation_edits(
         self,
         batch: Batch,
-        per_row: Sequence[Sequence[object]],
+        per_row: Sequence[Interventions],
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
@@ -469,7 +473,7 @@ class HookedModel:
         return self._edits(batch, per_row, swap, error, mask, new_tokens)
 
     def steer(
-        self, prompt: Prompt, interventions: Sequence[object], *, texts: Sequence[Prompt] = (), **setting: Any
+        self, prompt: Prompt, interventions: Interventions, *, texts: Sequence[Prompt] = (), **setting: Any
     ) -> Comparison:
         """Continue a prompt plain and steered, side by side, with every token's probability under both models.
 
@@ -486,7 +490,7 @@ class HookedModel:
     def dose(
         self,
         prompt: Prompt,
-        interventions: Sequence[object],
+        interventions: Interventions,
         strengths: str | Sequence[float | str | Strength],
         *,
         target: str | SupportsIndex | None = None,
@@ -510,7 +514,7 @@ class HookedModel:
     def effects(
         self,
         prompt: Prompt,
-        interventions: Sequence[object],
+        interventions: Interventions,
         target: str | SupportsIndex | None = None,
         against: str | SupportsIndex | None = None,
         **options: Any,
@@ -527,7 +531,7 @@ class HookedModel:
     def sweep(
         self,
         prompt: Prompt,
-        groups: Sequence[Sequence[object]] | None = None,
+        groups: Interventions | None = None,
         *,
         layers: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
@@ -559,7 +563,7 @@ class HookedModel:
         self,
         prompt: Prompt,
         sender: object,
-        receiver: str | FeatureAddress | tuple,
+        receiver: AddressLike,
         through: Through = "all",
         **options: Any,
     ) -> PathEffect:
@@ -583,7 +587,7 @@ class HookedModel:
     def edits(
         self,
         batch: Batch,
-        interventions: Sequence[Sequence[object]],
+        interventions: Interventions,
         *,
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
@@ -591,12 +595,12 @@ class HookedModel:
         new_tokens: int = 0,
     ) -> list[Edit]:
         """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
-        return self._edits(batch, interventions, swap, error, mask, new_tokens)
+        return self._edits(batch, lists_per_row(interventions, len(batch.lengths)), swap, error, mask, new_tokens)
 
     def _edits(
         self,
         batch: Batch,
-        per_row: Sequence[Sequence[object]],
+        per_row: Sequence[Interventions],
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
@@ -634,7 +638,7 @@ class HookedModel:
 
     def fwd_hooks(
         self,
-        interventions: Sequence[object] = (),
+        interventions: Interventions = (),
         *,
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",

@@ -22,7 +22,7 @@ from torch import Tensor
 from hooks.errors import AddressError, InterventionError, TargetError, UserError
 from hooks.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
 from hooks.host import Host, tap
-from hooks.intervene import as_interventions, make_edits, make_plan
+from hooks.intervene import Interventions, as_interventions, listed, make_edits, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
@@ -31,7 +31,7 @@ from hooks.readout import Effect, effect
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch
-from hooks.types import Edit, FeatureAddress
+from hooks.types import AddressLike, Edit, FeatureAddress
 
 ROWS = 64  # copies of the prompt per pass
 
@@ -76,7 +76,7 @@ def effects(
     host: Host,
     store: TranscoderStore,
     batch: Batch,
-    interventions: Sequence[object],
+    interventions: Interventions,
     target: Any = None,
     against: Any = None,
     *,
@@ -161,8 +161,8 @@ def path_effects(
     host: Host,
     store: TranscoderStore,
     batch: Batch,
-    senders: Sequence[object],
-    receivers: Sequence[str | FeatureAddress | tuple],
+    senders: Interventions,
+    receivers: AddressLike | Sequence[AddressLike],
     through: Through = "all",
     *,
     target: Any = None,
@@ -199,8 +199,9 @@ def path_effects(
     """
     chosen = check_hold(hold, host.n_layers)
     base, every = chosen.outputs(host.n_layers), modules(host.n_layers)
-    edits = [as_interventions(sender if isinstance(sender, list) else [sender]) for sender in senders]
-    addresses = [FeatureAddress.of(receiver) for receiver in receivers]
+    edits = [as_interventions(sender) for sender in listed(senders)]
+    one = isinstance(receivers, str | FeatureAddress)
+    addresses = [FeatureAddress.of(receiver) for receiver in ([receivers] if one else receivers)]
     metric = _Metric.of(host, target, against, position, batch)
     run = _Rows(host, store, batch, metric.position)
     run.check([_Row([Ablate(address)], base) for address in addresses] + [_Row(items, base) for items in edits])
@@ -208,7 +209,7 @@ def path_effects(
     for items, address in product(edits, addresses):
         _check_pair(store, items, address, batch.lengths[0])
         _check_between(store, items, address, named, base, host.n_layers)
-    if not senders or not receivers:
+    if not edits or not addresses:
         return ()
     closed = base if named == "all" else frozenset(every) - frozenset(() if named == "direct" else named)
     places = [(address, address.positions.bounds(batch.lengths[0])[0]) for address in addresses]

@@ -11,7 +11,7 @@ import torch
 
 from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
 from hooks.host import Host
-from hooks.intervene import NEVER, as_interventions
+from hooks.intervene import NEVER, Interventions, as_interventions, listed
 from hooks.sampling import Sampling, stop_strings
 from hooks.tokens import Batch
 from hooks.types import Edit
@@ -28,13 +28,13 @@ class Session:
         self,
         host: Host,
         batch: Batch,
-        make: Callable[[Sequence[object]], list[Edit]],
-        interventions: Sequence[object],
+        make: Callable[[Interventions], list[Edit]],
+        interventions: Interventions,
         sampling: Sampling,
     ):
         self._host, self._make, self._sampling = host, make, sampling
         self._prompt = batch.lengths[0]
-        self._interventions = tuple(interventions)
+        self._interventions = tuple(listed(interventions))
         self._decoding = Decoding(host, batch, make(interventions))
         self._generator = seeded(sampling)
 
@@ -58,7 +58,7 @@ class Session:
         """How many positions need not be read again; the newest token is always still to be read."""
         return self._decoding.cached
 
-    def set(self, interventions: Sequence[object]) -> int:
+    def set(self, interventions: Interventions) -> int:
         """Go on with other interventions, on the whole text so far. The list replaces the old one.
 
         Returns:
@@ -68,7 +68,7 @@ class Session:
             UserError: as `HookedModel.generate`; the session is then as it was.
         """
         edits = self._make(interventions)
-        before, after = self._interventions, tuple(interventions)
+        before, after = self._interventions, tuple(listed(interventions))
         self._decoding.crop(first_difference(before, after, self._prompt))
         self._decoding.edits, self._interventions = edits, after
         return len(self.ids) - self.cached

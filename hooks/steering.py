@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.host import Host
+from hooks.intervene import Interventions, listed
 from hooks.sampling import Sampling, stop_strings
 from hooks.store import TranscoderStore
 from hooks.strength import Resolved, preliminary, resolve
@@ -159,7 +160,7 @@ class Comparison:
 def compare_steering(
     model: Steerable,
     prompt: Prompt,
-    interventions: Sequence[object],
+    interventions: Interventions,
     *,
     setting: Setting = Setting(),
     texts: Sequence[Prompt] = (),
@@ -173,7 +174,7 @@ def compare_steering(
     Raises:
         UserError: as `generate` and `resolve`.
     """
-    (resolved,) = prepare(model, prompt, [interventions], setting, texts)
+    (resolved,) = prepare(model, prompt, [listed(interventions)], setting, texts)
     return compare(model, prompt, resolved, setting)
 
 

@@ -28,7 +28,7 @@ from hooks.recording import SINK
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch, Prompt
-from hooks.types import FeatureAddress
+from hooks.types import AddressLike, FeatureAddress
 
 Kind = Literal["absolute", "typical", "residual"]
 How = Literal["clamp", "add"]
@@ -81,7 +81,7 @@ class Strength:
         """Accept a number, text, or a `Strength`."""
         if isinstance(value, Strength):
             return value
-        return cls.parse(value) if isinstance(value, str) else cls(float(value))
+        return cls.parse(value) if isinstance(value, str) else cls(check_strength(value, "a strength"))
 
     def __str__(self) -> str:
         short = f"{self.amount:g}"
@@ -115,7 +115,7 @@ class Steer:
 
     def __init__(
         self,
-        address: str | FeatureAddress | tuple,
+        address: AddressLike,
         strength: float | str | Strength | None = None,
         how: How = "clamp",
         *,

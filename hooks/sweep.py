@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.host import Host, execution_device
-from hooks.intervene import LayerTable, as_interventions, make_plan
+from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.output import replacing
 from hooks.readout import best_other
@@ -98,7 +98,7 @@ def sweep(
     host: Host,
     store: TranscoderStore,
     batch: Batch,
-    groups: Sequence[Sequence[object]],
+    groups: Interventions,
     *,
     target: int | None = None,
     against: int | None = None,
@@ -110,7 +110,8 @@ def sweep(
     """Run every group of interventions on one prompt and measure what it does to the next token behind a position.
 
     Args:
-        groups: what each variant changes; delta form, TopK not run again (`mask="frozen"`).
+        groups: what each variant changes, an intervention or a list of them; delta form, TopK not run again
+            (`mask="frozen"`).
         target, against: token ids; the clean run's answer and its best other by default.
         metrics: any of `hooks.choices.METRICS`. The first two need two rows of the unembedding, the others all of it.
         tokens_at_once: of all rows of a batch; by default what a quarter of the free memory holds, 8,192 at most.
@@ -123,6 +124,7 @@ def sweep(
     length = batch.lengths[0]
     question_pos = _checked_position(position, length)
     _check_metrics(metrics)
+    groups = listed(groups)
     if not groups:
         raise UserError("nothing to sweep", expected="at least one group of interventions")
     plan = make_plan(store, groups, [length] * len(groups))
@@ -196,7 +198,7 @@ def _change_text(item: FeatureIntervention) -> str:
     return str(item.address) + known.get((factor, shift), f" × {factor:g} + {shift:g}")
 
 
-def _described(groups: Sequence[Sequence[object]], dense: Mapping[int, Tensor], length: int) -> pd.DataFrame:
+def _described(groups: Sequence[Interventions], dense: Mapping[int, Tensor], length: int) -> pd.DataFrame:
     rows = []
     for group in groups:
         items = as_interventions(group)

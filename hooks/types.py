@@ -23,6 +23,38 @@ added back; `zero`: dropped.
 MaskMode = Literal["frozen", "live"]
 """Whether TopK selects again when a feature is ablated. `frozen`: no; `live`: the next feature in line moves up."""
 
+_DIGITS = 9  # a longer number is no layer, feature or position of any model
+
+
+def whole_number(value: object, what: str) -> int:
+    """An integer of any library, or a float that is one: the 4.0 of a table whose columns are all floats.
+
+    Raises:
+        AddressError: it is neither, and rounding it would name another thing than was meant.
+    """
+    if type(value) is int:
+        return value
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise AddressError(f"the {what} {shortened(repr(value))} is not a whole number", expected="such as 4, or 4.0")
+
+
+def as_row(value: object) -> list[Any] | None:
+    """The entries of a tuple, a list, or one row of an array, table or tensor; None for anything else."""
+    if isinstance(value, tuple | list):
+        return list(value)
+    items: Any = value
+    return list(items.tolist()) if len(getattr(value, "shape", ())) == 1 else None
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """Enough of a text to recognise it in a message."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
 
 @dataclass(frozen=True)
 class SparseActs:
@@ -44,6 +76,9 @@ class SparseActs:
     def l0(self) -> float:
         """Mean number of active features per token."""
         return float((self.values > 0).sum(-1).float().mean())
+
+
+_POSITION = "an index such as 3 or -1, a slice such as 2:5, a mask such as {0,3,5}, `all`, `prompt` or `new`"
 
 
 @dataclass(frozen=True)
@@ -68,8 +103,8 @@ class Positions:
             AddressError: none of these.
         """
         text = text.strip()
-        if any(len(number) > 9 for number in re.findall(r"\d+", text)):
-            raise AddressError(f"the position {text!r} is beyond any prompt")
+        if any(len(number) > _DIGITS for number in re.findall(r"\d+", text)):
+            raise AddressError(f"the position {shortened(repr(text))} is beyond any prompt", expected=_POSITION)
         if text in ("all", "prompt", "new"):
             return cls(text)  # type: ignore[arg-type]
         if re.fullmatch(r"-?\d+", text):
@@ -81,14 +116,14 @@ class Positions:
         if re.fullmatch(r"\{\s*-?\d+\s*(,\s*-?\d+\s*)*\}", text):
             return cls._mask([int(number) for number in text[1:-1].split(",")])
         raise AddressError(
-            f"cannot read the position {text!r}",
-            expected="an index such as 3 or -1, a slice such as 2:5, a mask such as {0,3,5}, `all`, `prompt` or `new`",
+            f"cannot read the position {shortened(repr(text))}",
+            expected=_POSITION,
         )
 
     @classmethod
     def of(cls, value: "int | slice | str | Collection[Any] | Positions") -> "Positions":
-        """Accept what Python users have at hand: an int, a slice, text, a `Positions`; for a mask, indices, or one
-        bool per position, as a list, a set, an array or a tensor.
+        """Accept what Python users have at hand: a number, a slice, text, a `Positions`; for a mask, indices, or one
+        bool per position, as a list, a set, an array or a tensor. A float that is a whole number is that number.
 
         Raises:
             AddressError: it cannot be read, or a mask marks no token.
@@ -98,25 +133,34 @@ class Positions:
         if isinstance(value, slice):
             if value.step not in (None, 1):
                 raise AddressError(f"a position slice cannot have a step, found {value}")
-            return cls("slice", value.start, value.stop)
+            start, stop = (None if b is None else whole_number(b, "bound") for b in (value.start, value.stop))
+            return cls("slice", start, stop)
         if isinstance(value, str):
             return cls.parse(value)
-        if isinstance(value, SupportsIndex) and not getattr(value, "shape", ()):
-            return cls("index", operator.index(value))
         items: Any = value
-        return cls._mask(items.tolist() if hasattr(items, "tolist") else list(items))
+        shape = getattr(value, "shape", None)
+        if shape or (shape is None and isinstance(value, Collection)):
+            return cls._mask(items.tolist() if hasattr(items, "tolist") else list(items))
+        if value is None:
+            raise AddressError(
+                "cannot read the position None",
+                expected=_POSITION,
+                repair="for every token write `all`, or slice(None)",
+            )
+        return cls("index", whole_number(value, "position"))
 
     @classmethod
     def _mask(cls, items: list[Any]) -> "Positions":
         bools = [item for item in items if isinstance(item, bool)]
         if len(bools) == len(items):
             items = [place for place, hit in enumerate(items) if hit]
-        if not items or 0 < len(bools) < len(items) or not all(isinstance(item, SupportsIndex) for item in items):
-            raise AddressError(
-                f"the mask {items} marks no token" if not items else "cannot read the position mask",
-                expected="indices such as {0, 3, 5}, or one bool per position with at least one True",
-            )
-        return cls("mask", marks=tuple(sorted({operator.index(item) for item in items})))
+        expected = "indices such as {0, 3, 5}, or one bool per position with at least one True"
+        if not items:
+            raise AddressError("the mask [] marks no token", expected=expected)
+        try:
+            return cls("mask", marks=tuple(sorted({whole_number(item, "position") for item in items})))
+        except AddressError as error:
+            raise AddressError("cannot read the position mask", expected=expected, found=error.problem) from None
 
     def bounds(self, prompt_length: int) -> tuple[int, int | None]:
         """First position, and the one after the last (None: no end), for a prompt of this length. What lies between
@@ -193,6 +237,9 @@ class Positions:
         return self.kind
 
 
+_ADDRESS = "L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/118 or L3/118@-1"
+
+
 @dataclass(frozen=True)
 class FeatureAddress:
     """`L{layer}/{feature}` with optional `@{position}`; no position means every token.
@@ -206,6 +253,10 @@ class FeatureAddress:
     feature: int
     positions: Positions = field(default_factory=lambda: Positions("all"))
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", whole_number(self.layer, "layer"))
+        object.__setattr__(self, "feature", whole_number(self.feature, "feature"))
+
     @classmethod
     def parse(cls, text: str) -> "FeatureAddress":
         """Read an address.
@@ -215,28 +266,40 @@ class FeatureAddress:
         """
         match = re.fullmatch(r"L(\d+)/(\d+)(?:@(.+))?", text.strip())
         if not match:
-            raise AddressError(
-                f"cannot read the feature address {text!r}",
-                expected="L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/118 or L3/118@-1",
-            )
+            raise AddressError(f"cannot read the feature address {shortened(repr(text))}", expected=_ADDRESS)
+        if max(len(match[1]), len(match[2])) > _DIGITS:
+            raise AddressError(f"the address {shortened(repr(text))} is beyond any model", expected=_ADDRESS)
         positions = Positions.parse(match[3]) if match[3] else Positions("all")
         return cls(int(match[1]), int(match[2]), positions)
 
     @classmethod
-    def of(cls, value: "str | FeatureAddress | tuple[int, Any, int]") -> "FeatureAddress":
-        """Accept text, an address, or circuit-tracer's `(layer, position, feature)`."""
+    def of(cls, value: "AddressLike") -> "FeatureAddress":
+        """Accept text, an address, or circuit-tracer's `(layer, position, feature)`: a tuple, a list, or a row of an
+        array, table or tensor, where whole numbers may be floats.
+
+        Raises:
+            AddressError: it cannot be read.
+        """
         if isinstance(value, FeatureAddress):
             return value
-        if isinstance(value, tuple):
-            if len(value) != 3:
-                raise AddressError(f"cannot read the feature {value!r}", expected="(layer, position, feature)")
-            layer, positions, feature = value
-            return cls(int(layer), int(feature), Positions.of(positions))
-        return cls.parse(value)
+        if isinstance(value, str):
+            return cls.parse(value)
+        row = as_row(value)
+        if row is None or len(row) != 3:
+            raise AddressError(
+                f"cannot read the feature {shortened(repr(value))}",
+                expected="(layer, position, feature), or text such as L3/118 or L3/118@-1",
+            )
+        layer, positions, feature = row
+        return cls(whole_number(layer, "layer"), whole_number(feature, "feature"), Positions.of(positions))
 
     def __str__(self) -> str:
         tail = "" if self.positions.kind == "all" else f"@{self.positions}"
         return f"L{self.layer}/{self.feature}{tail}"
+
+
+AddressLike = Any
+"""What `FeatureAddress.of` reads: an address, text, or a row (layer, position, feature) of any library."""
 
 
 @dataclass

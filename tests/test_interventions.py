@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,8 +11,10 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError, InterventionError
+from hooks.intervene import listed
 from hooks.interventions import check_when_inactive
 from hooks.sites import SiteSpec
+from hooks.strength import Steer
 from hooks.swap import check_modes
 from hooks.types import Edit
 
@@ -252,3 +255,67 @@ def test_modes_are_named_not_guessed(model, prompt):
         check_modes("live", "soft", swapping=True)
     with pytest.raises(UserError, match="unknown layers"):
         model.run(prompt, swap="some")
+
+
+ONE = (1, -1, 7, 3.0)
+FORMS = {
+    "object": Clamp("L1/7@-1", 3.0),
+    "tuple": ONE,
+    "list": list(ONE),
+    "array": np.array(ONE),
+    "tensor": torch.tensor(ONE),
+    "array of rows": np.array([ONE]),
+    "list of rows": [list(ONE)],
+    "list of tensors": [torch.tensor(ONE)],
+    "text value": [Clamp("L1/7@-1", "3")],
+}
+CALLS = {
+    "run": lambda m, text, plan: m.run(text, plan).logits[-1],
+    "run_many": lambda m, text, plan: m.run_many([text, text], plan)[1],
+    "generate": lambda m, text, plan: m.generate(text, plan, max_new_tokens=1).logits[0],
+    "generate two": lambda m, text, plan: m.generate([text, text], plan, max_new_tokens=1)[1].logits[0],
+    "session": lambda m, text, plan: m.session(text, plan, new_tokens=1).generate(1).logits[0],
+    "set": lambda m, text, plan: _set(m.session(text, new_tokens=1), plan).generate(1).logits[0],
+    "edits": lambda m, text, plan: m.host.forward(m.host.batch([text]), m.edits(m.host.batch([text]), plan))[0, -1],
+    "steer": lambda m, text, plan: m.steer(text, plan, max_new_tokens=1).steered.steered,
+    "dose": lambda m, text, plan: m.dose(text, [*listed(plan), Steer("L3/1")], [0.0], max_new_tokens=1).metric,
+    "effects": lambda m, text, plan: m.effects(text, plan, "w3", "w4").total,
+    "path_effect": lambda m, text, plan: m.path_effect(text, plan, "L3/2@-1").delta_preactivation,
+    "sweep": lambda m, text, plan: m.sweep(text, plan).table["delta"].tolist(),
+    "sweep of lists": lambda m, text, plan: m.sweep(text, [listed(plan)]).table["delta"].tolist(),
+}
+
+
+def _set(session, plan):
+    session.set(plan)
+    return session
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_single_intervention_of_any_form_is_a_list_of_one(odd, call):
+    expected = torch.as_tensor(CALLS[call](odd, "w1 w2 w3", [Clamp("L1/7@-1", 3.0)]))
+    for name, form in FORMS.items():
+        assert torch.equal(torch.as_tensor(CALLS[call](odd, "w1 w2 w3", form)), expected), name
+
+
+def test_a_row_of_the_prompt_s_own_lists_may_be_of_rows_too(odd):
+    plans = [[list(ONE)], torch.tensor([(0, 0, 5, 1.0), (0, 1, 5, 2.0)])]
+    together = odd.run_many(["w1 w2 w3", "w4 w5"], plans)
+    for row, (text, plan) in enumerate(zip(["w1 w2 w3", "w4 w5"], plans, strict=True)):
+        torch.testing.assert_close(together[row], odd.run(text, plan).logits[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "plan", ["L1/7", 7, Site("resid_pre", 1), [(1, 2, 3)], [[1, 2, 3, 4, 5]], {"L1/7": 3.0}, [None]]
+)
+def test_what_is_no_intervention_is_refused_with_the_repair(odd, plan):
+    with pytest.raises(InterventionError, match=r'is not an intervention\n  expected: Ablate\("L3/118"\)'):
+        odd.run("w1 w2 w3", plan)
+
+
+@pytest.mark.parametrize("value", ["", "x2", "eight", None, True, [1.0, 2.0], torch.ones(2), 1j, "8 9"])
+def test_a_strength_is_a_number_or_text_that_is_one(value):
+    for make in (Clamp, Scale, Add):
+        with pytest.raises(InterventionError, match="is not a number"):
+            make("L1/0", value)
+    assert Clamp("L1/0", np.float32(8)) == Clamp("L1/0", torch.tensor(8)) == Clamp("L1/0", " 8.0 ")

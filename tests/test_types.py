@@ -1,6 +1,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -124,3 +125,57 @@ def test_a_mask_marks_something(mask):
 def test_a_mask_is_bools_or_indices(mask):
     with pytest.raises(AddressError, match="cannot read the position mask"):
         Positions.of(mask)
+
+
+ROWS = [
+    (4, 9, 579), [4, 9, 579], torch.tensor([4, 9, 579]), np.array([4, 9, 579]), np.array([4.0, 9.0, 579.0]),
+    pd.Series([4.0, 9.0, 579.0]), (np.int32(4), torch.tensor(9), np.float32(579)), (4.0, 9, torch.tensor(579.0)),
+    (torch.tensor(4), slice(9.0, 10), 579), "L4/579@9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=repr)
+def test_an_address_is_read_from_a_row_of_any_library(row):
+    address = FeatureAddress.of(row)
+    assert (address.layer, address.feature) == (4, 579)
+    assert address.positions.mask(0, 12, 12).nonzero()[:, 0].tolist() == [9]
+    assert (type(address.layer), type(address.feature)) == (int, int)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor])
+@given(st.integers(0, 99), st.integers(-9, 9), st.integers(0, 20000), st.integers(0, 2), st.floats(0.001, 0.999))
+def test_whole_numbers_are_read_and_no_other_is_rounded(kind, layer, pos, feature, place, part):
+    whole = [float(layer), float(pos), float(feature)]
+    assert FeatureAddress.of(kind(whole)) == FeatureAddress.of((layer, pos, feature))
+    whole[place] += part
+    with pytest.raises(AddressError, match="is not a whole number"):
+        FeatureAddress.of(kind(whole))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ((4, None, 579), "for every token write `all`"),
+        ((4.7, 9, 579.9), "the layer 4.7 is not a whole number"),
+        ((4, 9, float("nan")), "the feature nan is not a whole number"),
+        ((4, float("inf"), 579), "the position inf is not a whole number"),
+        ((4, slice(1.5, None), 579), "the bound 1.5"),
+        ((True, 9, 579), "the layer True is not a whole number"),
+        (("4", 9, "579"), "the layer '4' is not a whole number"),
+        ((4, 579), "cannot read the feature"),
+        ((4, 9, 579, 8.0), "cannot read the feature"),
+        (torch.zeros(2, 3), "cannot read the feature"),
+        (4, "cannot read the feature 4"),
+        (None, "cannot read the feature None"),
+        (f"L{'9' * 5000}/1", "is beyond any model"),
+        (f"L1/{'9' * 5000}@3", "is beyond any model"),
+        (f"L1/3@{'9' * 5000}", "is beyond any prompt"),
+        ("L1/3" * 2000, "cannot read the feature address"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_no_address_is_refused_in_few_words(value, text):
+    with pytest.raises(AddressError, match="expected") as caught:
+        FeatureAddress.of(value)
+    assert text in str(caught.value)
+    assert len(str(caught.value)) < 300

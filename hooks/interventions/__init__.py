@@ -13,14 +13,14 @@ the next feature in line move up when one is ablated.
 """
 
 import math
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import InterventionError
 from hooks.plugins import discover
-from hooks.types import FeatureAddress
+from hooks.types import FeatureAddress, shortened
 
 WhenInactive = Literal["apply", "skip"]
 
@@ -57,15 +57,26 @@ def change(
     return moved if skip_inactive is None else moved.masked_fill(skip_inactive & (old == 0), 0)
 
 
-def check_strength(value: float, where: str) -> float:
-    """A finite number, or an error before the model runs.
+def check_strength(value: Any, where: str) -> float:
+    """A finite number of any library, or text that is one, such as "8"; else an error before the model runs.
 
     Raises:
-        InterventionError: the strength is NaN or infinite.
+        InterventionError: the strength is no number, NaN or infinite.
     """
-    if not math.isfinite(value):
-        raise InterventionError(f"the strength {value} is not a finite number", where=where)
-    return float(value)
+    try:
+        number = None if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = None
+    if number is None:
+        raise InterventionError(
+            f"the strength {shortened(repr(value))} is not a number",
+            expected="an activation, such as 8.0",
+            where=where,
+            repair='for one relative to the model, Steer(address, "x2") or Steer(address, "0.1r")',
+        )
+    if not math.isfinite(number):
+        raise InterventionError(f"the strength {shortened(str(value))} is not a finite number", where=where)
+    return number
 
 
 def check_when_inactive(value: str, where: str) -> WhenInactive:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hooks.errors import InterventionError
 from hooks.interventions import WhenInactive
-from hooks.types import FeatureAddress
+from hooks.types import AddressLike, FeatureAddress
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Ablate:
 
     address: FeatureAddress
 
-    def __init__(self, address: str | FeatureAddress | tuple):
+    def __init__(self, address: AddressLike):
         object.__setattr__(self, "address", FeatureAddress.of(address))
 
     @property

@@ -1,10 +1,11 @@
 """Add: raise or lower a feature's activation by an amount."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from hooks.errors import InterventionError
 from hooks.interventions import WhenInactive, check_strength, check_when_inactive
-from hooks.types import FeatureAddress
+from hooks.types import AddressLike, FeatureAddress
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Add:
     amount: float
     when_inactive: WhenInactive = "apply"
 
-    def __init__(self, address: str | FeatureAddress | tuple, amount: float, *, when_inactive: WhenInactive = "apply"):
+    def __init__(self, address: AddressLike, amount: Any, *, when_inactive: WhenInactive = "apply"):
         object.__setattr__(self, "address", FeatureAddress.of(address))
         object.__setattr__(self, "amount", check_strength(amount, f"Add {self.address}"))
         checked = check_when_inactive(when_inactive, f"Add {self.address}")

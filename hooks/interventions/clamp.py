@@ -1,10 +1,11 @@
 """Clamp: set a feature to a value, whatever it was."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from hooks.errors import InterventionError
 from hooks.interventions import WhenInactive, check_strength, check_when_inactive
-from hooks.types import FeatureAddress
+from hooks.types import AddressLike, FeatureAddress
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Clamp:
     value: float
     when_inactive: WhenInactive = "apply"
 
-    def __init__(self, address: str | FeatureAddress | tuple, value: float, *, when_inactive: WhenInactive = "apply"):
+    def __init__(self, address: AddressLike, value: Any, *, when_inactive: WhenInactive = "apply"):
         object.__setattr__(self, "address", FeatureAddress.of(address))
         object.__setattr__(self, "value", check_strength(value, f"Clamp {self.address}"))
         checked = check_when_inactive(when_inactive, f"Clamp {self.address}")

@@ -1,10 +1,11 @@
 """Scale: multiply a feature's activation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from hooks.errors import InterventionError
 from hooks.interventions import WhenInactive, check_strength, check_when_inactive
-from hooks.types import FeatureAddress
+from hooks.types import AddressLike, FeatureAddress
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Scale:
     factor: float
     when_inactive: WhenInactive = "skip"
 
-    def __init__(self, address: str | FeatureAddress | tuple, factor: float, *, when_inactive: WhenInactive = "skip"):
+    def __init__(self, address: AddressLike, factor: Any, *, when_inactive: WhenInactive = "skip"):
         object.__setattr__(self, "address", FeatureAddress.of(address))
         object.__setattr__(self, "factor", check_strength(factor, f"Scale {self.address}"))
         checked = check_when_inactive(when_inactive, f"Scale {self.address}")
