@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from circuits.cases import Pair, make_cases
     from circuits.decompose import decompose
     from circuits.evaluate import completeness, faithfulness
-    from circuits.graph import Graph
+    from circuits.graph import Graph, check_graph
     from circuits.measures import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
     from circuits.prune import prune
     from circuits.scores import FeatureScores, score_features
@@ -46,6 +46,7 @@ __all__ = [
     "Pair",
     "Target",
     "Verification",
+    "check_graph",
     "completeness",
     "decompose",
     "faithfulness",
@@ -70,7 +71,7 @@ lazily(
         "circuits.cases": ("Pair", "make_cases"),
         "circuits.decompose": ("decompose",),
         "circuits.evaluate": ("completeness", "faithfulness"),
-        "circuits.graph": ("Graph",),
+        "circuits.graph": ("Graph", "check_graph"),
         "circuits.measures": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
         "circuits.prune": ("prune",),
         "circuits.scores": ("FeatureScores", "score_features"),

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from circuits.shown import drawn
 from hooks.calibrate import Calibration
 from hooks.findings import Findings
 from hooks.site_fits import Option
@@ -66,7 +67,7 @@ def _title(findings: Findings) -> str:
     best = findings.best
     return (
         f"{findings.verdict}: {best.read} → {best.write}, {best.encoder} encoder, FVU {best.fvu:.3f}"
-        f"   ({findings.model}, {findings.tokens:,} tokens, median over layers)"
+        f"   ({drawn(findings.model)}, {findings.tokens:,} tokens, median over layers)"
     )
 
 
@@ -130,7 +131,9 @@ def _curve(axes: Any, findings: Findings) -> None:
     axes.set_ylim(bottom=0)
     named = selection.activation or "undetermined"
     known = f"k = {selection.k}, {selection.source}" if selection.k is not None else selection.source
-    axes.set_title(f"FVU by k ({named}{'' if named == known else ', ' + known})", fontsize=8, color=INK, loc="left")
+    axes.set_title(
+        f"FVU by k ({drawn(named if named == known else f'{named}, {known}')})", fontsize=8, color=INK, loc="left"
+    )
     axes.set_xlabel("active features per token", fontsize=7, color=INK)
     axes.tick_params(labelsize=6.5, labelcolor=INK)
     for side in ("top", "right"):

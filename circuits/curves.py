@@ -18,14 +18,13 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import OutputError
-from hooks.output import replacing
+from circuits.scatter import picture, plain_decades
+from circuits.shown import drawn
 
 Order = Literal["signed", "absolute"]
 """What comes first: the highest score (MIB measures CPR on it), or the largest in size (CMD)."""
 
 LEVEL = 0.8
-SUFFIXES = (".png", ".svg")
 COLOURS = ("#1f6f8b", "#c8553d", "#588157", "#7b5ea7", "#b08900", "#8c8c8c", "#2b2b2b", "#d4a5c9")
 
 
@@ -117,26 +116,16 @@ def plot_curves(
     Raises:
         OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"unknown picture format {path.suffix!r}", expected=" or ".join(SUFFIXES), where=str(path))
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
     columns = min(columns, len(panels))
-    kind, rows = path.suffix.lower()[1:], -(-len(panels) // columns)
-    figure = Figure(figsize=(5.4 * columns, 0.4 + 3.8 * rows), dpi=80, layout="constrained")
-    places = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for axes in places[len(panels) :]:
-        axes.axis("off")
-    for axes, (name, curves) in zip(places, panels.items(), strict=False):
-        _panel(axes, curves, bound)
-        axes.set_title(name, fontsize=10)
-    figure.suptitle(title, fontsize=12)
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none"}), replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    rows = -(-len(panels) // columns)
+    with picture(Path(path), (5.4 * columns, 0.4 + 3.8 * rows), "constrained", dpi=80) as figure:
+        places = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axes in places[len(panels) :]:
+            axes.axis("off")
+        for axes, (name, curves) in zip(places, panels.items(), strict=False):
+            _panel(axes, curves, bound)
+            axes.set_title(drawn(name), fontsize=10)
+        figure.suptitle(drawn(title), fontsize=12)
 
 
 def _panel(axes: Any, curves: Sequence[Curve], bound: float) -> None:
@@ -145,9 +134,10 @@ def _panel(axes: Any, curves: Sequence[Curve], bound: float) -> None:
     for number, curve in enumerate(curves):
         signed = curve.order == "signed"
         areas = (curve.cpr, curve.log_cpr) if signed else (curve.cmd, curve.log_cmd)
-        label = f"{curve.ranking}: {'CPR' if signed else 'CMD'} {areas[0]:.2f} ({areas[1]:.2f})"
+        label = f"{drawn(curve.ranking)}: {'CPR' if signed else 'CMD'} {areas[0]:.2f} ({areas[1]:.2f})"
         axes.plot(curve.shares, curve.values, color=COLOURS[number % len(COLOURS)], marker=".", label=label)
     axes.set_xscale("log")
+    plain_decades(axes.xaxis)
     axes.set_xlabel("share of the features kept")
     axes.set_ylabel("faithfulness f")
     axes.legend(loc="upper left", fontsize=7, title="area, linear axis (log axis)", title_fontsize=7)

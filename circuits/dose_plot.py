@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from circuits import shown
 from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
 from hooks.dose import DoseResponse
 
 WIDTH, HEIGHT = 8.6, 3.7  # inches
-LONGEST = 14  # characters of a token that are written
 
 
 def dose_plot(response: DoseResponse, path: str | Path) -> None:
@@ -34,14 +34,19 @@ def _effect(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None
     axes.axhline(0, color="#dddddd", linewidth=0.6, zorder=1)
     axes.axhline(response.metric, color=QUIET, linewidth=0.9, dashes=(4, 3), zorder=2)
     _line(axes, amounts, metric, RIGHT)
-    _frame(axes, response.unit, "logit difference", f"{_short(response.target)} against {_short(response.against)}")
+    _frame(
+        axes,
+        response.unit,
+        "logit difference",
+        f"{shown.token(response.target)} against {shown.token(response.against)}",
+    )
     before = None
     for i, (amount, value, dose) in enumerate(zip(amounts, metric, response.doses, strict=True)):
         token = dose.scored.tokens[0]
         if token != before:
             falls = value >= (metric[i + 1] if i + 1 < len(metric) else metric[i - 1])  # write where the line is not
             axes.annotate(
-                _short(token),
+                shown.token(token),
                 (amount, value),
                 (4 if falls else -4, 5),
                 textcoords="offset points",
@@ -73,9 +78,3 @@ def _frame(axes: Any, unit: str, ylabel: str, title: str) -> None:
     axes.tick_params(labelsize=7, colors=INK)
     axes.set_title(title, fontsize=10, color=INK, loc="left", pad=18)
     axes.text(0, 1.03, "dashed: not steered", transform=axes.transAxes, fontsize=7.5, color="#555555", va="bottom")
-
-
-def _short(token: str) -> str:
-    """A token as it can be drawn: plain text (no mathematics between dollar signs), and not too long."""
-    text = token.strip().replace("\n", "⏎").replace("$", r"\$") or repr(token)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

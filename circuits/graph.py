@@ -1,10 +1,12 @@
 """The circuit: a frozen table of nodes, a frozen table of edges, and what is known about them.
 
 Saved as one safetensors file (arrays plus one JSON text in the header): no pickle, and the same graph gives the same
-bytes.
+bytes. A file is checked whole before it becomes a graph (`circuits.sound`).
 """
 
+import html
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,16 +17,19 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from circuits.nodes import FEATURE, KINDS, NONE, NodeIndex
-from hooks.errors import CheckpointError
-from hooks.files import safetensors_load, safetensors_metadata, safetensors_shapes, write_safetensors
+from circuits.shown import drawn, unique
+from circuits.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
+from hooks.errors import CheckpointError, UserError, first_line
+from hooks.files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
+from hooks.guard import Stored, check_safetensors, shown
 
 _VERSION = 1
-_NODE_COLUMNS = ("kind", "layer", "pos", "feature")
-_COLUMNS = ("activation", "score", "influence", "source", "target", "weight", "effect")
-_EXTRA = ("baseline", "total")
+_KEY = "qwen-circuits-graph"
+_COLUMNS = tuple(name for name in REQUIRED if name not in NODE_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,22 @@ class Graph:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """A unique id per node; a feature's id is its address, such as `L3/118@7`."""
-        targets = [target["name"] for target in self.meta.get("targets", [])]
-        return tuple(self.index.name(row, targets) for row in range(self.n_nodes))
+        return unique([self.index.name(row, self.target_names) for row in range(self.n_nodes)])
+
+    @cached_property
+    def target_names(self) -> tuple[str, ...]:
+        """A name per target, each but once."""
+        return unique([target["name"] for target in self.meta.get("targets", [])])
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The prompt's tokens as text; nameless where the graph was made without them."""
+        known = self.meta.get("tokens")
+        return tuple(known) if known is not None else ("",) * (int(self.index.pos.max(initial=NONE)) + 1)
 
     def _extra(self) -> dict[str, Float[np.ndarray, " node"]]:
         """The columns that not every graph has."""
-        return {name: column for name in _EXTRA if (column := getattr(self, name)) is not None}
+        return {name: column for name in NODE_EXTRA if (column := getattr(self, name)) is not None}
 
     def with_meta(self, **facts: Any) -> "Graph":
         """The same graph with more known about it."""
@@ -108,7 +123,7 @@ class Graph:
 
     def nodes_frame(self) -> pd.DataFrame:
         """The nodes as a table, strongest influence first."""
-        tokens = self.meta.get("tokens", [])
+        tokens = self.tokens
         labels = self.meta.get("labels", {})
         frame = pd.DataFrame(
             {
@@ -156,40 +171,124 @@ class Graph:
         )
         return graph
 
+    def __repr__(self) -> str:
+        """One line: what is explained, how large the graph is, by which rule, on which model."""
+        facts = [f"{self.n_nodes:,} nodes", f"{self.n_edges:,} edges"]
+        facts += [f"rule {self.meta['rule']}"] if self.meta.get("rule") else []
+        facts += [f"model {self.meta['model']}"] if self.meta.get("model") else []
+        targets = [*self.target_names[:3], *([f"{len(self.target_names) - 3} more"] if self.target_names[3:] else [])]
+        return f"Graph({drawn(' + '.join(targets)) or 'no target'}: {', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the line, and the strongest features."""
+        frame = self.nodes_frame()
+        shown = frame[frame["kind"] == "feature"].head(10)[["id", "token", "activation", "score", "influence", "label"]]
+        return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, float_format='{:.4g}'.format)}"
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all.
+        """Write one safetensors file, whole or not at all. NaN and infinities among the facts become null.
 
         Raises:
             OutputError: the place cannot be written to.
+            UserError: the graph is not sound, see `check_graph`.
         """
-        columns = {name: getattr(self.index, name) for name in _NODE_COLUMNS}
-        columns |= {name: getattr(self, name) for name in _COLUMNS}
-        columns |= self._extra()
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
-        text = json.dumps({"version": _VERSION, "meta": self.meta}, ensure_ascii=False, sort_keys=True)
-        write_safetensors(Path(path), tensors, {"qwen-circuits-graph": text})
+        check_graph(self)
+        columns = {
+            name: np.ascontiguousarray(column, np.int64 if name in NUMBERS else np.float64)
+            for name, column in _parts(self).items()
+        }
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        facts = {"version": _VERSION, "meta": plain(self.meta)}
+        text = json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        check_size(text.encode())
+        write_safetensors(Path(path), tensors, {_KEY: text})
 
     @classmethod
     def load(cls, path: str | Path) -> "Graph":
-        """Read a saved graph.
+        """Read a saved graph, and check all of it.
 
         Raises:
-            CheckpointError: there is no such file, or it is not a graph of this version.
+            CheckpointError: there is no such file, it is not a graph of this version, or it is damaged: something in it
+                is not what `check_graph` asks for.
         """
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
             raise CheckpointError(f"there is no graph file {path}", repair="write one with `circuits trace --out`")
-        head = json.loads(safetensors_metadata(path).get("qwen-circuits-graph", "{}"))
-        stored = set(safetensors_shapes(path))
-        missing = {*_NODE_COLUMNS, *_COLUMNS} - stored
-        if head.get("version") != _VERSION or missing:
+        try:
+            meta = _facts(path)
+            parts = {name: _column(tensor) for name, tensor in safetensors_tensors(path).items()}
+            check_parts(parts, meta)
+        except CheckpointError:
+            raise
+        except UserError as error:
             raise CheckpointError(
-                f"{path.name} is not a graph of this version",
-                expected=f"version {_VERSION}, written by `circuits trace`",
-                found=f"version {head.get('version')}, missing {sorted(missing)}",
+                f"{path.name} is not a sound graph: {error.problem}",
+                expected=error.expected,
+                found=error.found,
                 where=str(path),
+                repair="the file is damaged, or was not written by `circuits trace`: trace it again",
+            ) from None
+        index = NodeIndex(*(parts.pop(name) for name in NODE_NUMBERS))
+        return cls(index=index, meta=plain(meta), **parts)
+
+
+def check_graph(graph: Graph) -> None:
+    """Refuse a graph that contradicts itself, wherever it was made. `Graph.load` and every export ask for the same.
+
+    Raises:
+        UserError: a column of another length, type or range; a node or an edge that occurs twice; an edge that leads
+            down, sideways, or back in time; a number that is NaN or infinite (but the norm of a folded rest); a fact
+            in `meta` of another type, or one that does not fit the nodes.
+    """
+    check_parts(_parts(graph), graph.meta)
+
+
+def _parts(graph: Graph) -> dict[str, np.ndarray]:
+    """The columns by name."""
+    columns = {name: getattr(graph.index, name) for name in NODE_NUMBERS}
+    return columns | {name: getattr(graph, name) for name in _COLUMNS} | graph._extra()
+
+
+_STORED = {True: ("I64", "I32"), False: ("F64", "F32")}  # of whole numbers, and of others
+
+
+def _facts(path: Path) -> Any:
+    """The facts in a graph's file, after a look at its header: a graph of this version, its columns numbers."""
+    check_size(safetensors_header(path, TEXT_LIMIT))
+    stored = check_safetensors(path)
+    try:
+        head = json.loads(safetensors_metadata(path).get(_KEY, "{}"), parse_constant=_unknown)
+    except (ValueError, RecursionError) as error:
+        raise UserError("the text of its facts is no JSON", expected="JSON", found=first_line(error)) from None
+    missing = sorted({*REQUIRED, "meta"} - {*stored, *(head if isinstance(head, dict) else ())})
+    version = head.get("version") if isinstance(head, dict) else None
+    if type(version) is not int or version != _VERSION or missing:
+        raise CheckpointError(
+            f"{path.name} is not a graph of this version",
+            expected=f"version {_VERSION}, written by `circuits trace`",
+            found=f"version {shown(version)}" + (f", without {', '.join(missing)}" if missing else ""),
+            where=str(path),
+        )
+    _check_stored(stored)
+    return head["meta"]
+
+
+def _unknown(constant: str) -> None:
+    """NaN and the infinities, which earlier files may hold, are what is not known."""
+
+
+def _check_stored(stored: Mapping[str, Stored]) -> None:
+    """Refuse columns that are no numbers of one of the kinds that are written, before they are read."""
+    for name, column in stored.items():
+        kinds = _STORED[name in NUMBERS]
+        if name not in (*REQUIRED, *NODE_EXTRA) or column.dtype not in kinds or len(column.shape) != 1:
+            raise UserError(
+                f"the column {shown(name)} is not what a graph has",
+                expected=f"columns {', '.join((*REQUIRED, *NODE_EXTRA))} of {' or '.join(kinds)}",
+                found=f"{column.dtype} {list(column.shape)}",
             )
-        read = {name: safetensors_load(path, name).numpy() for name in (*_NODE_COLUMNS, *_COLUMNS)}
-        index = NodeIndex(*(read.pop(name) for name in _NODE_COLUMNS))
-        read |= {name: safetensors_load(path, name).numpy() for name in _EXTRA if name in stored}
-        return cls(index=index, meta=head["meta"], **read)
+
+
+def _column(tensor: Shaped[Tensor, " row"]) -> Shaped[np.ndarray, " row"]:
+    """A stored column, in the precision that a graph has."""
+    return tensor.numpy().astype(np.float64 if tensor.is_floating_point() else np.int64, copy=False)

@@ -75,7 +75,7 @@ class NodeIndex:
         if kind == TOKEN:
             return f"token@{pos}"
         if kind == TARGET:
-            return f"target {target_names[feature]}" if target_names else f"target {feature}"
+            return f"target {target_names[feature]}" if feature < len(target_names) else f"target {feature}"
         if kind == REMAINDER:
             return "remainder targets" if feature == NONE else f"remainder L{feature}"
         place = "embedding" if layer == NONE else f"L{layer}"

@@ -7,6 +7,8 @@ says "as predicted".
 
 import contextlib
 import importlib.util
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.agreement import Agreement, Values, agree
+from circuits.shown import drawn
 from hooks.errors import OutputError
 from hooks.output import check_writable, replacing
 
@@ -23,6 +26,7 @@ SUFFIXES = (".png", ".svg")
 COLUMNS = 3  # panels side by side
 SIDE, HEAD, MARGIN, FOOT = 3.3, 0.65, 0.75, 0.3  # inches: a panel; the space for its title, its labels, the legend
 RIGHT, WRONG, QUIET, INK = "#1f6f8b", "#c8553d", "#9a9a9a", "#2b2b2b"
+TINY = 1e-30  # what is smaller is drawn as nothing
 DECADES = 4  # below the largest effect; what is smaller is drawn linearly
 LEGEND = "dashed: as predicted; grey: within the noise floor; red: the other sign"
 
@@ -72,27 +76,78 @@ def check_drawing(path: Path) -> None:
     check_writable(path)
 
 
-@contextlib.contextmanager
-def picture(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
-    """A figure to draw in, written as PNG or SVG by the path's suffix, whole or not at all.
+PLAIN: Any = {  # a fixed salt and no date make an svg reproducible; a text with dollar signs is text, not TeX
+    "svg.hashsalt": "qwen-circuits",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,
+    "text.usetex": False,
+}
+MOST_DOTS, WIDEST, COARSEST = 1 << 24, 1 << 16, 60  # dots of a PNG (four bytes each), along a side, and per inch
 
-    It draws with Agg and touches no global state; with a fixed salt and no date the same drawing gives the same bytes.
+
+@contextlib.contextmanager
+def picture(
+    path: Path,
+    size: tuple[float, float],
+    layout: Literal["constrained"] | None = None,
+    *,
+    kind: str | None = None,
+    dpi: int = 160,
+) -> Iterator[Any]:
+    """A figure to draw in, written whole or not at all. All pictures are drawn in here.
+
+    It draws with Agg and touches no global state; the same drawing gives the same bytes. No text is read as TeX, and
+    a sign that the font lacks is a box. Foreign text goes through `circuits.shown.drawn`.
+
+    Args:
+        kind: png or svg; None: by the path's suffix.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: another suffix, matplotlib is not installed, the picture is too large for a PNG, or the place
+            cannot be written to.
     """
-    check_suffix(path)
+    if kind is None:
+        check_suffix(path)
+        kind = path.suffix.lower()[1:]
+    fitting = dpi if kind == "svg" else min(dpi, _dots_per_inch(size))
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
-    kind = path.suffix.lower()[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=size, dpi=160, layout=layout)
+    with matplotlib.rc_context(PLAIN), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
+        figure = Figure(figsize=size, dpi=fitting, layout=layout)
         yield figure
         with replacing(path) as temporary:
             figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _dots_per_inch(size: tuple[float, float]) -> int:
+    """How finely a PNG of so many inches can be drawn."""
+    most = min(math.sqrt(MOST_DOTS / (size[0] * size[1])), (WIDEST - 1) / max(size))
+    if most < COARSEST:
+        raise OutputError(
+            f"a picture of {size[0]:,.0f} by {size[1]:,.0f} inches is too large for a PNG",
+            expected=f"at most {MOST_DOTS:,} dots, {COARSEST} to the inch",
+            repair="write an svg, or draw less",
+        )
+    return int(most)
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def plain_decades(*scales: Any) -> None:
+    """Label the decades of logarithmic axes as 10⁻² in plain text; matplotlib's own labels are TeX."""
+
+    def label(value: float, _: int) -> str:
+        power = round(math.log10(abs(value))) if value else 0
+        return "0" if not value else f"{'−' if value < 0 else ''}10{str(power).translate(_RAISED)}"
+
+    for scale in scales:
+        scale.set_major_formatter(label)
 
 
 def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
@@ -127,17 +182,17 @@ def _draw(axes: Any, panel: Panel) -> None:
     quiet, right = np.abs(y) <= panel.noise_floor, np.sign(x) == np.sign(y)
     for shown, colour in ((quiet, QUIET), (~quiet & right, RIGHT), (~quiet & ~right, WRONG)):
         axes.scatter(x[shown], y[shown], s=9, color=colour, alpha=0.55, linewidths=0, zorder=3)
-    axes.set_xlabel(f"predicted ({panel.unit})", fontsize=8, color=INK)
-    axes.set_ylabel(f"measured ({panel.unit})", fontsize=8, color=INK, labelpad=2)
+    axes.set_xlabel(f"predicted ({drawn(panel.unit)})", fontsize=8, color=INK)
+    axes.set_ylabel(f"measured ({drawn(panel.unit)})", fontsize=8, color=INK, labelpad=2)
     axes.tick_params(labelsize=7, colors=INK)
-    axes.set_title(f"{panel.name}\n", fontsize=10, color=INK, loc="left", pad=14)
+    axes.set_title(f"{drawn(panel.name)}\n", fontsize=10, color=INK, loc="left", pad=14)
     axes.text(0, 1.02, _figures(panel.agreement), transform=axes.transAxes, fontsize=7.5, color="#555555", va="bottom")
 
 
 def _scale(axes: Any, size: Float[np.ndarray, " item"], noise_floor: float) -> float:
     """Set both axes alike, and give their end."""
     largest = max(float(size.max(initial=0.0)), noise_floor)
-    if largest == 0:
+    if largest < TINY:
         largest = 1.0
     smallest = max(noise_floor, float(np.quantile(size[size > 0], 0.1)) if (size > 0).any() else 0.0)
     threshold = 10.0 ** np.ceil(np.log10(max(smallest, largest * 10.0**-DECADES)))
@@ -145,6 +200,7 @@ def _scale(axes: Any, size: Float[np.ndarray, " item"], noise_floor: float) -> f
     if largest > 10 * threshold:  # otherwise there is no decade to show
         axes.set_xscale("symlog", linthresh=threshold, linscale=0.6)
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.6)
+        plain_decades(axes.xaxis, axes.yaxis)
         limit = 1.6 * largest
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
     return limit

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from circuits import shown
 from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
 from hooks.errors import UserError
 from hooks.sweep import Sweep
@@ -43,8 +44,8 @@ def _cells(table: pd.DataFrame, length: int) -> tuple[list[int], Float[np.ndarra
     """The effect of largest magnitude in each cell; NaN where none is resolved or none was swept."""
     layers = sorted({int(layer) for layer in table["layer"]})
     cells = np.full((len(layers), length), np.nan)
-    shown = table[table["resolved"] & (table["delta"] != 0)]
-    for layer, pos, delta in zip(shown["layer"], shown["pos"], shown["delta"], strict=True):
+    drawn = table[table["resolved"] & (table["delta"] != 0)]
+    for layer, pos, delta in zip(drawn["layer"], drawn["pos"], drawn["delta"], strict=True):
         at = layers.index(int(layer)), int(pos)
         if not abs(cells[at]) >= abs(delta):
             cells[at] = delta
@@ -57,7 +58,7 @@ def _map(figure: Any, axes: Any, cells: Float[np.ndarray, "layer pos"], layers: 
     colours = LinearSegmentedColormap.from_list("effect", [WRONG, "#ffffff", RIGHT]).with_extremes(bad="#e6e6e6")
     most = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
     drawn = axes.imshow(cells, origin="lower", aspect="auto", cmap=colours, vmin=-most, vmax=most)
-    tokens = [_short(token) for token in sweep.tokens]
+    tokens = [shown.token(text, LONGEST) for text in sweep.tokens]
     axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=7, color=INK)
     axes.set_yticks(range(len(layers)), [f"L{layer}" for layer in layers], fontsize=7, color=INK)
     axes.set_title("strongest single effect", fontsize=8, color=INK, loc="left")
@@ -77,15 +78,10 @@ def _ranking(axes: Any, sweep: Sweep) -> None:
     axes.barh(places, values, height=0.66, color=[RIGHT if value >= 0 else WRONG for value in values])
     axes.axvspan(-sweep.noise_floor, sweep.noise_floor, color=QUIET, alpha=0.35, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.6)
-    names = [name if len(name) < 30 else name[:28] + "…" for name in top["name"]]
+    names = [shown.drawn(name, 29) for name in top["name"]]
     axes.set_yticks(places, names, fontsize=7, color=INK)
     axes.tick_params(axis="x", labelsize=6.5, colors=INK)
     axes.set_title("ranking", fontsize=8, color=INK, loc="left")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-
-
-def _short(token: str) -> str:
-    text = token.strip() or repr(token)[1:-1]
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -192,6 +192,32 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def safetensors_header(path: Path, most: int) -> bytes:
+    """The bytes of a header, not yet looked at: whether they are few enough to be parsed is the caller's to say.
+
+    Raises:
+        CheckpointError: it claims more than the file, or more than `most` bytes.
+    """
+    with path.open("rb") as file:
+        first = file.read(8)
+        length, size = int.from_bytes(first, "little"), path.stat().st_size
+        if len(first) == 8 and length <= min(size - 8, most):
+            return file.read(length)
+    raise CheckpointError(
+        f"{path.name} is not a readable safetensors file",
+        expected=f"a header of at most {most:,} bytes, and behind it the bytes of every tensor it names",
+        found=f"{size:,} bytes, and a header that claims {length:,}",
+        where=str(path),
+        repair="download or convert it again",
+    )
+
+
+def safetensors_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file, read, not mapped."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     check_safetensors(path)

@@ -20,7 +20,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "quality_report", "quality",
     ],
     "circuits": [
-        "nodes", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
+        "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
         "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "quality_plot", "verify",
         "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "options",
         "commands", "cli", "__main__",

@@ -7,7 +7,7 @@ A format is a module with
 
 from pathlib import Path
 
-from circuits.graph import Graph
+from circuits.graph import Graph, check_graph
 from hooks.errors import OutputError
 from hooks.plugins import discover
 
@@ -29,6 +29,8 @@ def export(graph: Graph, path: str | Path, format: str) -> None:
 
     Raises:
         OutputError: the format is unknown, or the place cannot be written to.
+        UserError: the graph is not sound, see `check_graph`.
     """
     check_format(format)
+    check_graph(graph)
     EXPORTERS[format].write(graph, Path(path))

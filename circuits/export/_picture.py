@@ -6,6 +6,7 @@ constants and are not drawn. What is left out is said under the picture.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from jaxtyping import Bool, Int
 
 from circuits.graph import Graph
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
+from circuits.scatter import picture
+from circuits.shown import drawn
+from circuits.shown import token as shown_token
 from hooks.errors import OutputError
-from hooks.output import replacing
 
 DRAWN_PER_LAYER = 7
 EDGES_PER_NODE = 3  # strongest ways in
 ABREAST = 4  # nodes of one layer and token side by side; more go into a second line
 SLOT, NARROW, LINE, GAP, HEIGHT = 0.98, 0.72, 0.52, 0.55, 0.4  # inches
 BOTTOM, LEFT = 1.0, 0.85
+LONGEST = 24  # characters of a token
 POSITIVE, NEGATIVE, INK = "#1f6f8b", "#c8553d", "#2b2b2b"
 FILL = {
     TOKEN: "#efe9dc",
@@ -37,18 +41,14 @@ def draw(graph: Graph, path: Path, kind: str) -> None:
     """Write the picture of a graph.
 
     Raises:
-        OutputError: matplotlib is not installed, or the place cannot be written to.
+        OutputError: there is nothing to draw, the picture would be too large, matplotlib is not installed, or the
+            place cannot be written to.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError("pictures need matplotlib", repair="pip install 'qwen-circuits[plot]'") from None
     shown, edges = choose(graph)
+    if not len(shown):
+        raise OutputError("there is nothing to draw in this graph", expected="a token, a target or a feature")
     places, size = _layout(graph, shown)
-    # no global state: rc only around the drawing; a fixed salt and no date make the svg reproducible
-    with matplotlib.rc_context({"svg.hashsalt": "qwen-circuits", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=size, dpi=160)
+    with picture(path, size, kind=kind) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, size[0]), ylim=(0, size[1]))
         axes.axis("off")
@@ -56,8 +56,6 @@ def draw(graph: Graph, path: Path, kind: str) -> None:
         _draw_edges(axes, graph, edges, places)
         _draw_nodes(axes, graph, places)
         _draw_captions(axes, graph, len(shown), len(edges), size)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def choose(graph: Graph) -> tuple[Int[np.ndarray, " node"], Int[np.ndarray, " edge"]]:
@@ -86,7 +84,7 @@ def _layout(
     levels = _levels(graph, shown)
     for row in shown.tolist():
         cells[int(graph.index.pos[row]), levels[row]].append(row)
-    left = LEFT + np.cumsum([0.0, *_widths(cells, graph.meta["tokens"])])
+    left = LEFT + np.cumsum([0.0, *_widths(cells, graph.tokens)])
     heights = _heights(cells, max(levels.values()) + 1)
     places = {}
     for (pos, level), rows in cells.items():
@@ -98,7 +96,7 @@ def _layout(
     return places, (float(left[-1] + 0.15), heights[-1] + 0.8)
 
 
-def _widths(cells: dict[tuple[int, int], list[int]], tokens: list[str]) -> list[float]:
+def _widths(cells: dict[tuple[int, int], list[int]], tokens: Sequence[str]) -> list[float]:
     """Columns with features are as wide as their fullest line; columns with only a token as wide as its text."""
     widths = []
     for pos, token in enumerate(tokens):
@@ -108,7 +106,11 @@ def _widths(cells: dict[tuple[int, int], list[int]], tokens: list[str]) -> list[
 
 
 def _token_width(token: str) -> float:
-    return max(NARROW - 0.1, 0.085 * len(token.strip()) + 0.12)
+    return max(NARROW - 0.1, 0.085 * len(_token(token)) + 0.12)
+
+
+def _token(text: str) -> str:
+    return shown_token(text, LONGEST) if text.strip() else "␣"
 
 
 def _heights(cells: dict[tuple[int, int], list[int]], count: int) -> list[float]:
@@ -207,28 +209,33 @@ def _absent(graph: Graph, row: int) -> bool:
 
 def _caption(graph: Graph, row: int, label: str) -> tuple[str, str]:
     kind, layer, feature = (int(c[row]) for c in (graph.index.kind, graph.index.layer, graph.index.feature))
-    score = f"{graph.score[row]:+.2f}"
+    score = _figure(graph.score[row], "+")
     if kind == TOKEN:
-        return graph.meta["tokens"][int(graph.index.pos[row])].strip() or "␣", ""
+        return _token(graph.tokens[int(graph.index.pos[row])]), ""
     if kind == TARGET:
-        return f"{graph.meta['targets'][feature]['name']} = {graph.activation[row]:.2f}", ""
+        return f"{drawn(graph.names[row].removeprefix('target '), 48)} = {_figure(graph.activation[row])}", ""
     if kind == FEATURE:
-        return (label or f"L{layer}/{feature}"), (f"L{layer}/{feature}  {score}" if label else score)
+        return (drawn(label, 40) or f"L{layer}/{feature}"), (f"L{layer}/{feature}  {score}" if label else score)
     return {REST: "other features", ERROR: "error", BIAS: "bias"}[kind], score
+
+
+def _figure(value: float, sign: str = "") -> str:
+    """Two decimals, or powers of ten where they would not fit."""
+    return f"{value:{sign}.2f}" if abs(value) < 1e5 else f"{value:{sign}.1e}"
 
 
 def _draw_captions(axes: Any, graph: Graph, nodes: int, edges: int, size: tuple[float, float]) -> None:
     check = graph.meta.get("verification") or {}
-    figures = [f"rule {graph.meta['rule']}"]
+    figures = [f"rule {drawn(graph.meta.get('rule', 'unknown'), 24)}"]
     if check.get("node_spearman") is not None:
         figures.append(
             f"scores against {check['n']} real ablations: Spearman {check['node_spearman']:.2f}"
             + (f"; edges against {check['n_edges']}: {check['edge_spearman']:.2f}" if check["edge_spearman"] else "")
         )
-    title = graph.meta["prompt"].strip()
+    title = drawn(graph.meta.get("prompt", "").strip())
     legend = "blue: raises the target, red: lowers it; width: effect in logits; numbers: score in logits"
     if "counterfactual" in graph.meta:
-        title += f"    (and not: {graph.meta['counterfactual']['prompt'].strip()})"
+        title += f"    (and not: {drawn(graph.meta['counterfactual']['prompt'].strip())})"
         legend += "; dotted: active in the other prompt alone"
     axes.text(0.1, size[1] - 0.28, title, fontsize=12, color=INK, va="center")
     left_out = f"{nodes} of {graph.n_nodes} nodes and {edges} of {graph.n_edges} edges drawn"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pydot
 
+from circuits.export._names import relabelled
 from circuits.graph import Graph
 from hooks.output import write_text
 
@@ -17,7 +18,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\0
 
 def write(graph: Graph, path: Path) -> None:
     """Every node and edge attribute; text in quotes, numbers as they are. An empty label is left out: the id shows."""
-    network = graph.to_networkx()
+    network = relabelled(graph.to_networkx(), lambda name: name.replace("\0", "\ufffd"))
     drawing = pydot.Dot("circuit", graph_type="digraph", strict=True, rankdir="BT")
     for key, value in network.graph.items():
         drawing.set(key, _value(value))

@@ -5,10 +5,11 @@ from pathlib import Path
 import networkx as nx
 
 from circuits.graph import Graph
+from circuits.sound import plain
 from hooks.output import write_json
 
 
 def write(graph: Graph, path: Path) -> None:
-    """Nodes, edges, and under `graph` everything the trace knows, its verification included."""
+    """Nodes, edges, and under `graph` everything the trace knows, its verification included; null: not known."""
     data = nx.node_link_data(graph.to_networkx(), edges="edges")
-    write_json(path, data | {"graph": dict(graph.meta)})
+    write_json(path, data | {"graph": plain(graph.meta)})

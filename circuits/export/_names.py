@@ -1,0 +1,13 @@
+"""Ids of nodes where a format cannot hold every sign."""
+
+from collections.abc import Callable
+
+import networkx as nx
+
+from circuits.shown import unique
+
+
+def relabelled(network: nx.DiGraph, change: Callable[[str], str]) -> nx.DiGraph:
+    """The graph with every id changed; those that would then be one are numbered."""
+    names = list(network)
+    return nx.relabel_nodes(network, dict(zip(names, unique([change(name) for name in names]), strict=True)))
