@@ -233,7 +233,7 @@ def _target(model: HookedModel, pair: Pair, clean: Recording, other: Recording |
     if len(found) != 1 or not isinstance(found[0], Target):
         raise TargetError(
             "a circuit is measured on one difference of logits",
-            expected="None, a token, (answer, against), a Logit or a Target",
+            expected="None, a token, a Logit or a Target",
             found=", ".join(target.name for target in found),
         )
     return found[0]

@@ -4,14 +4,16 @@ The default is the metric used everywhere: logit(answer) − logit(best other to
 targets are explained together; scores and influence are then those of their sum, each times its weight.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.shown import unique
 from hooks.errors import TargetError
 from hooks.host import Host
 from hooks.readout import best_other
@@ -255,7 +257,7 @@ def whole_prompt(host: Host, prompt: Prompt, targets: object) -> list[int]:
         TargetError: an answer stands beside other targets, or is empty.
     """
     ids = host.tokenize(prompt)
-    listed = targets if isinstance(targets, list) else [targets]
+    listed = _listed(targets)
     answers = [target for target in listed if isinstance(target, Answer)]
     if not answers:
         return ids
@@ -292,8 +294,8 @@ def resolve_targets(
 
     Args:
         logits: of the clean run, to find the answer and the best other token.
-        targets: None (the model's own answer), a token, `(answer, against)`, a `Logit`, `Mass`, `Answer`, `Feature`,
-            `Direction` or `Target`, or a list of these. An unweighted list is explained in equal shares.
+        targets: None (the model's own answer), a token, a `Logit`, `Mass`, `Answer`, `Feature`,
+            `Direction` or `Target`, or a list or tuple of these, explained in equal shares.
         store: needed for a `Feature`.
         counterfactual: logits of the other prompt of a pair; its answer is then what the answer is against.
 
@@ -301,14 +303,10 @@ def resolve_targets(
         TargetError: a name is not one token, a position does not occur, a target is empty or doubled, or the targets
             are read at different places.
     """
-    listed: Sequence[Any] = targets if isinstance(targets, list) else [targets]
+    listed = _listed(targets)
     if not listed:
-        raise TargetError("no target given", expected="a token, (answer, against), a Target, or None for the answer")
-    found = [one for target in listed for one in _resolve(host, logits, target, store, counterfactual)]
-    names = [target.name for target in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise TargetError(f"the target {twice[0]} is given twice")
+        raise TargetError("no target given", expected="a token, a Logit, a Target, or None for the answer")
+    found = _told_apart([one for target in listed for one in _resolve(host, logits, target, store, counterfactual)])
     places = {target.site.depth if target.site else None for target in found}
     if len(places) > 1:
         raise TargetError(
@@ -319,6 +317,83 @@ def resolve_targets(
     if len(listed) > 1:
         found = [replace(target, weight=target.weight / len(listed)) for target in found]
     return tuple(found)
+
+
+def against_token(targets: Any, against: str | int | None) -> Any:
+    """A token and what it is measured against, as one target; without `against`, the targets as they are.
+
+    Raises:
+        TargetError: `against` beside anything but one token, or the model's own answer.
+    """
+    if against is None:
+        return targets
+    if not (targets is None or _is_token(targets)):
+        raise TargetError(
+            "against= belongs to one token",
+            expected="a token, or None for the model's own answer",
+            found=type(targets).__name__,
+            repair="name each pair as Logit(token, against)",
+        )
+    return Logit(targets, against)
+
+
+def _listed(targets: Any) -> list[Any]:
+    """The targets one by one: a list or a tuple is several.
+
+    Two tokens in a tuple were the pair (answer, against) in version 0.1, and still are, with a warning.
+    """
+    if not isinstance(targets, list | tuple):
+        return [targets]
+    if _is_pair(targets):
+        return [_pair(targets)]
+    return [_pair(target) if _is_pair(target) else target for target in targets]
+
+
+def _is_pair(target: Any) -> bool:
+    return (
+        isinstance(target, tuple) and len(target) == 2 and all(isinstance(one, str | SupportsIndex) for one in target)
+    )
+
+
+def _pair(target: Any) -> Logit:
+    warnings.warn(
+        f"a tuple of two tokens will be two targets: for one against the other write Logit{target!r}, or against=",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return Logit(*target)
+
+
+def _told_apart(found: Sequence[AnyTarget]) -> list[AnyTarget]:
+    """The targets, each under a name of its own: tokens that read the same are told apart by their ids.
+
+    Raises:
+        TargetError: one is there twice.
+    """
+    meant: list[Any] = []
+    for target in found:
+        plain: Any = replace(target, weight=1.0)
+        plain = plain if isinstance(target, Feature) else replace(plain, name="-")
+        if plain in meant:
+            raise TargetError(f"the target {target.name} is given twice")
+        meant.append(plain)
+    names = [target.name for target in found]
+    with_ids = [
+        f"{target.name} (ids {', '.join(map(str, target.tokens))})"
+        if isinstance(target, Target) and names.count(target.name) > 1
+        else target.name
+        for target in found
+    ]
+    return [
+        target if target.name == name or isinstance(target, Feature) else replace(target, name=name)
+        for target, name in zip(found, unique(with_ids), strict=True)
+    ]
+
+
+def _token_name(host: Host, token: int) -> str:
+    """A token in a target's name; its id beside it where the text says too little."""
+    text = host.string(token)
+    return f"{text!r}" if text and "\ufffd" not in text else f"{text!r} #{token}"
 
 
 def _resolve(
@@ -342,9 +417,11 @@ def _resolve(
         ids = answer_tokens(host, target)
         first = len(logits) - len(ids)
         return [_difference(host, logits, id, None, first + n, numbered=len(ids) > 1) for n, id in enumerate(ids)]
-    if not isinstance(target, Logit):
-        named, against = target if isinstance(target, tuple) else (target, None)
-        target = Logit(named, against)
+    if isinstance(target, list | tuple):
+        raise TargetError(
+            "a target is no list", expected="tokens in one list, or Logit(token, against)", found=repr(target)[:80]
+        )
+    target = target if isinstance(target, Logit) else Logit(target)
     pos = _position(target.pos, len(logits))
     answer = int(logits[pos].argmax()) if target.token is None else host.token_id(target.token)
     other = None if target.against is None else host.token_id(target.against)
@@ -360,7 +437,7 @@ def _difference(
     other = best_other(logits[pos], answer) if other is None else other
     if answer == other:
         raise TargetError("target and against are the same token", found=repr(host.string(answer)))
-    name = f"{host.string(answer)!r} − {host.string(other)!r}" + (f" @{pos}" if numbered else "")
+    name = f"{_token_name(host, answer)} − {_token_name(host, other)}" + (f" @{pos}" if numbered else "")
     return Target(name, (answer, other), (1.0, -1.0), pos)
 
 
@@ -372,7 +449,7 @@ def _by_mass(host: Host, logits: Float[Tensor, "pos vocab"], target: Mass) -> li
     place = "" if pos == len(logits) - 1 else f" @{pos}"
     before = [sum(item.prob for item in ranked[:n]) for n in range(len(ranked))]
     return [
-        Target(f"{item.token!r}{place}", (item.id,), (1.0,), pos, mean=-1.0, weight=item.prob)
+        Target(f"{_token_name(host, item.id)}{place}", (item.id,), (1.0,), pos, mean=-1.0, weight=item.prob)
         for item, mass in zip(ranked, before, strict=True)
         if mass < target.mass
     ]

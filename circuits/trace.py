@@ -9,7 +9,7 @@ from circuits.attribution._stack import WRITABLE
 from circuits.graph import Graph
 from circuits.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select
-from circuits.targets import TargetLike
+from circuits.targets import TargetLike, against_token
 from circuits.verify import verify_in
 from hooks.errors import UserError
 from hooks.memory import explained
@@ -18,6 +18,7 @@ from hooks.tokens import Prompt
 
 log = logging.getLogger("circuits")
 
+MOST_SAMPLED = 20_000
 EDGE_BYTES = 24  # source, target and weight of one edge while a graph is put together
 
 
@@ -26,6 +27,7 @@ def trace(
     prompt: Prompt,
     targets: TargetLike | Sequence[TargetLike] | None = None,
     *,
+    against: str | int | None = None,
     counterfactual: Prompt | None = None,
     max_nodes: int | None = 10_000,
     select_by: str = "score",
@@ -41,9 +43,11 @@ def trace(
     """Explain a target by a graph of features, and measure how far the graph is right.
 
     Args:
-        targets: what is explained: None (the model's own answer against the best other token), a token,
-            `(answer, against)`, or what `circuits.targets` offers: `Logit` (any position), `Mass` (next tokens by
-            mass), `Answer` (several tokens), `Feature`, `Direction`, `Target`; or a list, explained in equal shares.
+        targets: what is explained: None (the model's own answer against the best other token), a token, or what
+            `circuits.targets` offers: `Logit` (against a named token, at any position), `Mass` (next tokens by mass),
+            `Answer` (several tokens), `Feature`, `Direction`, `Target`; or a list or tuple, explained in equal shares.
+            A tuple of two tokens is still read as `Logit(answer, against)`, with a DeprecationWarning.
+        against: the token that one answer is measured against, instead of the best other one.
         counterfactual: the other prompt of a pair, of the same length. Nodes then carry the *difference* between the
             two, and the default target is this prompt's answer against the other's.
         max_nodes: how many features become nodes; the others act through the rest nodes. None: every active feature,
@@ -71,7 +75,7 @@ def trace(
     check_options(rule, max_nodes, max_in_edges, node_threshold, edge_threshold, sample, seed, select_by)
     _check_convention(model)
     with explained("tracing", model.host.device_of(0), lambda: model.request(prompt), "trace"):
-        setting = settle(model, prompt, targets, counterfactual=counterfactual, rule=rule)
+        setting = settle(model, prompt, against_token(targets, against), counterfactual=counterfactual, rule=rule)
         chosen = select(setting, max_nodes, select_by)
         run = make_run(setting, by_layer(setting, chosen))
         rows = sum(len(run.target_rows(number)) for number in run.groups)
@@ -93,6 +97,7 @@ def prepare(
     prompt: Prompt,
     targets: TargetLike | Sequence[TargetLike] | None = None,
     *,
+    against: str | int | None = None,
     counterfactual: Prompt | None = None,
     max_nodes: int | None = 10_000,
     select_by: str = "score",
@@ -106,7 +111,7 @@ def prepare(
         UserError: as `trace`.
     """
     _check_convention(model)
-    setting = settle(model, prompt, targets, counterfactual=counterfactual, rule=rule)
+    setting = settle(model, prompt, against_token(targets, against), counterfactual=counterfactual, rule=rule)
     return make_run(setting, by_layer(setting, select(setting, max_nodes, select_by)))
 
 
@@ -136,6 +141,8 @@ def check_options(
     for name, value in (("sample", sample), ("seed", seed)):
         if value < 0:
             raise UserError(f"{name} = {value} is out of range", expected="at least 0")
+    if sample > MOST_SAMPLED:  # its values are stored with the graph, as text
+        raise UserError(f"sample = {sample} is out of range", expected=f"at most {MOST_SAMPLED:,}")
 
 
 def _check_convention(model: HookedModel) -> None:

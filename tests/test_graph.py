@@ -8,7 +8,7 @@ import pytest
 import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
-from circuits import Graph, Target, score_features, trace
+from circuits import Graph, Logit, Target, score_features, trace
 from circuits.assemble import make_run, settle
 from circuits.attribution import LocalRun, contract
 from circuits.attribution._ends import constants
@@ -208,8 +208,9 @@ def test_effects_are_weights_times_the_targets_own_effect(whole):
 @pytest.mark.parametrize(
     ("targets", "name"),
     [
-        (None, "' Austin' − "), ("Austin", "' Austin' − "), (("Austin", "Sacramento"), "' Austin' − ' Sacramento'"),
-        (["Austin", ("Denver", "Boise")], "' Austin' − "),
+        (None, "' Austin' − "), ("Austin", "' Austin' − "),
+        (Logit("Austin", "Sacramento"), "' Austin' − ' Sacramento'"),
+        (["Austin", Logit("Denver", "Boise")], "' Austin' − "),
     ],
 )  # fmt: skip
 def test_targets(demo, targets, name):
@@ -229,7 +230,7 @@ def test_a_target_of_several_tokens_is_refused(demo):
 
 def test_targets_that_make_no_sense_are_refused(odd):
     for targets, text in (
-        ([], "no target given"), (["w1", "w1"], "given twice"), (("w1", "w1"), "same token"),
+        ([], "no target given"), (["w1", "w1"], "given twice"), (Logit("w1", "w1"), "same token"),
         (Target("m", (3,), (1.0,), 9), "position 9 does not occur"),
     ):  # fmt: skip
         with pytest.raises(TargetError, match=text):

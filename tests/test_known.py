@@ -156,7 +156,7 @@ def test_parts_that_are_held_are_differentiated_as_they_are():
     model = hooked(build("Qwen2"))
     ids = model.host.tokenize(PROMPT)
     recording, clean = recorded(model, ids), record_held(model.host, model.host.batch([ids]))
-    target = resolve_targets(model.host, recording.logits[0], ("w3", "w4"))
+    target = resolve_targets(model.host, recording.logits[0], Logit("w3", "w4"))
     free = RULES["exact"].gradients(model, recording, target, (EMBEDDING,))[EMBEDDING]
     with held(model.host, clean):
         assert stack_of(model.host, recording) is None
@@ -239,7 +239,7 @@ def test_half_precision_scores_are_nearer_to_the_truth_than_autograds():
     wide = hooked(build("Qwen2", torch.bfloat16).double())
     ids = model.host.tokenize(PROMPT)
     recording, exact = (recorded(m, ids) for m in (model, wide))
-    target = resolve_targets(model.host, recording.logits[0], ("w3", "w4"))
+    target = resolve_targets(model.host, recording.logits[0], Logit("w3", "w4"))
     truth = RULES["autograd"].gradients(wide, exact, target, (EMBEDDING,))[EMBEDDING]
     found = [
         module.gradients(model, recording, target, (EMBEDDING,))[EMBEDDING] for module in (RULES["exact"], autograd)

@@ -188,7 +188,7 @@ def test_what_is_not_active_feeds_nothing(rule):
 def test_the_edges_of_a_pair_are_those_of_the_prompt_by_the_share_that_differs(rule):
     """The same derivative times (a − a') in place of a; biases have no part."""
     setting = replace(settled(SAME), rule=rule)
-    other = settle(setting.model, TEXT, ("w5", "w6"), counterfactual="w1 w30 w3 w4", rule=rule)
+    other = settle(setting.model, TEXT, Logit("w5", "w6"), counterfactual="w1 w30 w3 w4", rule=rule)
     setting = replace(setting, targets=other.targets)
     nodes = {
         layer: [(int(p), int(f)) for p, f in zip(scored.pos, scored.feature, strict=True)]

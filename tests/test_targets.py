@@ -442,7 +442,7 @@ def test_the_default_target_of_a_pair_is_answer_against_answer(same, pair):
     assert pair.targets[0].tokens == (ours, theirs)
     (named,) = settle(same, TEXT, "w5", counterfactual=OTHER).targets
     assert named.tokens == (same.host.token_id("w5"), theirs)
-    (both,) = settle(same, TEXT, ("w5", "w6"), counterfactual=OTHER).targets
+    (both,) = settle(same, TEXT, Logit("w5", "w6"), counterfactual=OTHER).targets
     assert both.tokens[1] == same.host.token_id("w6")
 
 
