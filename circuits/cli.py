@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from circuits.options import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
-from hooks.errors import UserError
+from hooks.errors import PictureError, UserError
 
 COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
 
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run(args)
     except UserError as error:
+        if args.json and isinstance(error, PictureError):
+            print(json.dumps(error.result, ensure_ascii=False, allow_nan=False))
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -5,6 +5,7 @@ Everything a person or a file got wrong is a `UserError` (exit status 2, no trac
 """
 
 import re
+from typing import Any
 
 
 class UserError(ValueError):
@@ -65,6 +66,18 @@ class InterventionError(UserError):
 
 class OutputError(UserError):
     """A place that cannot be written to, or an export format that is not known."""
+
+
+class PictureError(OutputError):
+    """A picture failed, and all else is done: what was to be written is written.
+
+    Attributes:
+        result: of the command; nothing that was measured is lost to a picture.
+    """
+
+    def __init__(self, problem: str, result: dict[str, Any], **parts: str):
+        super().__init__(problem, **parts)
+        self.result = result
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -20,10 +20,10 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "quality_report", "quality",
     ],
     "circuits": [
-        "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence", "prune", "measures",
-        "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot", "quality_plot", "verify",
-        "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate", "export", "demo", "options",
-        "commands", "cli", "__main__",
+        "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence",
+        "prune", "measures", "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot",
+        "quality_plot", "verify", "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate",
+        "export", "demo", "options", "commands", "cli", "__main__",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}

@@ -3,14 +3,34 @@
 import argparse
 import resource
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from hooks.errors import PictureError, UserError, first_line
 from hooks.readout import RankedToken
 
 Result = dict[str, Any]
+
+
+def finish(result: Result, path: Path | None, draw: Callable[[Path], None]) -> Result:
+    """The result, after the picture, if one is wanted: it comes last, so that nothing else is lost to it.
+
+    Raises:
+        PictureError: it failed.
+    """
+    if path is not None:
+        try:
+            draw(path)
+        except Exception as error:  # whatever a drawing stumbles over
+            found = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            raise PictureError(
+                f"the picture {path} could not be drawn; everything else is done", result, found=found
+            ) from error
+    return result
 
 
 def say(text: str) -> None:

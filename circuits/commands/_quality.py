@@ -3,7 +3,7 @@
 import argparse
 
 from circuits.commands._options import load
-from circuits.commands._output import Result, say, show, table
+from circuits.commands._output import Result, finish, say, show, table
 from circuits.quality_plot import quality_plot
 from circuits.scatter import check_drawing
 from hooks.host import Host
@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> Result:
     if args.out:
         report.save(args.out)
     show(args, _text(report))
-    if args.plot:
-        quality_plot(report, args.plot)
-    return {"text": texts.name, **report.to_dict()}
+    result = {"text": texts.name, **report.to_dict()}
+    return finish(result, args.plot, lambda path: quality_plot(report, path))
 
 
 def _prompts(host: Host, texts: Texts, tokens: int) -> list[Prompt]:

@@ -9,7 +9,7 @@ import pandas as pd
 from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
 from circuits.commands._options import settle
-from circuits.commands._output import Result, say, show, table
+from circuits.commands._output import Result, finish, say, show, table
 from circuits.scatter import check_drawing
 from hooks.calibrate import Calibration, calibrate
 from hooks.demo import TRANSCODERS
@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> Result:
     )
     where = save(root, found.findings) if args.save else None
     show(args, _text(found, checkpoint) + (f"\nwritten to {where}" if where else ""))
-    if args.plot:
-        check_plot(found, args.plot)
-    return _result(found, checkpoint, where)
+    return finish(_result(found, checkpoint, where), args.plot, lambda path: check_plot(found, path))
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from circuits.commands._options import (
     intervention,
     load,
 )
-from circuits.commands._output import Result, show, table
+from circuits.commands._output import Result, finish, show, table
 from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
@@ -110,11 +110,9 @@ def _sweep(
     found = dose_response(
         model, prompt, plan, args.strengths, target=args.target, against=args.against, setting=setting, texts=texts
     )
-    if args.plot:
-        dose_plot(found, args.plot)
     show(args, _sweep_text(found))
     last = found.doses[-1]
-    return {
+    result = {
         "baseline": _json(found.baseline),
         "steered": _json(last.scored),
         "target": found.target,
@@ -135,6 +133,7 @@ def _sweep(
         "interventions": [_described(item) for item in last.interventions],
         "plot": None if args.plot is None else str(args.plot),
     }
+    return finish(result, args.plot, lambda path: dose_plot(found, path))
 
 
 def _sweep_text(found: DoseResponse) -> str:

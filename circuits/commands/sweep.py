@@ -9,7 +9,7 @@ from circuits.commands._options import (
     intervention,
     load,
 )
-from circuits.commands._output import Result, say, show, table
+from circuits.commands._output import Result, finish, say, show, table
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
 from hooks.candidates import Change, active_features, changed, doses, pairs
@@ -41,10 +41,8 @@ def run(args: argparse.Namespace) -> Result:
     )
     if args.out:
         found.save(args.out)
-    if args.plot:
-        sweep_plot(found, args.plot)
     show(args, _text(args, model, found))
-    return _result(model, found)
+    return finish(_result(model, found), args.plot, lambda path: sweep_plot(found, path))
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from circuits.commands._options import load
-from circuits.commands._output import Result, figure, peak_bytes, show, table
+from circuits.commands._output import Result, figure, finish, peak_bytes, show, table
 from circuits.export import export
 from circuits.graph import Graph
 from circuits.scatter import check_suffix
@@ -46,8 +46,6 @@ def run(args: argparse.Namespace) -> Result:
         progress=True,
     )
     graph.save(args.out)
-    if args.plot:
-        export(graph, args.plot, "scatter")
     result = {
         "nodes": graph.n_nodes,
         "edges": graph.n_edges,
@@ -62,7 +60,7 @@ def run(args: argparse.Namespace) -> Result:
         "peak_bytes": peak_bytes(),
     }
     show(args, _trace_text(graph, result))
-    return result
+    return finish(result, args.plot, lambda path: export(graph, path, "scatter"))
 
 
 def _explained(args: argparse.Namespace) -> Any:
