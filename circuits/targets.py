@@ -276,7 +276,7 @@ def answer_tokens(host: Host, answer: Answer) -> list[int]:
         ids = [host.token_id(i) for i in answer.text]
     else:
         text = answer.text if answer.text[:1].isspace() else f" {answer.text}"
-        ids = list(host.tokenizer(text, add_special_tokens=False).input_ids) if answer.text.strip() else []
+        ids = host.split(text) if answer.text.strip() else []
     if not ids or getattr(host.tokenizer, "unk_token_id", None) in ids:
         raise TargetError(f"the answer {answer.text!r} is not in the vocabulary", expected="text of known tokens")
     return ids

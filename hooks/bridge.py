@@ -106,8 +106,12 @@ def boot(host: Host, passes: Passes, name: str) -> Any:
     """A TransformerBridge on a twin of the model that shares every parameter and buffer.
 
     Raises:
-        ModelError: transformer-lens is not installed.
+        ModelError: transformer-lens is not installed, or the model has no tokenizer, without which it does not start.
     """
+    if host.tokenizer is None:
+        raise ModelError(
+            "TransformerLens needs a tokenizer, and this model has none", repair="model.run takes ids alone"
+        )
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
@@ -118,7 +122,8 @@ def boot(host: Host, passes: Passes, name: str) -> Any:
     passes.watch(twin.model)
     name = str(getattr(model.config, "_name_or_path", "") or name)
     dtype = next(model.parameters()).dtype
-    bridge = TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=host.tokenizer, dtype=dtype)
+    bridge = TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_own_tokenizer(host), dtype=dtype)
+    _read_text_as_it_is(bridge)
     if CACHE != LENS_CACHE:
         _name_the_cache(twin)
     return bridge
@@ -145,6 +150,20 @@ def _name_the_cache(twin: nn.Module) -> None:
     for part in twin.modules():
         if isinstance(part, AttentionBridge) and type(part).forward is not AttentionBridge.forward:  # which calls HF's
             part.register_forward_pre_hook(both, with_kwargs=True)
+
+
+def _own_tokenizer(host: Host) -> Any:
+    """A tokenizer that TransformerLens may change. It would load one that adds a BOS from where this one came from."""
+    tokenizer = copy.deepcopy(host.tokenizer)
+    tokenizer.init_kwargs |= {"name_or_path": tokenizer.name_or_path, "add_bos_token": True}  # so it is left as it is
+    return tokenizer
+
+
+def _read_text_as_it_is(bridge: Any) -> None:
+    """Token ids of a text are those of `Host.tokenize`: TransformerLens adds a BOS where the tokenizer adds none, and
+    removes the EOS that some tokenizers add."""
+    bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
+    bridge.cfg.tokenizer_appends_eos = False
 
 
 def fwd_hooks(

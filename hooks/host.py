@@ -59,7 +59,7 @@ class Host(Tokens):
         """
         name = Path(name).expanduser() if str(name).startswith("~") else name
         _check_name(str(name))
-        options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+        options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, "trust_remote_code": False}
         if device_map:
             options["device_map"] = device_map
         try:
@@ -68,6 +68,12 @@ class Host(Tokens):
         except Exception as error:  # transformers, safetensors and the hub client raise many kinds
             if memory_ran_out(error):
                 raise
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"the model {str(name)!r} needs code that its folder brings",
+                    expected="a model that transformers knows itself",
+                    repair="code from a folder is never run here; load it yourself, then HookedModel.from_model",
+                ) from None
             raise ModelError(
                 f"cannot load the model {str(name)!r}",
                 expected="demo, a folder with config.json, weights and tokenizer, or a hub id like Qwen/Qwen2.5-32B",

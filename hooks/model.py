@@ -40,7 +40,7 @@ from hooks.store import TranscoderStore
 from hooks.strength import Strength
 from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
-from hooks.tokens import Batch, Prompt
+from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, MaskMode
 
@@ -176,7 +176,7 @@ class HookedModel:
         where = chosen or torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
 
         def ask() -> Ask:
-            config = AutoConfig.from_pretrained(WEIGHTS if demo else name)
+            config = AutoConfig.from_pretrained(WEIGHTS if demo else name, trust_remote_code=False)
             held = wanted or config.dtype or torch.bfloat16
             return ask_for(config.to_dict(), store, 32, held, where.type)
 
@@ -204,9 +204,9 @@ class HookedModel:
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
         return cls(Host(model, tokenizer), store, name)
 
-    def request(self, prompts: Prompt | Sequence[Prompt]) -> Ask:
+    def request(self, prompts: Prompts) -> Ask:
         """What running some prompts asks of memory, for `hooks.memory.plan`."""
-        batch, model = self.host.batch(_listed(prompts)), self.host.model
+        batch, model = self.host.batch(listed(prompts)), self.host.model
         loaded: Any = model.config
         tokens, config = max(batch.lengths), dict(loaded.to_dict())
         asked = ask_for(config, self.store, tokens, next(model.parameters()).dtype, self.host.device_of(0).type)
@@ -222,14 +222,14 @@ class HookedModel:
     # -- looking -----------------------------------------------------------------------------------------------
 
     @_within_memory("features")
-    def record(self, prompts: Prompt | Sequence[Prompt], layers: Sequence[int] | None = None) -> Recording:
+    def record(self, prompts: Prompts, layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
         chosen = None if layers is None else self._layers(layers)
-        return record(self.host, self.store, self.host.batch(_listed(prompts)), chosen)
+        return record(self.host, self.store, self.host.batch(listed(prompts)), chosen)
 
     def feature_cache(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         layers: Sequence[int] | None = None,
         sites: Sequence[str] = ("resid_pre", "resid_mid", "resid_post"),
     ) -> FeatureCache:
@@ -248,7 +248,7 @@ class HookedModel:
         chosen = self.store.layers if layers is None else self._layers(layers)
         kept = [SiteSpec.parse(name).at(layer) for layer in range(self.host.n_layers) for name in sites]
         kept += [site for layer in chosen for site in self.store.sites(layer)]
-        batch = self.host.batch(_listed(prompts))
+        batch = self.host.batch(listed(prompts))
         return FeatureCache(record(self.host, self.store, batch, chosen, streams=list(dict.fromkeys(kept))))
 
     def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
@@ -356,7 +356,7 @@ class HookedModel:
     @_within_memory("generate")  # type: ignore[misc]
     def generate(  # the overloads leave the options to this signature
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompts,
         interventions: Interventions = (),
         *,
         max_new_tokens: int = 32,
@@ -382,7 +382,7 @@ class HookedModel:
             UserError: as `run`; and `error="frozen"`, which is not defined for new tokens, an empty stop string, more
                 tokens than fit into the context; nothing has run then. While running: logits that are not numbers.
         """
-        prompts = _listed(prompt)
+        prompts = listed(prompt)
         batch = self.host.batch(prompts)
         check_length(self.host, max(batch.lengths), max_new_tokens)
         per_row = lists_per_row(interventions, len(prompts))
@@ -399,7 +399,7 @@ class HookedModel:
             observer=Observer(self.store, layers) if layers else None,
             use_cache=use_cache,
         )
-        return out[0] if _is_one(prompt) else out
+        return out[0] if is_one(prompt) else out
 
     def stream(
         self,
@@ -819,11 +819,3 @@ def _device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"the device {device!r} cannot be used", found=first_line(error), where="--device") from None
     return chosen
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    return [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
-
-
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str | Tensor) or bool(len(prompts) and isinstance(prompts[0], SupportsIndex))

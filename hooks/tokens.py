@@ -3,21 +3,25 @@
 import json
 import logging
 import operator
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hooks.errors import PromptError, TargetError, first_line
+from hooks.errors import ModelError, PromptError, TargetError, first_line
 
 log = logging.getLogger("hooks")
 
-Prompt = str | Sequence[int] | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
+Array = Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | Int[np.ndarray, " pos"] | Int[np.ndarray, "1 pos"]
+Prompt = str | Sequence[SupportsIndex] | Array | Mapping[str, Any]  # a mapping: what a tokenizer returns, of one prompt
+Prompts = Prompt | Sequence[Prompt] | Int[Tensor, "batch pos"] | Int[np.ndarray, "batch pos"]
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,22 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, d_vocab: int, max_positions: int):
         self.tokenizer, self.d_vocab, self.max_positions = tokenizer, d_vocab, max_positions
+        self._said: deque[str] = deque(maxlen=256)  # warnings: a prompt is read several times, and warned of once
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of one prompt, special tokens as the tokenizer adds them.
+        """Token ids of one prompt, special tokens as the tokenizer adds them; ids stay as they are.
+
+        Args:
+            prompt: text; whole numbers in a sequence, a tensor or a numpy array, of shape [pos] or [1, pos]; or what a
+                tokenizer returns for one text.
 
         Raises:
-            PromptError: the prompt is empty, has ids outside the vocabulary, or is longer than the context.
+            PromptError: the prompt is none of these; it is empty, has ids outside the vocabulary, or is longer than
+                the context.
+            ModelError: it is text, and there is no tokenizer.
         """
-        if isinstance(prompt, Tensor) and prompt.ndim == 2 and len(prompt) == 1:
-            prompt = prompt[0]
-        if isinstance(prompt, str) and _is_broken(prompt):
-            raise PromptError("the prompt is not valid text", found=ascii(prompt)[:80], repair="give it as UTF-8")
-        ids = list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+        ids = self._of_text(prompt) if isinstance(prompt, str) else _whole_numbers(prompt)
+        if not ids:
             raise PromptError("the prompt is empty", expected="at least one token", found=repr(prompt))
         outside = [i for i in ids if not 0 <= i < self.d_vocab]
         if outside:
@@ -79,7 +86,36 @@ class Tokens:
                 expected=f"at most {self.max_positions}, the model's context",
             )
         self._note_unknown(prompt, ids)
+        self._note_second_bos(prompt, ids)
         return ids
+
+    def _of_text(self, text: str) -> list[int]:
+        if _is_broken(text):
+            raise PromptError("the prompt is not valid text", found=ascii(text)[:80], repair="give it as UTF-8")
+        if not text.strip():
+            return []
+        self._check_reads_text()
+        return list(self.tokenizer(text).input_ids)
+
+    def split(self, text: str) -> list[int]:
+        """Token ids of a piece of text as it stands, without special tokens.
+
+        Raises:
+            TargetError: it is not valid text.
+            ModelError: there is no tokenizer.
+        """
+        if _is_broken(text):
+            raise TargetError("the target is not valid text", found=ascii(text)[:80], repair="give it as UTF-8")
+        self._check_reads_text()
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check_reads_text(self) -> None:
+        if self.tokenizer is None:
+            raise ModelError(
+                "this model has no tokenizer, so it reads no text",
+                expected="token ids, such as [1, 2, 3]",
+                repair="give it a tokenizer, as in HookedModel.from_model(model, tokenizer, …)",
+            )
 
     def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation in the tokenizer's chat template, up to where the assistant's answer begins.
@@ -92,6 +128,7 @@ class Tokens:
         """
         if not messages or (isinstance(messages, str) and not messages.strip()):
             raise PromptError("the prompt is empty", expected="at least one message", found=repr(messages))
+        self._check_reads_text()
         if not getattr(self.tokenizer, "chat_template", None):
             raise PromptError(
                 "the tokenizer has no chat template",
@@ -108,11 +145,33 @@ class Tokens:
     def _note_unknown(self, prompt: Prompt, ids: list[int]) -> None:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         if unknown is not None and unknown in ids and isinstance(prompt, str):
-            log.warning("some words of %r are not in the vocabulary and become %s", prompt, self.string(unknown))
+            self._warn(f"some words of {prompt!r} are not in the vocabulary and become {self.string(unknown)}")
+
+    def _note_second_bos(self, prompt: Prompt, ids: list[int]) -> None:
+        """Text from a chat template begins with the token that the tokenizer puts in front of every text."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None or ids[:2] != [bos, bos]:
+            return
+        name = self.string(bos)
+        if isinstance(prompt, str):
+            self._warn(
+                f"{prompt!r} begins with {name}, and the tokenizer puts another one in front: the model reads two; "
+                "give the messages to model.host.chat (--chat), or the text without its own"
+            )
+        else:
+            self._warn(
+                f"the token ids begin with {name} twice; a chat template's text is tokenized with "
+                "add_special_tokens=False, as model.host.chat does"
+            )
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.append(text)
+            log.warning("%s", text)
 
     def string(self, token: int) -> str:
-        """One token as text."""
-        return self.tokenizer.decode([token])
+        """One token as text; without a tokenizer its id, as in `<3>`."""
+        return f"<{token}>" if self.tokenizer is None else self.tokenizer.decode([token])
 
     def strings(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Every token as text."""
@@ -120,7 +179,7 @@ class Tokens:
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens joined to text."""
-        return self.tokenizer.decode(list(ids))
+        return "".join(map(self.string, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
 
     def batch(self, prompts: Sequence[Prompt]) -> Batch:
         """Several prompts as one right-padded batch.
@@ -128,9 +187,11 @@ class Tokens:
         Raises:
             PromptError: no prompts, or one of them is not usable.
         """
-        if not prompts:
-            raise PromptError("no prompts given", expected="at least one")
+        if isinstance(prompts, str | bytes):
+            raise PromptError("one text where a list of prompts is meant", found=repr(prompts)[:80], repair="[prompt]")
         rows = [self.tokenize(prompt) for prompt in prompts]
+        if not rows:
+            raise PromptError("no prompts given", expected="at least one")
         width = max(map(len, rows))
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows])
         known: dict[int, str] = {i: self.string(i) for row in rows for i in set(row)}
@@ -142,15 +203,18 @@ class Tokens:
         inside a sentence that is what the model predicts.
 
         Raises:
-            TargetError: no such single token; the message shows how the text splits.
+            TargetError: no such single token; the message shows how the text splits. Or it is neither text nor an id.
         """
         if not isinstance(target, str):
-            target = operator.index(target)
+            found = _whole_number(target)
+            if found is None:
+                raise TargetError("the target is no token", expected="text or a token id", found=repr(target)[:80])
+            target = found
             if not 0 <= target < self.d_vocab:
                 raise TargetError(f"token id {target} is outside the vocabulary", expected=f"0 to {self.d_vocab - 1}")
             return target
         texts = [target] if target[:1].isspace() else [" " + target, target]
-        splits = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts if text.strip()]
+        splits = [self.split(text) for text in texts if text.strip()]
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         for ids in splits:
             if len(ids) == 1 and ids[0] != unknown:
@@ -165,6 +229,115 @@ class Tokens:
         )
 
 
+def is_one(prompts: Prompts) -> bool:
+    """Whether this is one prompt, and not a sequence of several or a tensor with several rows."""
+    if isinstance(prompts, Tensor | np.ndarray):
+        return prompts.ndim != 2 or len(prompts) == 1
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes | bytearray | memoryview):
+        return True
+    return bool(prompts) and isinstance(prompts[0], SupportsIndex) and not _has_axes(prompts[0])
+
+
+def listed(prompts: Prompts) -> list[Prompt]:
+    """Prompts as a list, also where there is one or they are the rows of a tensor."""
+    return [prompts] if is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+
+
+def _has_axes(item: object) -> bool:
+    return isinstance(item, Tensor | np.ndarray) and item.ndim > 0
+
+
+def _whole_number(item: object) -> int | None:
+    """An index as an int; None for bools, which count as numbers in Python, and for whatever is none."""
+    dtype = getattr(item, "dtype", None)
+    if isinstance(item, bool) or dtype in (torch.bool, np.bool_):
+        return None
+    try:
+        return operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _whole_numbers(prompt: object) -> list[int]:
+    """Token ids that were given as such.
+
+    Raises:
+        PromptError: this is no row of whole numbers.
+    """
+    if isinstance(prompt, Mapping):
+        return _of_tokenizer(prompt)
+    if isinstance(prompt, Tensor | np.ndarray):
+        return _of_array(prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise PromptError(
+            "a prompt is text or token ids",
+            expected="a str, or whole numbers in a list, a tensor or an array",
+            found=f"{type(prompt).__name__} {prompt!r}"[:80],
+        )
+    found = [_whole_number(item) for item in prompt]
+    ids = [item for item in found if item is not None]
+    if len(ids) == len(found):
+        return ids
+    _refuse_item(prompt, found.index(None))
+
+
+def _refuse_item(prompt: Sequence[object], place: int) -> NoReturn:
+    item = prompt[place]
+    if isinstance(item, Mapping) and "role" in item:
+        _refuse_chat()
+    if isinstance(item, str | Sequence) or _has_axes(item):
+        raise PromptError(
+            "a list of prompts where one is meant",
+            expected="one text, or one row of token ids",
+            found=f"{len(prompt)} items, the first {type(prompt[0]).__name__}",
+            repair="one call per prompt; run_many, record and generate take several at once",
+        )
+    raise PromptError(
+        f"{item!r} is no token id"[:80],
+        expected=f"whole numbers, as at other places of {len(prompt)}",
+        where=f"item {place}",
+    )
+
+
+def _refuse_chat() -> NoReturn:
+    raise PromptError(
+        "the messages of a chat are no prompt until a template has joined them",
+        expected="text or token ids",
+        repair="model.host.chat(messages) gives the ids; --chat on the command line",
+    )
+
+
+def _of_array(prompt: Tensor | np.ndarray) -> list[int]:
+    row = prompt[0] if prompt.ndim == 2 and len(prompt) == 1 else prompt
+    kind = str(prompt.dtype).removeprefix("torch.")
+    if row.ndim == 1 and (kind.startswith(("int", "uint")) or not len(row)):
+        return [int(i) for i in row.tolist()]
+    raise PromptError(
+        "a prompt is one row of token ids",
+        expected="whole numbers, of shape [pos] or [1, pos]",
+        found=f"{kind} of shape {list(prompt.shape)}",
+        repair="one row at a time; record and generate take a tensor with several rows" if row.ndim == 2 else "",
+    )
+
+
+def _of_tokenizer(encoded: Mapping[Any, Any]) -> list[int]:
+    if "role" in encoded:
+        _refuse_chat()
+    if "input_ids" not in encoded:
+        raise PromptError(
+            "a prompt is text or token ids", expected="a mapping with input_ids", found=f"keys {list(encoded)}"[:80]
+        )
+    rows = encoded["input_ids"]
+    one_row = isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(rows[0], list | tuple)
+    ids = _whole_numbers(rows[0] if one_row else rows)
+    if not torch.as_tensor(encoded.get("attention_mask", 1)).all():
+        raise PromptError(
+            "what the tokenizer returned has padding, which a prompt of its own does not need",
+            repair="give the text itself, or tokenize it without padding",
+        )
+    return ids
+
+
 def _is_broken(text: str) -> bool:
     try:
         text.encode("utf-8")
@@ -174,7 +347,7 @@ def _is_broken(text: str) -> bool:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """AutoTokenizer, except where a folder brings a complete tokenizer of its own.
+    """AutoTokenizer, except where a folder brings a complete tokenizer of its own. Code of its own is never run.
 
     transformers 5 maps model_type "qwen2" to its own class and silently drops a folder's normalizer and
     pre-tokenizer, even when tokenizer_config.json names PreTrainedTokenizerFast.
@@ -183,5 +356,5 @@ def load_tokenizer(name: str | Path) -> Any:
     if config.is_file():
         named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
         if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-            return PreTrainedTokenizerFast.from_pretrained(name)
-    return AutoTokenizer.from_pretrained(name)
+            return PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
