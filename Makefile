@@ -1,14 +1,17 @@
-# `make demo` and `make test` set everything up on a fresh machine.
+# `make demo` and `make test` set everything up on a fresh machine, from the exact versions in locks/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch first and pinned, so that no resolver picks another build later. On Linux the package index's own wheel carries
-# CUDA; for a CPU-only machine: make demo TORCH="torch==2.13.0+cpu --index-url <PyTorch's CPU index>"
-TORCH ?= torch==2.13.0
+# torch is pinned, but without hashes: its builds differ by machine. On Linux the package index's own wheel carries CUDA;
+# for a CPU-only machine: make demo TORCH="torch==2.13.0+cpu --index-url <PyTorch's CPU index>"
+TORCH ?= --requirement locks/torch.txt
+# a lock names everything, so nothing is resolved; what is built from source is built with the locked setuptools
+LOCKED := -m pip install --quiet --no-deps --no-build-isolation --require-hashes --requirement
+EDITABLE := -m pip install --quiet --no-deps --no-build-isolation --editable
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types notebooks bench demo-weights clean
+.PHONY: demo test check lint types notebooks bench demo-weights upgrade test-newest clean
 
 demo: .stamp-demo
 	$(BIN)/circuits demo --out demo-out
@@ -36,20 +39,41 @@ bench: .stamp-install
 demo-weights: .stamp-install
 	$(BIN)/python -m hooks.demo.build --check
 
-.stamp-venv:
+# The newest of everything within the bounds of pyproject.toml, written to locks/; torch stays unless TORCH names another.
+upgrade:
+	$(PYTHON) -m venv --clear .venv-upgrade
+	.venv-upgrade/bin/python -m pip install --quiet pip-tools
+	.venv-upgrade/bin/python locks/upgrade.py --torch="$(TORCH)"
+
+# The suite on the newest of everything within those bounds, so that drift is seen before the lock is raised. What the
+# bounds keep out is tried by name: make test-newest BEYOND="transformers transformer-lens"
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "pip>=25.1"
+	.venv-newest/bin/python -m pip install --quiet $(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --editable ".[all]" --group dev
+	$(if $(BEYOND),.venv-newest/bin/python -m pip install --quiet --upgrade $(BEYOND))
+	.venv-newest/bin/python -m pip freeze --exclude-editable
+	.venv-newest/bin/python -c "from hooks.rows import compiled; compiled()"
+	.venv-newest/bin/python -m pytest --numprocesses auto --dist loadfile
+
+.stamp-venv: locks/build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python $(LOCKED) locks/build.txt
+	touch $@
+
+.stamp-demo: .stamp-venv pyproject.toml locks/demo.txt locks/torch.txt
+	$(BIN)/python $(LOCKED) locks/demo.txt
+	$(BIN)/python -m pip install --quiet $(TORCH) # behind the lock: what it needs besides is there then
+	$(BIN)/python $(EDITABLE) .
+	touch $@
+
+.stamp-install: .stamp-venv pyproject.toml locks/all.txt locks/torch.txt
+	$(BIN)/python $(LOCKED) locks/all.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	touch $@
-
-.stamp-demo: .stamp-venv pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[plot]"
-	touch $@
-
-.stamp-install: .stamp-venv pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[all]" --group dev
+	$(BIN)/python $(EDITABLE) .
 	$(BIN)/python -c "from hooks.rows import compiled; compiled()" # once, and not in the midst of a first graph
 	touch $@
 
 clean:
-	rm -rf $(VENV) .stamp-* demo-out build *.egg-info
+	rm -rf $(VENV) .venv-upgrade .venv-newest .stamp-* demo-out build *.egg-info
