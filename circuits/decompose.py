@@ -22,11 +22,13 @@ from circuits.nodes import ERROR, FEATURE, TARGET
 from circuits.targets import read_targets
 from circuits.verify import check_same
 from hooks.errors import UserError
+from hooks.exclusive import exclusive
 from hooks.model import HookedModel
 
 PARTS = ("direct", "mlp", "ov", "key", "query")
 
 
+@exclusive
 def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = None, *, top: int = 50) -> pd.DataFrame:
     """Parts of edges: source, target, part, head (−1 where a part has none), weight.
 

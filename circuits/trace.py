@@ -13,6 +13,7 @@ from circuits.targets import TargetLike, against_token
 from circuits.verify import verify_in
 from hooks.errors import UserError
 from hooks.memory import explained
+from hooks.exclusive import exclusive
 from hooks.model import HookedModel
 from hooks.tokens import Prompt
 
@@ -22,6 +23,7 @@ MOST_SAMPLED = 20_000
 EDGE_BYTES = 24  # source, target and weight of one edge while a graph is put together
 
 
+@exclusive
 def trace(
     model: HookedModel,
     prompt: Prompt,
@@ -92,6 +94,7 @@ def trace(
     return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
 
 
+@exclusive
 def prepare(
     model: HookedModel,
     prompt: Prompt,

@@ -186,7 +186,11 @@ class FastDecoder:
             raise PromptError(f"token id {token} is outside the vocabulary", expected=f"0 to {self._host.d_vocab - 1}")
         self._text[self._read :] = [token]
         self._ids.fill_(token)
-        self._run()
+        try:
+            self._run()
+        except BaseException:  # an interrupted pass leaves some layers' caches longer than others
+            self._prompt_length = 0
+            raise
         self._read += 1
         if bool(self._bad):
             self._prompt_length = 0

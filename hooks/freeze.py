@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import UserError
+from hooks.exclusive import Exclusive
 from hooks.host import Host
 from hooks.tokens import Batch
 
@@ -39,7 +41,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 PLAIN = ("sdpa", "eager")  # attention implementations whose masks and layout are known here
 
 Function = Callable[..., Any]
-_SLOT = "held_attention"
+_SLOT, _KIND = "held_attention", "_attn_implementation"
 
 
 @dataclass(frozen=True)
@@ -263,36 +265,22 @@ def _check_fit(clean: Batch, rows: int, length: int) -> None:
 @contextlib.contextmanager
 def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
     """Put functions in the place of modules' own, and take them out again whatever happens."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_attribute(host, "held", True))
+    with Exclusive(host.layers) as block:
+        block.set_attribute(host, "held", True)
         configs: dict[int, Any] = {}
         for name, function in functions.items():
             module = host.decoder.get_submodule(name)
             if name.endswith("self_attn"):
                 configs |= {id(config): config for config in (host.decoder.config, module.config)}
-                stack.enter_context(_attribute(module, _SLOT, function))
+                block.set_attribute(module, _SLOT, function)
             else:
-                stack.enter_context(_attribute(module, _forward_of(module), function))
+                block.set_attribute(module, _forward_of(module), function)
         for config in configs.values():
-            stack.enter_context(_routed(config))
+            _route_attention(block, config)
         yield
 
 
-@contextlib.contextmanager
-def _attribute(module: object, name: str, value: object) -> Iterator[None]:
-    """An attribute of this very instance; afterwards what it had before, which may be nothing."""
-    own = vars(module)
-    before = {name: own[name]} if name in own else {}
-    own[name] = value
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)
-
-
-@contextlib.contextmanager
-def _routed(config: Any) -> Iterator[None]:
+def _route_attention(block: Exclusive, config: Any) -> None:
     """Let attention modules look for `_SLOT` first."""
     plain = config._attn_implementation
     if plain not in PLAIN:
@@ -301,11 +289,7 @@ def _routed(config: Any) -> Iterator[None]:
             expected=f"{' or '.join(PLAIN)}, and not held already",
             repair='load the model with attn_implementation="sdpa"',
         )
-    config._attn_implementation = f"held_{plain}"
-    try:
-        yield
-    finally:
-        config._attn_implementation = plain
+    block.change(partial(setattr, config, _KIND, f"held_{plain}"), partial(setattr, config, _KIND, plain))
 
 
 def _route(plain: str) -> Function:

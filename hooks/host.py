@@ -4,13 +4,12 @@ The second object of this project that changes over time (the store is the other
 model: it keeps SDPA and its own cache, and with no edits no hook is registered at all.
 """
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from hooks.errors import ModelError, first_line, memory_ran_out
+from hooks.exclusive import Exclusive, uninterrupted
 from hooks.kernels import linear_fp32
 from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
@@ -31,6 +31,8 @@ log = logging.getLogger("hooks")
 
 # what a decoder calls its cache: transformers renamed it in 5.24
 CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
+
+HookKind = Literal["before", "after"]
 
 
 class Host(Tokens):
@@ -152,22 +154,13 @@ class Host(Tokens):
 
     # -- running -----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def attached(self, edits: Sequence[Edit]) -> Iterator["Attached"]:
-        """Attach edits, in order, and detach them whatever happens. With no edits, no hook is registered."""
-        session = Attached(self)
-        sites: dict[Site, list[Edit]] = {}
-        for edit in edits:
-            sites.setdefault(edit.site, []).append(edit)
-        handles: list[Any] = []
-        try:
-            # branch sites last, so that what they see of mlp_out is already edited
-            for site, here in sorted(sites.items(), key=lambda item: branches_off(item[0])):
-                handles += _attach(self.model, site, here, session)
-            yield session
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attached(self, edits: Sequence[Edit]) -> "Attached":
+        """A `with` block in which edits are attached, in order. With no edits, no hook is registered.
+
+        Raises:
+            UserError: on entering, a pass of this thread with edits of its own is under way.
+        """
+        return Attached(self, edits)
 
     def forward(self, batch: Batch, edits: Sequence[Edit] = ()) -> Float[Tensor, "batch pos vocab"]:
         """Logits of one pass over a batch, no gradients kept."""
@@ -202,7 +195,7 @@ class Host(Tokens):
         if config._attn_implementation == "eager":
             mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
             mask = mask.triu(1)[None, None]
-        with torch.no_grad():
+        with Exclusive(self.layers), torch.no_grad():
             rotary = self.decoder.rotary_emb(x, places)
             for block in decoder_layers(self.model)[first:last]:
                 x = block(x, attention_mask=mask, position_ids=places, position_embeddings=rotary)
@@ -229,21 +222,16 @@ class Host(Tokens):
     def own_logits(self, batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         """What the model's own code makes of streams behind the final norm; blocks are run only if it cannot be asked
         for that alone."""
-        decoder, given = self.decoder, MoeModelOutputWithPast(last_hidden_state=hidden)
-        before = decoder.__dict__.get("forward")
-        decoder.forward = lambda *_, **__: given
+        given = MoeModelOutputWithPast(last_hidden_state=hidden)
         try:
-            return self._whole(batch)
+            with Exclusive(self.layers) as block:
+                block.set_attribute(self.decoder, "forward", lambda *_, **__: given)
+                return self._whole(batch)
         except (AttributeError, TypeError, KeyError):  # its own code asks for more than these streams
-            pass
-        finally:
-            del decoder.forward
-            if before is not None:
-                decoder.forward = before
-        return self._whole(batch)
+            return self._whole(batch)
 
     def _whole(self, batch: Batch) -> Float[Tensor, "batch pos vocab"]:
-        with torch.no_grad():
+        with Exclusive(self.layers), torch.no_grad():
             return self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
 
     def capture(
@@ -297,11 +285,46 @@ def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
 
 
 class Attached:
-    """A model while edits are attached to it."""
+    """A model while edits are attached to it: a `with` block, in which passes are run."""
 
-    def __init__(self, host: Host):
-        self._host = host
+    def __init__(self, host: Host, edits: Sequence[Edit]):
+        self._host, self._block = host, Exclusive(host.layers)
+        self._sites: dict[Site, list[Edit]] = {}
+        for edit in edits:
+            self._sites.setdefault(edit.site, []).append(edit)
         self.current = Pass(0, [])
+
+    @uninterrupted
+    def __enter__(self) -> "Attached":
+        self._block.__enter__()
+        try:
+            self._block.begin_edits()
+            # branch sites last, so that what they see of mlp_out is already edited
+            for site, here in sorted(self._sites.items(), key=lambda item: branches_off(item[0])):
+                _attach(self._host.model, site, here, self)
+        except BaseException:
+            self._block.__exit__()
+            raise
+        return self
+
+    @uninterrupted
+    def __exit__(self, *_: object) -> None:
+        self._block.__exit__()
+
+    def hook(self, module: nn.Module, kind: HookKind, function: Callable[..., Any], **options: bool) -> None:
+        """Register a hook until the end of the block."""
+        tables = (module._forward_hooks, module._forward_hooks_with_kwargs)
+        register: Callable[..., Any] = module.register_forward_hook
+        if kind == "before":
+            tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            register = module.register_forward_pre_hook
+
+        def undo() -> None:
+            for number in [number for number, other in tables[0].items() if other is function]:
+                for table in tables:
+                    table.pop(number, None)
+
+        self._block.change(lambda: register(function, **options), undo)
 
     def run(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos vocab"]:
         """One pass over whole rows, without a cache. `prompt_lengths`: where each prompt ends, if tokens follow it."""
@@ -345,8 +368,8 @@ def _padding(first: int, count: int, pads: tuple[int, ...]) -> dict[str, Int[Ten
     return {"attention_mask": (columns >= pad).long(), "position_ids": (columns[first:] - pad).clamp(min=0)}
 
 
-def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> list[Any]:
-    """One hook per site; all edits of the site run inside it, in order. Returns the handles."""
+def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> None:
+    """One hook per site; all edits of the site run inside it, in order."""
     module, end = module_at(model, site)
 
     def through(x: Tensor) -> Tensor:
@@ -367,13 +390,16 @@ def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) 
         return through(output)
 
     if branches_off(site):
-        return _attach_branch(model, site, module, through)
-    if end == "input":
-        return [module.register_forward_pre_hook(before, with_kwargs=True)]
-    return [module.register_forward_hook(after)]
+        _attach_branch(model, site, module, through, session)
+    elif end == "input":
+        session.hook(module, "before", before, with_kwargs=True)
+    else:
+        session.hook(module, "after", after)
 
 
-def _attach_branch(model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor]) -> list[Any]:
+def _attach_branch(
+    model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor], session: Attached
+) -> None:
     """Edit the stream at a place where the block holds it in a local variable.
 
     The norm's input is only the branch into the MLP; the block adds the MLP's output to the stream it kept. So the
@@ -396,11 +422,9 @@ def _attach_branch(model: nn.Module, site: Site, module: nn.Module, through: Cal
 
     mlp, _ = module_at(model, Site("mlp_out", site.layer))
     block, _ = module_at(model, Site("resid_post", site.layer))
-    return [
-        module.register_forward_pre_hook(into_norm),
-        mlp.register_forward_hook(keep_mlp),
-        block.register_forward_hook(rebuild, prepend=True),  # before edits at resid_post
-    ]
+    session.hook(module, "before", into_norm)
+    session.hook(mlp, "after", keep_mlp)
+    session.hook(block, "after", rebuild, prepend=True)  # before edits at resid_post
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

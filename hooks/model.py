@@ -20,6 +20,7 @@ from hooks.candidates import Change, active_features, changed
 from hooks.demo import TRANSCODERS, WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
+from hooks.exclusive import exclusive
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
@@ -221,12 +222,14 @@ class HookedModel:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
+    @exclusive
     @_within_memory("features")
     def record(self, prompts: Prompts, layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
         chosen = None if layers is None else self._layers(layers)
         return record(self.host, self.store, self.host.batch(listed(prompts)), chosen)
 
+    @exclusive
     def feature_cache(
         self,
         prompts: Prompts,
@@ -251,6 +254,7 @@ class HookedModel:
         batch = self.host.batch(listed(prompts))
         return FeatureCache(record(self.host, self.store, batch, chosen, streams=list(dict.fromkeys(kept))))
 
+    @exclusive
     def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
         """The strongest features of each token, a table.
 
@@ -284,6 +288,7 @@ class HookedModel:
 
     # -- changing ----------------------------------------------------------------------------------------------
 
+    @exclusive
     @_within_memory("features")
     def run(
         self,
@@ -319,6 +324,7 @@ class HookedModel:
             logits = self.host.forward(batch, [*clean, *edits])[0] if edits else baseline
         return Run(batch, baseline, logits, self.host)
 
+    @exclusive
     def run_many(
         self,
         prompts: Sequence[Prompt],
@@ -353,6 +359,7 @@ class HookedModel:
         self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Any
     ) -> list[Generated]: ...
 
+    @exclusive
     @_within_memory("generate")  # type: ignore[misc]
     def generate(  # the overloads leave the options to this signature
         self,
@@ -472,6 +479,7 @@ class HookedModel:
             )
         return self._edits(batch, per_row, swap, error, mask, new_tokens)
 
+    @exclusive
     def steer(
         self, prompt: Prompt, interventions: Interventions, *, texts: Sequence[Prompt] = (), **setting: Any
     ) -> Comparison:
@@ -487,6 +495,7 @@ class HookedModel:
         """
         return compare_steering(self, prompt, interventions, setting=Setting(**setting), texts=texts)
 
+    @exclusive
     def dose(
         self,
         prompt: Prompt,
@@ -511,6 +520,7 @@ class HookedModel:
             texts=texts,
         )
 
+    @exclusive
     def effects(
         self,
         prompt: Prompt,
@@ -528,6 +538,7 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return effects(self.host, self.store, batch, interventions, target, against, **options)
 
+    @exclusive
     def sweep(
         self,
         prompt: Prompt,
@@ -559,6 +570,7 @@ class HookedModel:
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
         return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
 
+    @exclusive
     def path_effect(
         self,
         prompt: Prompt,
@@ -576,6 +588,7 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
 
+    @exclusive
     def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
         """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
         chosen = self._layers(layers)
@@ -584,6 +597,7 @@ class HookedModel:
         quality = tuple(site_quality(recording, layer) for layer in chosen)
         return SwapReport(quality, swap_effect(run.baseline[None], run.logits[None], run.batch.mask), run)
 
+    @exclusive
     def edits(
         self,
         batch: Batch,

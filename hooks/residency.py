@@ -141,7 +141,7 @@ def _on_host(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Residency:
-    """The resident layers, the one used longest ago first.
+    """The resident layers, the one used longest ago first. Threads may share it: one changes it at a time.
 
     Attributes:
         resident: by layer.
@@ -161,6 +161,7 @@ class Residency:
     ):
         """`loader` says how to load a layer, `needed` the bytes this takes, `from_files` whether a file is read."""
         self._budget_bytes, self.host, self._prefetch = budget_bytes, host, prefetch
+        self._changing = threading.RLock()
         self._layers, self._loader, self._needed, self._from_files = layers, loader, needed, from_files
         self.resident: OrderedDict[int, Transcoder] = OrderedDict()
         self.ahead: ReadAhead | None = None
@@ -172,14 +173,15 @@ class Residency:
 
     def get(self, layer: int) -> Transcoder:
         """A layer, loaded now if it is not resident."""
-        if layer not in self.resident:
-            self._admit(self._fetch(layer))
-            self._evict(layer)  # the layer may be larger than what was foreseen
-        self.resident.move_to_end(layer)
-        self._unused.discard(layer)
-        self._in_vain.discard(layer)
-        self._look_ahead(layer)
-        return self.resident[layer]
+        with self._changing:
+            if layer not in self.resident:
+                self._admit(self._fetch(layer))
+                self._evict(layer)  # the layer may be larger than what was foreseen
+            self.resident.move_to_end(layer)
+            self._unused.discard(layer)
+            self._in_vain.discard(layer)
+            self._look_ahead(layer)
+            return self.resident[layer]
 
     @property
     def budget_bytes(self) -> int | None:
@@ -188,8 +190,9 @@ class Residency:
 
     @budget_bytes.setter
     def budget_bytes(self, budget_bytes: int | None) -> None:
-        self._budget_bytes = budget_bytes
-        self._evict(self._last)
+        with self._changing:
+            self._budget_bytes = budget_bytes
+            self._evict(self._last)
 
     def _admit(self, loaded: Loaded) -> None:
         layer = loaded.transcoder.layer
@@ -234,15 +237,16 @@ class Residency:
 
     def settle(self) -> None:
         """End reading ahead. What is there already stays, as the first to be dropped."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is None:
-            return
-        loaded = ahead.stop()
-        self._in_vain.add(ahead.layer)
-        if loaded is not None:
-            self._admit(loaded)
-            self.resident.move_to_end(ahead.layer, last=False)
-            self._unused.add(ahead.layer)
+        with self._changing:
+            ahead, self.ahead = self.ahead, None
+            if ahead is None:
+                return
+            loaded = ahead.stop()
+            self._in_vain.add(ahead.layer)
+            if loaded is not None:
+                self._admit(loaded)
+                self.resident.move_to_end(ahead.layer, last=False)
+                self._unused.add(ahead.layer)
 
     def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """See `TranscoderStore.derived`."""
@@ -253,10 +257,11 @@ class Residency:
             if all(ref() is tensor for ref, tensor in zip(seen, given, strict=True)) and then == versions:
                 return made
         made = make()
-        if layer in self.resident:
-            references = [weakref.ref(tensor) for tensor in given]
-            self._derived.setdefault(layer, {})[name] = (references, versions, made)
-            self._evict(layer)
+        with self._changing:
+            if layer in self.resident:
+                references = [weakref.ref(tensor) for tensor in given]
+                self._derived.setdefault(layer, {})[name] = (references, versions, made)
+                self._evict(layer)
         return made
 
     def _evict(self, keep: int | None) -> None:
@@ -282,20 +287,22 @@ class Residency:
 
     def drop(self, layer: int) -> None:
         """Let go of a layer's weights."""
-        transcoder, dtypes = self.resident.pop(layer, None), self._dtypes.pop(layer, None)
-        self._derived.pop(layer, None)
-        if layer in self._unused:
-            self._unused.discard(layer)
-            self._in_vain.add(layer)
-        if transcoder is not None and dtypes is not None and self._from_files(layer):
-            self.host.keep(Loaded(transcoder, dtypes))
+        with self._changing:
+            transcoder, dtypes = self.resident.pop(layer, None), self._dtypes.pop(layer, None)
+            self._derived.pop(layer, None)
+            if layer in self._unused:
+                self._unused.discard(layer)
+                self._in_vain.add(layer)
+            if transcoder is not None and dtypes is not None and self._from_files(layer):
+                self.host.keep(Loaded(transcoder, dtypes))
 
     def close(self) -> None:
         """End reading ahead, and let go of everything."""
-        self.settle()
-        self.host = HostTier(0)
-        for layer in list(self.resident):
-            self.drop(layer)
+        with self._changing:
+            self.settle()
+            self.host = HostTier(0)
+            for layer in list(self.resident):
+                self.drop(layer)
 
     def __del__(self) -> None:
         if self.ahead is not None:
