@@ -12,8 +12,8 @@ from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike, against_token
 from circuits.verify import verify_in
 from hooks.errors import UserError
-from hooks.memory import explained
 from hooks.exclusive import exclusive
+from hooks.memory import explained
 from hooks.model import HookedModel
 from hooks.tokens import Prompt
 

@@ -5,14 +5,14 @@ one thread may be nested. A change to a module (a hook, a `forward` of its own, 
 through `change`, which records how to undo it *before* it is made. The end of the block undoes what was changed inside,
 also what a nested block did not undo.
 
-Ctrl-C can raise KeyboardInterrupt at almost any bytecode of the main thread, at the first one of `__exit__` too. So the
-outermost block puts a handler of ours in front of the one for SIGINT. It looks at the frames that were interrupted: in a
-function marked `uninterrupted` it takes note, and the exception is raised when that function is done; everywhere else,
-in a pass for instance, it calls the handler that was there before, at once.
+Ctrl-C can raise KeyboardInterrupt at almost any bytecode of the main thread, at the first one of `__exit__` too. So
+the outermost block puts a handler of ours in front of the one for SIGINT. It looks at the frames that were interrupted:
+in a function marked `uninterrupted` it takes note, and the exception is raised when that function is done; everywhere
+else, in a pass for instance, it calls the handler that was there before, at once.
 
 Exceptions that come from other signals' handlers, or that are put into a thread from outside, can still end a block
-before it has undone its changes. The next block that is entered on the same model then undoes them first, and so it does
-for a thread that has died.
+before it has undone its changes. The next block that is entered on the same model then undoes them first, and so it
+does for a thread that has died.
 """
 
 import functools

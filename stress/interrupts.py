@@ -1,8 +1,8 @@
 """Ctrl-C at random moments, and at every line of ours: the model is afterwards what it was.
 
-Real SIGINTs are sent to this process while it runs, generates, streams, sweeps, measures effects, traces and holds parts.
-After each, no module has a hook or a `forward` of its own, the attention implementation is the model's, gradients are on,
-and a plain forward gives the same bits.
+Real SIGINTs are sent to this process while it runs, generates, streams, sweeps, measures effects, traces and holds
+parts. After each, no module has a hook or a `forward` of its own, the attention implementation is the model's,
+gradients are on, and a plain forward gives the same bits.
 """
 
 import collections

@@ -37,7 +37,8 @@ def test_a_twentieth_of_the_stress_scripts(script: str, count: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["failed"] == 0, found
+    assert found["failed"] == 0, found
+    assert done.returncode == 0
 
 
 def test_a_pass_inside_a_hook_is_refused_and_leaves_nothing(model: HookedModel) -> None:
