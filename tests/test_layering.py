@@ -16,8 +16,8 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "readout", "exclusive", "tokens", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene",
         "paths", "observe", "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session",
         "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "memory", "site_sums", "walk",
-        "refit", "site_fits", "selection", "verdict", "texts", "site_passes", "calibrate", "model", "layer_step", "decode",
-        "quality_report", "quality",
+        "refit", "site_fits", "selection", "verdict", "texts", "site_passes", "calibrate", "model", "layer_step",
+        "decode", "quality_report", "quality",
     ],
     "circuits": [
         "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence",
@@ -44,31 +44,30 @@ def stage(dotted: str) -> str | None:
     return ".".join(parts[:2]) if parts[0] in ORDER and len(parts) > 1 else None
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
-    me = stage(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if path.name == "__init__.py" and path.parent.parent == ROOT:
-        return
-    assert me in RANK, f"{path.relative_to(ROOT)} has no place in the order of tests/test_layering.py"
-    for node in ast.walk(ast.parse(path.read_text())):
-        for name in names(node, path):
-            other = stage(name)
-            if other and other != me:
-                assert RANK[other] < RANK[me], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+def parsed() -> Iterator[tuple[Path, ast.Module]]:
+    for path in SOURCES:
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_inside_functions_are_heavy_optional_packages(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    inside = [
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    ]
-    for node in inside:
-        for name in names(node, path):
-            assert name.split(".")[0] in HEAVY, f"{path.relative_to(ROOT)}:{node.lineno} imports {name} in a function"
+def test_imports_point_down() -> None:
+    wrong = []
+    for path, tree in parsed():
+        me = stage(".".join(path.with_suffix("").parts))
+        if path.name == "__init__.py" and len(path.parts) == 2:
+            continue
+        assert me in RANK, f"{path} has no place in the order of tests/test_layering.py"
+        others = {stage(name) for node in ast.walk(tree) for name in names(node, path)}
+        wrong += [f"{path} imports {other}" for other in others if other and other != me and RANK[other] > RANK[me]]
+    assert not wrong, f"modules import what is not below them: {wrong}"
+
+
+def test_imports_inside_functions_are_heavy_optional_packages() -> None:
+    wrong = []
+    for path, tree in parsed():
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        for node in {inner for function in functions for inner in ast.walk(function)}:
+            wrong += [f"{path} imports {name}" for name in names(node, path) if name.split(".")[0] not in HEAVY]
+    assert not wrong, f"imports in functions: {wrong}"
 
 
 OWNERS = {  # pattern in the code → files that may contain it
