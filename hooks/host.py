@@ -7,6 +7,7 @@ model: it keeps SDPA and its own cache, and with no edits no hook is registered 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -284,6 +285,13 @@ def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
     return Edit(site, look)
 
 
+@dataclass
+class _Now:
+    """The pass that is under way."""
+
+    current: Pass
+
+
 class Attached:
     """A model while edits are attached to it: a `with` block, in which passes are run."""
 
@@ -292,7 +300,16 @@ class Attached:
         self._sites: dict[Site, list[Edit]] = {}
         for edit in edits:
             self._sites.setdefault(edit.site, []).append(edit)
-        self.current = Pass(0, [])
+        self._now = _Now(Pass(0, []))
+
+    @property
+    def current(self) -> Pass:
+        """The pass that is under way, as the edits are told."""
+        return self._now.current
+
+    @current.setter
+    def current(self, current: Pass) -> None:
+        self._now.current = current
 
     @uninterrupted
     def __enter__(self) -> "Attached":
@@ -301,7 +318,7 @@ class Attached:
             self._block.begin_edits()
             # branch sites last, so that what they see of mlp_out is already edited
             for site, here in sorted(self._sites.items(), key=lambda item: branches_off(item[0])):
-                _attach(self._host.model, site, here, self)
+                self._attach(site, here)
         except BaseException:
             self._block.__exit__()
             raise
@@ -310,6 +327,20 @@ class Attached:
     @uninterrupted
     def __exit__(self, *_: object) -> None:
         self._block.__exit__()
+
+    def _attach(self, site: Site, edits: list[Edit]) -> None:
+        """One function per site; all edits of the site run inside it, in order."""
+        now = self._now  # a hook that held this object would keep alive what it would have to outlive to be removed
+
+        def through(x: Tensor) -> Tensor:
+            for edit in edits:
+                x = edit.apply(x, now.current)
+            return x
+
+        if branches_off(site):
+            _attach_branch(self, self._host.model, site, through)
+        else:
+            _attach_site(self, self._host.model, site, through)
 
     def hook(self, module: nn.Module, kind: HookKind, function: Callable[..., Any], **options: bool) -> None:
         """Register a hook until the end of the block."""
@@ -368,14 +399,8 @@ def _padding(first: int, count: int, pads: tuple[int, ...]) -> dict[str, Int[Ten
     return {"attention_mask": (columns >= pad).long(), "position_ids": (columns[first:] - pad).clamp(min=0)}
 
 
-def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) -> None:
-    """One hook per site; all edits of the site run inside it, in order."""
+def _attach_site(session: Attached, model: nn.Module, site: Site, through: Callable[[Tensor], Tensor]) -> None:
     module, end = module_at(model, site)
-
-    def through(x: Tensor) -> Tensor:
-        for edit in edits:
-            x = edit.apply(x, session.current)
-        return x
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # transformers passes hidden_states by position to layers and norms, by keyword to attention
@@ -389,17 +414,13 @@ def _attach(model: nn.Module, site: Site, edits: list[Edit], session: Attached) 
             return (through(output[0]), *output[1:])
         return through(output)
 
-    if branches_off(site):
-        _attach_branch(model, site, module, through, session)
-    elif end == "input":
+    if end == "input":
         session.hook(module, "before", before, with_kwargs=True)
     else:
         session.hook(module, "after", after)
 
 
-def _attach_branch(
-    model: nn.Module, site: Site, module: nn.Module, through: Callable[[Tensor], Tensor], session: Attached
-) -> None:
+def _attach_branch(session: Attached, model: nn.Module, site: Site, through: Callable[[Tensor], Tensor]) -> None:
     """Edit the stream at a place where the block holds it in a local variable.
 
     The norm's input is only the branch into the MLP; the block adds the MLP's output to the stream it kept. So the
@@ -420,6 +441,7 @@ def _attach_branch(
     def rebuild(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return edited["stream"] + edited["mlp_out"] if "stream" in edited else output
 
+    module, _ = module_at(model, site)
     mlp, _ = module_at(model, Site("mlp_out", site.layer))
     block, _ = module_at(model, Site("resid_post", site.layer))
     session.hook(module, "before", into_norm)

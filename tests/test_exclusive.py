@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_pass_inside_attached_edits_is_refused(model: HookedModel) -> None:
 
 def test_what_a_block_left_behind_is_undone_by_the_next_one(model: HookedModel) -> None:
     """As after an exception that struck in the first bytecode of `__exit__`."""
-    plain, seen = model.run("w1 w2").logits, list[int]()
+    plain = model.run("w1 w2").logits
     lost = model.host.attached(model.edits(model.host.batch(["w1 w2"]), [[Ablate("L0/1"), Ablate("L1/3")]]))
     lost.__enter__()
     assert any(module._forward_pre_hooks for module in model.host.model.modules())
@@ -105,7 +106,7 @@ def test_threads_enter_in_the_order_in_which_they_came(model: HookedModel) -> No
             thread.start()
             waiting[number].wait()
             while len(block._queue.waiting) <= number:
-                pass
+                time.sleep(0.001)
         assert order == []
     for thread in threads:
         thread.join()
