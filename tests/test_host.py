@@ -230,7 +230,8 @@ def test_a_target_against_itself_measures_nothing_and_is_refused(odd):
 def test_single_positions_give_the_same_logits(odd):
     batch = odd.host.batch(["w1 w2 w3", "w4 w5"])
     whole = odd.host.forward(batch)
-    assert torch.equal(odd.host.forward_at(batch, batch.last), whole[torch.arange(2), batch.last])
+    # not bit for bit: a processor's library may sum a product of two rows in another order than one of six
+    torch.testing.assert_close(odd.host.forward_at(batch, batch.last), whole[torch.arange(2), batch.last])
 
 
 @pytest.mark.filterwarnings("ignore")
