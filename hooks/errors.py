@@ -31,7 +31,17 @@ class UserError(ValueError):
         for label, text in (("expected", expected), ("found", found), ("where", where), ("repair", repair)):
             if text:
                 parts.append(f"  {label}: {text}")
-        super().__init__("\n".join(parts))
+        super().__init__(printable("\n".join(parts)))
+
+
+# what moves a terminal's cursor, colours it or turns its text round: C0 but tab and line feed, DEL, C1, line
+# separators, overrides of direction; and lone surrogates, which no stream can encode
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: characters that would act on it, as in `\\x1b`, are shown as Python writes them."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:

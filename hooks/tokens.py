@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hooks.errors import ModelError, PromptError, TargetError, first_line
+from hooks.errors import ModelError, PromptError, TargetError, first_line, printable
 
 log = logging.getLogger("hooks")
 
@@ -105,7 +105,7 @@ class Tokens:
             ModelError: there is no tokenizer.
         """
         if _is_broken(text):
-            raise TargetError("the target is not valid text", found=ascii(text)[:80], repair="give it as UTF-8")
+            raise TargetError("the target is not valid text", found=ascii(text.strip())[:80], repair="give it as UTF-8")
         self._check_reads_text()
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -167,7 +167,7 @@ class Tokens:
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.append(text)
-            log.warning("%s", text)
+            log.warning("%s", printable(text))
 
     def string(self, token: int) -> str:
         """One token as text; without a tokenizer its id, as in `<3>`."""

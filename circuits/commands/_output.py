@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hooks.errors import PictureError, UserError, first_line
+from hooks.errors import PictureError, UserError, first_line, printable
 from hooks.readout import RankedToken
 
 Result = dict[str, Any]
@@ -35,18 +35,28 @@ def finish(result: Result, path: Path | None, draw: Callable[[Path], None]) -> R
 
 def say(text: str) -> None:
     """A line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def show(args: argparse.Namespace, text: str, end: str = "\n") -> None:
-    """The result for people, at once also where a line goes on; nothing under `--json`."""
+    """The result for people, at once also where a line goes on; nothing under `--json`.
+
+    Tokens and prompts come from elsewhere: what would act on the terminal is escaped. JSON escapes by its own rules.
+    """
     if not args.json:
-        print(text, end=end, flush=not end)
+        print(printable(text), end=end, flush=not end)
 
 
 def table(frame: pd.DataFrame) -> str:
     """A table as text."""
+    texts = frame.select_dtypes(["object", "string"]).columns
+    frame = frame.assign(**{name: [_cell(item) for item in frame[name]] for name in texts})
     return frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+
+
+def _cell(item: object) -> object:
+    """Escaped before columns are made as wide as their text."""
+    return printable(item) if isinstance(item, str) else item
 
 
 def ranked(tokens: list[RankedToken]) -> str:
