@@ -1,36 +1,66 @@
 """The command line: parses, runs one subcommand, prints its result under `--json`.
 
-Exit status 0: done; 2: the input was wrong, said without a traceback; 1: a fault of ours.
+Exit status 0: done; 2: the input was wrong, or a file could not be read or written, said without a traceback; 130:
+interrupted; 141: whoever read the output has gone; 1: a fault of ours.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import json
 import logging
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from circuits.options import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
-from hooks.errors import PictureError, UserError
+from circuits.options._parser import Parser
+from hooks.errors import PictureError, UserError, first_line
+from hooks.version import __version__
 
 COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
+INTERRUPTED, READER_GONE = 130, 141  # as a shell shows a command that the signals INT and PIPE have ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    _open_streams()
+    try:
+        with _flushed():
+            return _answer(argv)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return READER_GONE
+    except UserError as error:
+        _complain(f"error: {error}")
+    except OSError as error:  # of a file, a disk or the memory: never of our doing, and said in one sentence
+        where = error.filename or ("the output" if error.errno == errno.ENOSPC else type(error).__name__)
+        _complain(f"error: {str(where)[:200]}: {error.strerror or first_line(error)}")
+    return 2
+
+
+def _answer(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="circuits: %(message)s", stream=sys.stderr, level=logging.WARNING)
     try:
-        result = run(args)
-    except UserError as error:
-        if args.json and isinstance(error, PictureError):
-            print(json.dumps(error.result, ensure_ascii=False, allow_nan=False))
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        with _no_backend():
+            result = run(args)
+    except PictureError as error:
+        _print_result(args, error.result)
+        raise
+    _print_result(args, result)
     return 0
+
+
+def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    if args.json:
+        plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+        print(json.dumps(result, ensure_ascii=plain, allow_nan=False))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,15 +68,78 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return importlib.import_module(f"circuits.commands.{args.command}").run(args)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All subcommands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="circuits", description="Ablate, steer and trace transcoder features of Qwen2.5 models."
+    parser = Parser(
+        prog="circuits",
+        description="Ablate, steer and trace transcoder features of Qwen2.5 models.",
+        examples=("circuits demo", "circuits features 'fact: the capital of Texas is'", "circuits ablate --help"),
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"circuits {__version__}", help="print the version")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+# -- the process around it ---------------------------------------------------------------------------------------------
+
+
+def _open_streams() -> None:
+    """Streams that exist, and that take every text: a terminal may know ASCII alone, and a token may be half a letter.
+
+    A closed descriptor is opened on nothing, lest a file of ours get its number and what is said on stderr.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """What is to be said is said inside: at exit Python would report a full disk or a closed pipe in its own way."""
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                _mute(stream)
+                raise
+
+
+@contextlib.contextmanager
+def _no_backend() -> Iterator[None]:
+    """Pictures go into files, and a backend for windows that is not installed would stop matplotlib's import."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def _complain(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _mute(sys.stderr)
+
+
+def _mute(stream: TextIO) -> None:
+    """What is still in the buffer of a stream that cannot be written goes nowhere."""
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 if __name__ == "__main__":

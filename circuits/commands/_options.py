@@ -11,6 +11,8 @@ from hooks.errors import InterventionError, UserError
 from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
 
+_MOST_GB = 1e9
+
 
 def intervention(text: str) -> Any:
     """`NAME:ADDR[=VALUE]`."""
@@ -37,8 +39,8 @@ def settle(model: str) -> None:
 def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) -> HookedModel:
     """The model, and the transcoders of some layers if a command needs no others."""
     settle(args.model)
-    if args.budget_gb is not None and not args.budget_gb > 0:
-        raise UserError(f"--budget-gb {args.budget_gb} holds nothing", expected="above 0")
+    if args.budget_gb is not None and not 0 < args.budget_gb < _MOST_GB:
+        raise UserError(f"--budget-gb {args.budget_gb} holds nothing", expected=f"above 0 and below {_MOST_GB:g}")
     return HookedModel.load(
         args.model,
         args.transcoders,

@@ -1,14 +1,19 @@
 """Options that several subcommands share."""
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from hooks.choices import ERROR_MODES, MASK_MODES
 
 
-def command(commands: Any, name: str, help: str, *, model: bool = True) -> argparse.ArgumentParser:
-    """A subcommand with its `--json` and, unless told otherwise, the options that load a model."""
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+def command(
+    commands: Any, name: str, help: str, *, examples: Sequence[str], model: bool = True
+) -> argparse.ArgumentParser:
+    """A subcommand with its `--json`, lines to copy and, unless told otherwise, the options that load a model."""
+    about = help[0].upper() + help[1:] + "."
+    parser = commands.add_parser(name, help=help, description=about, examples=[f"circuits {line}" for line in examples])
     parser.set_defaults(command=name)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     if model:
@@ -17,9 +22,9 @@ def command(commands: Any, name: str, help: str, *, model: bool = True) -> argpa
         group.add_argument("--transcoders", metavar="SET", help="demo, demo-dense, a folder, or a hub id")
         group.add_argument("--read", metavar="SITE", help="the site the transcoders read, if the files do not say")
         group.add_argument("--write", metavar="SITE", help="the site they reconstruct, likewise")
-        group.add_argument("--k", type=int, metavar="N", help="features TopK keeps, if the files do not say")
+        group.add_argument("--k", type=whole, metavar="N", help="features TopK keeps, if the files do not say")
         group.add_argument("--encoder", metavar="E", help="trained (default), or card: as on the published set's card")
-        group.add_argument("--decoder", type=int, metavar="N", help="which one, where a file has several (from 0)")
+        group.add_argument("--decoder", type=whole, metavar="N", help="which one, where a file has several (from 0)")
         group.add_argument(
             "--budget-gb", type=float, metavar="GB", help="keep at most this much of the transcoders loaded"
         )
@@ -69,26 +74,31 @@ def add_many(parser: argparse._ActionsContainer, flag: str, metavar: str, help: 
 
 def count(text: str) -> int:
     """A number from 1 up."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdigit() or whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return whole(text)
+
+
+def whole(text: str) -> int:
+    """A whole number that fits into 64 bits."""
+    if not re.fullmatch(r"[-+]?[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:  # Python reads no number of thousands of digits
+        raise argparse.ArgumentTypeError(f"{text[:20]}… has {len(text)} digits; 64 bits hold 19")
     return int(text)
 
 
 def nodes(text: str) -> int | None:
     """A number of nodes, or all."""
-    if text == "all":
-        return None
     try:
-        return int(text)
-    except ValueError:
+        return None if text == "all" else whole(text)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor a number") from None
 
 
 def layers(text: str) -> str | list[int]:
     """Layer numbers, or all."""
-    if text == "all":
-        return "all"
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+        return "all" if text == "all" else [whole(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor numbers such as 0,1,5") from None

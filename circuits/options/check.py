@@ -7,10 +7,17 @@ from circuits.options import _plan, _quality
 from circuits.options._shared import command, count, layers
 from hooks.choices import CHECK_TOKENS
 
+EXAMPLES = (
+    "check",
+    "check --transcoders demo-dense --quality --layers 0,1",
+    "check --plan --model Qwen/Qwen2.5-32B --set-layers 63 --features 12288 --k 1474",
+)
+
 
 def add(commands: Any) -> None:
     """Its options."""
-    check = command(commands, "check", "measure which sites a set of transcoders reads and writes on a model")
+    about = "measure which sites a set of transcoders reads and writes on a model"
+    check = command(commands, "check", about, examples=EXAMPLES)
     group = check.add_argument_group("measurement")
     group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
     how_much = f"how much of it (default {CHECK_TOKENS})"

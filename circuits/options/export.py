@@ -7,11 +7,12 @@ from circuits.options._shared import command
 from hooks.plugins import names
 
 EXPORTERS = names("circuits.export", "write")
+EXAMPLES = ("export graph.safetensors --format json --out graph.json",)
 
 
 def add(commands: Any) -> None:
     """Its options."""
-    exporter = command(commands, "export", "write a saved graph in another format", model=False)
+    exporter = command(commands, "export", "write a saved graph in another format", model=False, examples=EXAMPLES)
     exporter.add_argument("file", type=Path, metavar="FILE", help="a graph written by trace")
     exporter.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(EXPORTERS)}")
     exporter.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to")

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_changing, add_many, add_prompt, add_target, command
+from circuits.options._shared import add_changing, add_many, add_prompt, add_target, command, whole
 from hooks.plugins import names
 
 INTERVENTIONS = names("hooks.interventions", "from_text")
+EXAMPLES = (
+    "steer 'fact: the capital of Texas is' --set L3/383=8.0",
+    "steer 'fact: the capital of Texas is' --set L3/383 --strengths -2,0,2 --plot doses.svg",
+)
 
 
 def add(commands: Any) -> None:
     """Its options."""
-    steer = command(commands, "steer", "generate with features held at chosen values")
+    steer = command(commands, "steer", "generate with features held at chosen values", examples=EXAMPLES)
     add_prompt(steer)
     add_many(
         steer,
@@ -28,10 +32,10 @@ def add(commands: Any) -> None:
     steer.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     add_changing(steer)
     group = steer.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="default 16")
+    group.add_argument("--max-new-tokens", type=whole, default=16, metavar="N", help="default 16")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="of sampling (default 0)")
     add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
     sweep = steer.add_argument_group("sweep over strengths")
     sweep.add_argument(

@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_prompt, add_target, command, nodes
+from circuits.options._shared import add_prompt, add_target, command, nodes, whole
 from hooks.plugins import names
 
 RULES = names("circuits.attribution", "edge_rows")
 ORDERS = ("score", "total", "ose", "influence")
+EXAMPLES = ("trace 'fact: the capital of the state containing Dallas is' --out graph.safetensors --plot scatter.png",)
 
 
 def add(commands: Any) -> None:
     """Its options."""
-    tracer = command(commands, "trace", "explain an answer by a graph, verified by real ablations")
+    tracer = command(commands, "trace", "explain an answer by a graph, verified by real ablations", examples=EXAMPLES)
     add_prompt(tracer)
     tracer.add_argument("--out", type=Path, required=True, metavar="FILE", help="the graph, as safetensors")
     tracer.add_argument("--rule", default="exact", help=f"attribution rule: {', '.join(RULES)} (default exact)")
@@ -20,14 +21,14 @@ def add(commands: Any) -> None:
         "--select", default="score", metavar="ORDER", help=f"how features are chosen: {', '.join(ORDERS)}"
     )
     tracer.add_argument("--max-nodes", type=nodes, default=10_000, metavar="N|all", help="features (default 10000)")
-    tracer.add_argument("--max-in-edges", type=int, default=256, metavar="N", help="kept per node (default 256)")
+    tracer.add_argument("--max-in-edges", type=whole, default=256, metavar="N", help="kept per node (default 256)")
     tracer.add_argument("--node-threshold", type=float, default=0.8, metavar="SHARE", help="influence kept, nodes")
     tracer.add_argument("--edge-threshold", type=float, default=0.98, metavar="SHARE", help="influence kept, edges")
-    tracer.add_argument("--sample", type=int, default=200, metavar="N", help="nodes and edges to verify (default 200)")
-    tracer.add_argument("--seed", type=int, default=0, help="of the verified sample")
+    tracer.add_argument("--sample", type=whole, default=200, metavar="N", help="how many to verify (default 200)")
+    tracer.add_argument("--seed", type=whole, default=0, help="of the verified sample")
     tracer.add_argument("--plot", type=Path, metavar="FILE", help="predicted against measured, png or svg")
     add_target(tracer, top=False)
-    tracer.add_argument("--position", type=int, metavar="N", help="explain the next token after this one (default -1)")
+    tracer.add_argument("--position", type=whole, metavar="N", help="explain what follows this token (default -1)")
     tracer.add_argument("--answer", metavar="TEXT", help="an answer of one or several tokens, explained as a whole")
     tracer.add_argument("--mass", type=float, metavar="P", help="the likeliest next tokens up to this probability")
     tracer.add_argument("--explain", metavar="ADDR", help="a feature instead of an answer, for example L3/118@7")

@@ -1,0 +1,86 @@
+"""argparse with messages that name the repair: what was meant, and the line as it should have been typed."""
+
+import argparse
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+_LONGEST = 120  # characters of one value in a message
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of the command, and of every subcommand."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any):
+        if examples:
+            settings["epilog"] = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+        settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **settings)
+        # what begins with one dash is a value, as in --strengths -2,0,2; the only short option is -h
+        self._negative_number_matcher = re.compile(r"-[^-]")
+        self.words: list[str] = []
+
+    @property
+    def commands(self) -> dict[str, "Parser"]:
+        """The parsers of subcommands, if this one has any."""
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(found[0]) if found else {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but whatever is left over is refused by the parser of the subcommand itself."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        first = self.words[0] if self.words else ""
+        if first.startswith("--") and not self.knows(first) and any(sub.knows(first) for sub in self.commands.values()):
+            self._fail(f"{first} stands in front of the command; options follow it: circuits features PROMPT {first}")
+        found, rest = super().parse_known_args(self.words, namespace)
+        if rest:
+            self._refuse(found, rest)
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, message and what may repair it on stderr; exit status 2."""
+        self._fail(message, self._hints(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help that cannot be written is an error here; argparse would end as if it had been read."""
+        (file or sys.stderr).write(message)
+
+    def knows(self, word: str) -> bool:
+        """Whether a word names an option, shortened or not."""
+        return any(option.startswith(word.partition("=")[0]) for option in self._option_string_actions)
+
+    def _fail(self, message: str, hints: Iterable[str] = ()) -> NoReturn:
+        message = re.sub(rf"\S{{{_LONGEST},}}", lambda long: f"{long[0][: _LONGEST // 2]}…", message)
+        self.print_usage(sys.stderr)
+        self.exit(2, "\n".join([f"{self.prog}: error: {message}", *(f"  {hint}" for hint in hints)]) + "\n")
+
+    def _refuse(self, found: argparse.Namespace, rest: list[str]) -> NoReturn:
+        """What no option and no argument has taken: a misspelt option, or a prompt without quotes."""
+        prompt = getattr(found, "prompt", None)
+        if prompt is None or any(word.startswith("--") for word in rest):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        others = list(self.words)
+        for word in (prompt, *rest):
+            others.remove(word)
+        line = shlex.join([*self.prog.split(), " ".join([prompt, *rest]), *others])
+        self._fail(f"the prompt is one argument, and {prompt!r} is followed by {rest[0]!r}; quote it: {line}")
+
+    def _hints(self, message: str) -> Iterator[str]:
+        typed = self.words[: self.words.index("--")] if "--" in self.words else self.words
+        for word in typed:
+            if word.startswith("--") and not self.knows(word):
+                yield from _meant(word.partition("=")[0], self._option_string_actions)
+        if self.commands and "invalid choice" in message:
+            yield from _meant(next(word for word in typed if not word.startswith("-")), self.commands)
+        lists = [word for word in typed if getattr(self._option_string_actions.get(word), "nargs", "") == "+"]
+        if "required: PROMPT" in message and lists:
+            line = shlex.join([*self.prog.split(), self.words[-1], *self.words[:-1]])
+            yield f"{lists[-1]} takes every word behind it; the prompt comes first: {line}"
+
+
+def _meant(word: str, known: Iterable[str]) -> Iterator[str]:
+    for guess in difflib.get_close_matches(word, list(known), 1):
+        yield f"{word}: did you mean {guess}?"
