@@ -5,9 +5,7 @@ import argparse
 from circuits.commands._options import load
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.quality_plot import quality_plot
-from circuits.scatter import check_drawing
 from hooks.host import Host
-from hooks.output import check_writable
 from hooks.quality import quality
 from hooks.quality_report import QualityReport, check_report_suffix
 from hooks.texts import Texts
@@ -27,9 +25,6 @@ def run(args: argparse.Namespace) -> Result:
     """
     if args.out:
         check_report_suffix(args.out)
-        check_writable(args.out)
-    if args.plot:
-        check_drawing(args.plot)
     texts = Texts.built_in(args.model == "demo") if args.text is None else Texts.of_file(args.text)
     model = load(args, args.layers)
     prompts = _prompts(model.host, texts, args.tokens)

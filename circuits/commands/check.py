@@ -10,6 +10,7 @@ from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
 from circuits.commands._options import settle
 from circuits.commands._output import Result, finish, say, show, table
+from circuits.commands._places import check_places
 from circuits.scatter import check_drawing
 from hooks.calibrate import Calibration, calibrate
 from hooks.demo import TRANSCODERS
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> Result:
         return _plan.run(args)
     if args.plot:
         check_drawing(args.plot)
+    check_places(args.force, [(args.out, "quality"), (args.plot, "picture")], reads=[args.text])
     if args.quality:
         return _quality.run(args)
     root, checkpoint = _set(args)

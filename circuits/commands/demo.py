@@ -6,17 +6,18 @@ from dataclasses import asdict
 
 from circuits.commands._options import settle
 from circuits.commands._output import Result, say, show
+from circuits.commands._places import check_places
 from circuits.demo import report
 from circuits.demo.questions import Exam
 from circuits.demo.story import PICTURES, tell
 from hooks.model import HookedModel
-from hooks.output import check_writable, write_text
+from hooks.output import write_text
 
 
 def run(args: argparse.Namespace) -> Result:
     """Tell the story and write the report and the circuit."""
-    for name in ("report.md", *PICTURES):
-        check_writable(args.out / name)
+    kinds = {"report.md": "report", **PICTURES}
+    check_places(args.force, [(args.out / name, kind) for name, kind in kinds.items()])
     settle("demo")
     started = time.perf_counter()
     say("measuring; about half a minute on two cores")

@@ -3,15 +3,15 @@
 import argparse
 
 from circuits.commands._output import Result, show
+from circuits.commands._places import check_places
 from circuits.export import check_format, export
 from circuits.graph import Graph
-from hooks.output import check_writable
 
 
 def run(args: argparse.Namespace) -> Result:
     """Write a saved graph in another format."""
     check_format(args.format)
-    check_writable(args.out)
+    check_places(args.force, [(args.out, args.format)], reads=[args.file])
     graph = Graph.load(args.file)
     export(graph, args.out, args.format)
     show(args, f"{args.out}: {graph.n_nodes} nodes, {graph.n_edges} edges")

@@ -14,12 +14,12 @@ from circuits.commands._options import (
     load,
 )
 from circuits.commands._output import Result, finish, show, table
+from circuits.commands._places import check_places
 from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.output import check_writable
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer
@@ -84,7 +84,7 @@ def _check_sweep(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} belongs to a sweep, and --strengths is not given", repair="--strengths 0,2,4,8")
     if args.plot:
         check_suffix(args.plot)
-        check_writable(args.plot)
+    check_places(args.force, [(args.plot, "picture")], reads=[args.texts])
 
 
 def _texts(path: Path | None) -> list[str]:

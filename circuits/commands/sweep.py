@@ -10,6 +10,7 @@ from circuits.commands._options import (
     load,
 )
 from circuits.commands._output import Result, finish, say, show, table
+from circuits.commands._places import check_places
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
 from hooks.candidates import Change, active_features, changed, doses, pairs
@@ -17,7 +18,6 @@ from hooks.choices import TABLES
 from hooks.dose import grid
 from hooks.errors import OutputError, UserError
 from hooks.model import HookedModel
-from hooks.output import check_writable
 from hooks.sweep import Sweep
 
 
@@ -46,13 +46,11 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    if args.out:
-        if args.out.suffix.lower() not in TABLES:
-            raise OutputError(f"unknown table format {args.out.suffix!r}", expected=" or ".join(TABLES))
-        check_writable(args.out)
+    if args.out and args.out.suffix.lower() not in TABLES:
+        raise OutputError(f"unknown table format {args.out.suffix!r}", expected=" or ".join(TABLES))
     if args.plot:
         check_suffix(args.plot)
-        check_writable(args.plot)
+    check_places(args.force, [(args.out, "table"), (args.plot, "picture")])
 
 
 def _check_contradictions(args: argparse.Namespace) -> None:

@@ -8,13 +8,13 @@ import pandas as pd
 
 from circuits.commands._options import load
 from circuits.commands._output import Result, figure, finish, peak_bytes, show, table
+from circuits.commands._places import check_places
 from circuits.export import export
 from circuits.graph import Graph
 from circuits.scatter import check_suffix
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.trace import check_options, trace
 from hooks.errors import UserError
-from hooks.output import check_writable
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -22,12 +22,11 @@ def run(args: argparse.Namespace) -> Result:
     numbers = (args.max_nodes, args.max_in_edges, args.node_threshold, args.edge_threshold, args.sample, args.seed)
     check_options(args.rule, *numbers, args.select)
     target = _explained(args)
-    check_writable(args.out)
     if args.plot:
         check_suffix(args.plot)
-        check_writable(args.plot)
         if not args.sample:
             raise UserError("--plot draws the verification, and --sample 0 leaves none", repair="leave --sample away")
+    check_places(args.force, [(args.out, "graph"), (args.plot, "picture")])
     started = time.perf_counter()
     model = load(args)
     graph = trace(

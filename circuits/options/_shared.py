@@ -47,6 +47,11 @@ def add_target(parser: argparse._ActionsContainer, *, top: bool = True) -> None:
         parser.add_argument("--top", type=count, default=5, metavar="N", help="most likely tokens to show (default 5)")
 
 
+def add_force(parser: argparse._ActionsContainer) -> None:
+    """What to do about files that are there."""
+    parser.add_argument("--force", action="store_true", help="overwrite files that hold something else than results")
+
+
 def add_changing(parser: argparse.ArgumentParser) -> None:
     """How interventions are carried out."""
     parser.add_argument("--swap", type=layers, metavar="0,1|all", help="replace these layers' sites (default: none)")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.options import _plan, _quality
-from circuits.options._shared import command, count, layers
+from circuits.options._shared import add_force, command, count, layers
 from hooks.choices import CHECK_TOKENS
 
 EXAMPLES = (
@@ -27,5 +27,6 @@ def add(commands: Any) -> None:
         "--save", action="store_true", help="write the findings beside the set, where loading finds them"
     )
     group.add_argument("--plot", type=Path, metavar="FILE", help="a map of all candidates, png or svg")
+    add_force(check)
     _quality.add(check)
     _plan.add(check)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import command
+from circuits.options._shared import add_force, command
 from hooks.demo import TRANSCODERS
 
 EXAMPLES = (
@@ -17,3 +17,4 @@ def add(commands: Any) -> None:
     demo = command(commands, "demo", "the whole story on the embedded model", model=False, examples=EXAMPLES)
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the report and the circuit")
     demo.add_argument("--transcoders", choices=sorted(TRANSCODERS), default="demo", help="embedded set")
+    add_force(demo)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import command
+from circuits.options._shared import add_force, command
 from hooks.plugins import names
 
 EXPORTERS = names("circuits.export", "write")
@@ -16,3 +16,4 @@ def add(commands: Any) -> None:
     exporter.add_argument("file", type=Path, metavar="FILE", help="a graph written by trace")
     exporter.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(EXPORTERS)}")
     exporter.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to")
+    add_force(exporter)

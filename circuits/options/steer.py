@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_changing, add_many, add_prompt, add_target, command, whole
+from circuits.options._shared import add_changing, add_force, add_many, add_prompt, add_target, command, whole
 from hooks.plugins import names
 
 INTERVENTIONS = names("hooks.interventions", "from_text")
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     steer.add_argument("--texts", type=Path, metavar="FILE", help="one text a line, for typical activations as well")
     steer.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     add_changing(steer)
+    add_force(steer)
     group = steer.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=whole, default=16, metavar="N", help="default 16")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")

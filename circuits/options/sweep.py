@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_many, add_prompt, add_target, command, count, whole
+from circuits.options._shared import add_force, add_many, add_prompt, add_target, command, count, whole
 from hooks.choices import CHANGES, METRICS, TABLES
 
 EXAMPLES = (
@@ -34,3 +34,4 @@ def add(commands: Any) -> None:
     sweep.add_argument("--out", type=Path, metavar="FILE", help=f"the whole table: {', '.join(TABLES)}")
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="effects by layer and position, png or svg")
     sweep.add_argument("--tokens-at-once", type=count, metavar="N", help="positions per batch (default: what fits)")
+    add_force(sweep)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_prompt, add_target, command, nodes, whole
+from circuits.options._shared import add_force, add_prompt, add_target, command, nodes, whole
 from hooks.plugins import names
 
 RULES = names("circuits.attribution", "edge_rows")
@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     tracer.add_argument("--sample", type=whole, default=200, metavar="N", help="how many to verify (default 200)")
     tracer.add_argument("--seed", type=whole, default=0, help="of the verified sample")
     tracer.add_argument("--plot", type=Path, metavar="FILE", help="predicted against measured, png or svg")
+    add_force(tracer)
     add_target(tracer, top=False)
     tracer.add_argument("--position", type=whole, metavar="N", help="explain what follows this token (default -1)")
     tracer.add_argument("--answer", metavar="TEXT", help="an answer of one or several tokens, explained as a whole")
