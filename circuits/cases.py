@@ -18,6 +18,7 @@ from hooks.errors import AddressError, PromptError, TargetError, UserError
 from hooks.model import HookedModel
 from hooks.recording import Recording, check_same_length
 from hooks.tokens import Prompt
+from hooks.whole import whole, wholes
 
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 """What a feature outside the circuit is set to.
@@ -139,6 +140,7 @@ def make_cases(
         UserError: an unknown ablation, one that lacks its prompts, or a layer without a transcoder.
     """
     check_ablation(ablation, pairs, prompts)
+    seed = whole(seed, "seed", least=-(1 << 63), most=(1 << 63) - 1)
     layers = _layers(model, sites)
     zeros = {layer: model.store[layer].b_enc.new_zeros(model.store.d_features(layer)) for layer in layers}
     fill = _means(model, prompts, zeros) if ablation == "mean" else zeros
@@ -179,7 +181,7 @@ def _layers(model: HookedModel, sites: str | int | Sequence[int]) -> tuple[int, 
         if sites != "all":
             raise UserError(f"unknown layers {sites!r}", expected='"all", a layer number or a list of them')
         return model.store.layers
-    layers = [sites] if isinstance(sites, int) else sites
+    layers = wholes(sites, "sites")
     if not layers:
         raise UserError("no layer to cut", expected="at least one with a transcoder")
     for layer in layers:

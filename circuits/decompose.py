@@ -24,6 +24,7 @@ from circuits.verify import check_same
 from hooks.errors import UserError
 from hooks.exclusive import exclusive
 from hooks.model import HookedModel
+from hooks.whole import whole, wholes
 
 PARTS = ("direct", "mlp", "ov", "key", "query")
 
@@ -49,6 +50,7 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
         >>> bool(parts.groupby(["source", "target"])["weight"].sum().abs().min() > 0)
         True
     """
+    top = whole(top, "top", least=0)
     check_same(model, graph)
     setting, run, stack, rule = _again(model, graph)
     wide = _through_one_block(graph, run)
@@ -56,7 +58,7 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
         order = np.argsort(-np.abs(graph.effect[wide]), kind="stable")
         chosen = wide[order[:top]]
     else:
-        chosen = np.asarray(list(edges), dtype=np.int64)
+        chosen = np.asarray(wholes(edges, "edges"), dtype=np.int64)
         outside = np.setdiff1d(chosen, wide)
         if len(outside):
             raise UserError(

@@ -17,6 +17,7 @@ from circuits.cases import Case, Ranking
 from circuits.scores import score_features
 from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
+from hooks.whole import whole
 
 Rule = Callable[[HookedModel, Case], Ranking]
 
@@ -48,6 +49,8 @@ def difference(model: HookedModel, case: Case) -> Ranking:
 
 def chance(seed: int = 0) -> Rule:
     """Baseline: random order, the same for a pair of prompts wherever it stands in a list."""
+
+    seed = whole(seed, "seed")
 
     def draw(model: HookedModel, case: Case) -> Ranking:
         prompts = [case.clean, case.counterfactual]

@@ -22,6 +22,7 @@ from hooks.store import TranscoderStore
 from hooks.tokens import Prompt
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, FeatureAddress, Positions
+from hooks.whole import whole
 
 
 @dataclass(frozen=True)
@@ -442,7 +443,7 @@ def _difference(
 
 
 def _by_mass(host: Host, logits: Float[Tensor, "pos vocab"], target: Mass) -> list[AnyTarget]:
-    if not (0 < target.mass <= 1 and target.most >= 1):
+    if not (0 < target.mass <= 1 and whole(target.most, "most") >= 1):
         raise TargetError(f"mass {target.mass} of at most {target.most} tokens holds nothing", expected="0 < mass <= 1")
     pos = _position(target.pos, len(logits))
     ranked = host.top(logits[pos], target.most)
@@ -474,6 +475,7 @@ def _feature(target: Feature, length: int, store: TranscoderStore | None) -> Fea
 
 
 def _position(pos: int, length: int) -> int:
+    pos = whole(pos, "pos")
     found = pos + length if pos < 0 else pos
     if not 0 <= found < length:
         raise TargetError(f"position {pos} does not occur", expected=f"0 to {length - 1}")

@@ -16,6 +16,7 @@ from hooks.exclusive import exclusive
 from hooks.memory import explained
 from hooks.model import HookedModel
 from hooks.tokens import Prompt
+from hooks.whole import whole
 
 log = logging.getLogger("circuits")
 
@@ -113,6 +114,7 @@ def prepare(
     Raises:
         UserError: as `trace`.
     """
+    check_options(rule, max_nodes, 1, 1.0, 1.0, 0, 0, select_by)
     _check_convention(model)
     setting = settle(model, prompt, against_token(targets, against), counterfactual=counterfactual, rule=rule)
     return make_run(setting, by_layer(setting, select(setting, max_nodes, select_by)))
@@ -138,11 +140,11 @@ def check_options(
     if select_by not in ORDERS:
         raise UserError(f"unknown order of selection {select_by!r}", expected=", ".join(ORDERS), where="--select")
     for name, value in (("max_nodes", max_nodes), ("max_in_edges", max_in_edges)):
-        if value is not None and value < 1:
+        if value is not None and whole(value, name) < 1:
             raise UserError(f"{name} = {value} leaves nothing to draw", expected="at least 1")
     check_thresholds(node_threshold, edge_threshold)
     for name, value in (("sample", sample), ("seed", seed)):
-        if value < 0:
+        if whole(value, name) < 0:
             raise UserError(f"{name} = {value} is out of range", expected="at least 0")
     if sample > MOST_SAMPLED:  # its values are stored with the graph, as text
         raise UserError(f"sample = {sample} is out of range", expected=f"at most {MOST_SAMPLED:,}")

@@ -30,6 +30,7 @@ from hooks.errors import UserError
 from hooks.exclusive import exclusive
 from hooks.model import HookedModel
 from hooks.sites import Site
+from hooks.whole import whole
 
 KEYS = ["layer", "pos", "feature"]
 IDLE_EVERY = 16  # rows; one of so many is not edited
@@ -136,6 +137,7 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
     Raises:
         UserError: the graph belongs to another model or transcoder set.
     """
+    n, seed = whole(n, "n", least=0), whole(seed, "seed", least=0)
     check_same(model, graph)
     facts = graph.meta
     other = None if "counterfactual" not in facts else recorded(model, facts["counterfactual"]["ids"])

@@ -16,6 +16,7 @@ from hooks.interventions.clamp import Clamp
 from hooks.interventions.scale import Scale
 from hooks.recording import Recording, check_same_length
 from hooks.types import FeatureAddress, Positions
+from hooks.whole import wholes
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ def active_features(
         UserError: a layer was not recorded, or a position does not occur.
     """
     length = recording.batch.lengths[0]
-    wanted = range(length) if positions is None else sorted({_position(pos, length) for pos in positions})
+    places = range(length) if positions is None else wholes(positions, "positions")
+    wanted = sorted({_position(pos, length) for pos in places})
     out = []
-    for layer in sorted(recording.layers if layers is None else set(layers)):
+    for layer in sorted(recording.layers if layers is None else set(wholes(layers, "layers"))):
         if layer not in recording.layers:
             raise UserError(
                 f"layer {layer} was not recorded", expected=f"among {', '.join(map(str, recording.layers))}"

@@ -11,6 +11,7 @@ from hooks.errors import CheckpointError
 from hooks.findings import Candidate, Findings
 from hooks.formats import OPEN, Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
 from hooks.sites import SiteSpec
+from hooks.whole import whole, wholes
 
 log = logging.getLogger("hooks")
 
@@ -145,6 +146,8 @@ def choose(
     Raises:
         CheckpointError: the set has no such encoder, decoder, layer or k.
     """
+    decoder, k = (None if number is None else whole(number, name) for name, number in (("decoder", decoder), ("k", k)))
+    layers = None if layers is None else wholes(layers, "layers")
     source: Source | None = "given" if encoder else None
     measured = found if decoder is None else narrowed(found, decoder)
     if measured:

@@ -28,6 +28,7 @@ from hooks.store import TranscoderStore
 from hooks.swap import Swap
 from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass, SparseActs
+from hooks.whole import whole
 
 _WARM_UP = 3  # passes before a capture: libraries choose their kernels and make their workspaces
 
@@ -72,6 +73,7 @@ class FastDecoder:
         max_length: int = 1024,
     ):
         host, store = model.host, model.store
+        capacity, max_length = whole(capacity, "capacity"), whole(max_length, "max_length")
         steered, observed, self._replaced = (observed_layers(store, chosen) for chosen in (layers, observe, replace))
         _check_room(host, capacity, max_length)
         device = _only_device(host, store, {*steered, *observed, *self._replaced})
@@ -182,7 +184,7 @@ class FastDecoder:
         self._require_room(self._read + 1)
         if token is None:
             token = self._text[self._read] if self._read < len(self._text) else int(self._logits.argmax())
-        elif not 0 <= token < self._host.d_vocab:
+        elif not 0 <= (token := whole(token, "token")) < self._host.d_vocab:
             raise PromptError(f"token id {token} is outside the vocabulary", expected=f"0 to {self._host.d_vocab - 1}")
         self._text[self._read :] = [token]
         self._ids.fill_(token)
@@ -213,6 +215,7 @@ class FastDecoder:
             UserError: there is no prompt yet, n is below 1, n tokens do not fit, or as `step`.
         """
         self._require_prompt()
+        n = whole(n, "n")
         if n < 1:
             raise UserError(f"cannot generate {n} tokens", expected="at least 1")
         self._require_room(len(self._text) + n)

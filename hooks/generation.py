@@ -23,6 +23,7 @@ from hooks.observe import Observer
 from hooks.sampling import Sampling, TextPieces
 from hooks.tokens import Batch
 from hooks.types import Edit, SparseActs
+from hooks.whole import whole
 
 Reason = Literal["length", "end", "stop"]
 
@@ -181,13 +182,14 @@ def advance(decoding: Decoding, rows: Sequence[Row]) -> Iterator[Float[Tensor, "
         yield logits
 
 
-def check_length(host: Host, length: int, max_new_tokens: int) -> None:
-    """Refuse what cannot fit, before the model runs.
+def check_length(host: Host, length: int, max_new_tokens: int) -> int:
+    """The number of new tokens; refuses what cannot fit, before the model runs.
 
     Raises:
-        UserError: not a single token is wanted.
+        UserError: not a single token is wanted, or no whole number of them.
         PromptError: prompt and new tokens together exceed the context.
     """
+    max_new_tokens = whole(max_new_tokens, "max_new_tokens", most=1 << 62)
     if max_new_tokens < 1:
         raise UserError(f"cannot generate {max_new_tokens} tokens", expected="at least 1")
     if length + max_new_tokens > host.max_positions:
@@ -196,6 +198,7 @@ def check_length(host: Host, length: int, max_new_tokens: int) -> None:
             expected=f"at most {host.max_positions} together, the model's context",
             repair="lower --max-new-tokens or shorten the prompt",
         )
+    return max_new_tokens
 
 
 def generate(
@@ -216,7 +219,7 @@ def generate(
         PromptError: a prompt and its new tokens together exceed the context.
         ModelError: the model's logits are not numbers.
     """
-    check_length(host, max(batch.lengths), max_new_tokens)
+    max_new_tokens = check_length(host, max(batch.lengths), max_new_tokens)
     samplings = [sampling] * len(batch.lengths) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(batch.lengths):
         raise UserError(f"{len(samplings)} samplings for {len(batch.lengths)} prompts", expected="one, or one each")

@@ -27,6 +27,7 @@ from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.tokens import Batch, Tokens, load_tokenizer
 from hooks.types import Edit, Pass
+from hooks.whole import whole
 
 log = logging.getLogger("hooks")
 
@@ -148,6 +149,7 @@ class Host(Tokens):
 
     def top(self, logits: Float[Tensor, " vocab"], n: int) -> list[RankedToken]:
         """The n most likely tokens of one distribution."""
+        n = whole(n, "n", least=0)
         wide = logits.double()
         probs = wide.softmax(-1)
         order = wide.sort(descending=True, stable=True).indices[:n].tolist()

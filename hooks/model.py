@@ -44,6 +44,7 @@ from hooks.sweep import Sweep, sweep
 from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, MaskMode
+from hooks.whole import whole, wholes
 
 log = logging.getLogger("hooks")
 
@@ -66,9 +67,10 @@ class Run:
         """What happened to a target token at one position; by default the clean run's answer at the last token.
 
         Raises:
-            TargetError: target or against is not one token.
+            TargetError: target or against is not one token, or the position does not occur.
         """
-        before, after = self.baseline[position], self.logits[position]
+        place = self._place(position)
+        before, after = self.baseline[place], self.logits[place]
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
         if token == other:
@@ -77,11 +79,15 @@ class Run:
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
-        return self.host.top(self.baseline[position], n)
+        return self.host.top(self.baseline[self._place(position)], n)
 
     def top_after(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The edited run's most likely next tokens."""
-        return self.host.top(self.logits[position], n)
+        return self.host.top(self.logits[self._place(position)], n)
+
+    def _place(self, position: int) -> int:
+        length = len(self.logits)
+        return whole(position, "position", least=-length, most=length - 1)
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,7 @@ class HookedModel:
         `strength` is |a_i d_i| / |x|, the share of the stream the feature writes: it is comparable across layers,
         activations are not. The `top` strongest per position over all layers, positions in order.
         """
+        top = whole(top, "top", least=1)
         recording = self.record([prompt], layers)
         frames = [self._feature_frame(recording, layer) for layer in recording.layers]
         table = pd.concat(frames, ignore_index=True).sort_values(
@@ -391,7 +398,7 @@ class HookedModel:
         """
         prompts = listed(prompt)
         batch = self.host.batch(prompts)
-        check_length(self.host, max(batch.lengths), max_new_tokens)
+        max_new_tokens = check_length(self.host, max(batch.lengths), max_new_tokens)
         per_row = lists_per_row(interventions, len(prompts))
         edits = self._generation_edits(batch, per_row, swap, error, mask, max_new_tokens)
         edits += lens_edits(lens_hooks, self.host.n_layers)
@@ -455,7 +462,7 @@ class HookedModel:
         """
         batch = self.host.batch([prompt])
         if new_tokens is not None:
-            check_length(self.host, batch.lengths[0], new_tokens)
+            new_tokens = check_length(self.host, batch.lengths[0], new_tokens)
         room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
 
         def make(items: Interventions) -> list[Edit]:
@@ -609,6 +616,7 @@ class HookedModel:
         new_tokens: int = 0,
     ) -> list[Edit]:
         """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
+        new_tokens = whole(new_tokens, "new_tokens", least=0)
         return self._edits(batch, lists_per_row(interventions, len(batch.lengths)), swap, error, mask, new_tokens)
 
     def _edits(
@@ -644,9 +652,10 @@ class HookedModel:
             return self.store.layers
         if isinstance(layers, str):
             raise UserError(f"unknown layers {layers!r}", expected='"all" or a list of layer numbers')
-        for layer in layers:
+        chosen = wholes(layers, "layers")
+        for layer in chosen:
             self.store.require(layer)
-        return tuple(sorted(set(layers)))
+        return tuple(sorted(set(chosen)))
 
     # -- TransformerLens ---------------------------------------------------------------------------------------
 
@@ -672,6 +681,7 @@ class HookedModel:
             UserError: as `run`. While the bridge runs: positions that do not occur in what it is given, padding that
                 no attention mask shows, more tokens than announced, or a pass of another bridge.
         """
+        max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=0)
         check_modes(error, mask, swapping=swap is not None)
         replaced = None if swap is None else Swap(self._layers(swap), error)
         options: dict[str, Any] = {"swap": replaced, "mask": mask, "max_new_tokens": max_new_tokens}

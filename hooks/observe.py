@@ -11,6 +11,7 @@ from hooks.kernels import select_relu
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.types import Edit, Pass, SparseActs
+from hooks.whole import whole
 
 Observed = str | Sequence[int | Site]
 """`"all"`, or layers, or the sites that layers read."""
@@ -37,7 +38,7 @@ def observed_layers(store: TranscoderStore, observe: Observed) -> tuple[int, ...
                 where="observe",
                 repair="name layers, or the sites that they read",
             )
-        layer = by_site[item] if isinstance(item, Site) else item
+        layer = by_site[item] if isinstance(item, Site) else whole(item, "an entry of layers")
         store.require(layer)
         chosen.append(layer)
     return tuple(sorted(set(chosen)))

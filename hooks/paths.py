@@ -32,6 +32,7 @@ from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch
 from hooks.types import AddressLike, Edit, FeatureAddress
+from hooks.whole import whole
 
 ROWS = 64  # copies of the prompt per pass
 
@@ -310,7 +311,7 @@ class _Metric:
         token, other = (None if given is None else host.token_id(given) for given in (target, against))
         if token is not None and token == other:
             raise TargetError("target and against are the same token", found=repr(host.string(token)))
-        length = batch.lengths[0]
+        length, position = batch.lengths[0], whole(position, "position")
         if not -length <= position < length:
             raise TargetError(f"position {position} does not occur", expected=f"-{length} to {length - 1}")
         return cls(token, other, position % length)

@@ -26,6 +26,7 @@ from hooks.site_sums import SiteSums, site_sums
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass
+from hooks.whole import whole, wholes
 
 TOKENS_AT_ONCE = 2048
 FEW = 8  # sites that are swapped together beside one and all
@@ -53,9 +54,10 @@ def quality(
     Raises:
         UserError: no prompt has a second token, a prompt is unusable, or a layer has no transcoder.
     """
+    tokens_at_once = whole(tokens_at_once, "tokens_at_once")
     if tokens_at_once < 1:
         raise UserError(f"{tokens_at_once} tokens at once is no batch", expected="1 or more")
-    chosen = model.store.layers if layers is None else tuple(sorted(set(layers)))
+    chosen = model.store.layers if layers is None else tuple(sorted(set(wholes(layers, "layers"))))
     for layer in chosen:
         model.store.require(layer)
     batches = _batches(model.host, [prompts] if isinstance(prompts, str) else prompts, tokens_at_once)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UserError
+from hooks.whole import whole
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no complete character
 
@@ -31,7 +32,7 @@ class Sampling:
                 f"cannot sample with temperature {self.temperature} and top_p {self.top_p}",
                 expected="temperature at least 0, top_p above 0 and at most 1",
             )
-        if not abs(self.seed) < 1 << 63:
+        if not abs(whole(self.seed, "seed")) < 1 << 63:
             raise UserError(f"cannot sample with seed {self.seed}", expected="a whole number of 64 bits")
 
     def pick(self, logits: Float[Tensor, " vocab"], generator: torch.Generator) -> int:

@@ -92,7 +92,7 @@ class Session:
         return stream(self._decoding, self._row(max_new_tokens, stop))
 
     def _row(self, max_new_tokens: int, stop: str | Sequence[str]) -> Row:
-        check_length(self._host, len(self.ids), max_new_tokens)
+        max_new_tokens = check_length(self._host, len(self.ids), max_new_tokens)
         return Row(self._host, self._sampling, self._generator, stop_strings(stop), max_new_tokens)
 
 

@@ -30,6 +30,7 @@ from hooks.store import TranscoderStore
 from hooks.suffix import Clean, out_of_memory, record_clean
 from hooks.tokens import Batch
 from hooks.variants import Work, lay_out, live_groups, run_groups
+from hooks.whole import whole
 
 CONTROLS = 8  # rows in which nothing is changed, in every batch
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
@@ -123,6 +124,8 @@ def sweep(
     """
     length = batch.lengths[0]
     question_pos = _checked_position(position, length)
+    if tokens_at_once is not None:
+        tokens_at_once = whole(tokens_at_once, "tokens_at_once", least=1)
     _check_metrics(metrics)
     groups = listed(groups)
     if not groups:
@@ -147,6 +150,7 @@ def sweep(
 
 
 def _checked_position(position: int, length: int) -> int:
+    position = whole(position, "position")
     if not -length <= position < length:
         raise UserError(f"position {position} does not occur", expected=f"0 to {length - 1}, or -{length} to -1")
     return position % length

@@ -27,6 +27,7 @@ from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.recording import LayerRecord, Recording, check_same_length
 from hooks.transcoder import Transcoder
+from hooks.whole import whole
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def integrated_scores(
     """
     if baseline is not None:
         check_same_length(recording, baseline)
+    steps = whole(steps, "steps")
     if steps < 1:
         raise UserError(f"cannot integrate in {steps} steps", expected="at least 1")
     features, errors = {}, {}
