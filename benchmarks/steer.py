@@ -44,7 +44,6 @@ TINY = Sizes(Shape(6, 40, 56, 5, 1, 96, 11, head_dim=16, vocab=64), 6, 4)
 
 def endless(model: HookedModel) -> HookedModel:
     """The same model without an end token, for us and for transformers: every generation has its full length."""
-    model.host.end_tokens = frozenset()
     plain: Any = model.host.model
     plain.generation_config.eos_token_id = None
     plain.generation_config.pad_token_id = 0

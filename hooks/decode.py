@@ -219,7 +219,8 @@ class FastDecoder:
         if n < 1:
             raise UserError(f"cannot generate {n} tokens", expected="at least 1")
         self._require_room(len(self._text) + n)
-        row = Row(self._host, sampling, seeded(sampling), stop_strings(stop), n)
+        prompt, behind = self._text[: self._prompt_length], self._text[self._prompt_length :]
+        row = Row(self._host, sampling, seeded(sampling), stop_strings(stop), n, prompt, behind)
         before, seen = tuple(self._text), list[Tensor]()
         while row.reason is None:
             if self._read < len(self._text):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hooks.errors import ModelError, PromptError, UserError
+from hooks.generation_config import Processing
 from hooks.host import Host
 from hooks.observe import Observer
 from hooks.sampling import Sampling, TextPieces
@@ -133,12 +134,31 @@ class Decoding:
 
 
 class Row:
-    """One row's new tokens, chosen without a look at the other rows."""
+    """One row's new tokens, chosen without a look at the other rows, as the model's generation_config says.
 
-    def __init__(self, host: Host, sampling: Sampling, generator: torch.Generator, stops: tuple[str, ...], room: int):
-        self._ends, self._room = host.end_tokens, room
+    Args:
+        prompt: its tokens, no padding.
+        before: tokens behind the prompt that were chosen earlier.
+
+    Raises:
+        ModelError: the generation_config asks for what is not done here.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sampling: Sampling,
+        generator: torch.Generator,
+        stops: tuple[str, ...],
+        room: int,
+        prompt: Sequence[int],
+        before: Sequence[int] = (),
+    ):
+        self._ends, self._room, self._before = host.end_tokens, room, list(before)
         self._sampling, self._generator = sampling, generator
-        self._pieces = TextPieces(host.text, stops)
+        longest = len(self._before) + room
+        self._processing = Processing(host, prompt, longest, sampling.warpers(), sampling.repetition_penalty)
+        self._pieces = TextPieces(host.text, (*stops, *self._processing.stops))
         self.ids: list[int] = []
         self.text: list[str] = []
         self.reason: Reason | None = None
@@ -147,7 +167,7 @@ class Row:
         """Choose the next token.
 
         Raises:
-            ModelError: a logit is not a number, so there is nothing to choose from.
+            ModelError: a logit is not a number, or the generation_config leaves no token to choose from.
         """
         peak = float(logits.max())  # NaN if there is one
         if not math.isfinite(peak):
@@ -156,10 +176,11 @@ class Row:
                 found=str(peak),
                 repair="weaken the interventions, or run the model in bfloat16 or float32 (fp16 overflows easily)",
             )
-        token = self._sampling.pick(logits, self._generator)
+        scores = self._processing.scores([*self._before, *self.ids], logits)
+        token = self._sampling.pick(scores, self._generator)
         self.ids.append(token)
         piece = self._pieces.take(token)
-        if self._pieces.stopped:
+        if self._pieces.stopped or self._processing.stopped([*self._before, *self.ids]):
             self.reason = "stop"
         elif token in self._ends:
             self.reason = "end"
@@ -225,7 +246,10 @@ def generate(
         raise UserError(f"{len(samplings)} samplings for {len(batch.lengths)} prompts", expected="one, or one each")
     watching = observer.edits() if observer else []
     decoding = Decoding(host, batch, [*watching, *edits], use_cache=use_cache)
-    rows = [Row(host, own, seeded(own), stops, max_new_tokens) for own in samplings]
+    rows = [
+        Row(host, own, seeded(own), stops, max_new_tokens, row[pad:])
+        for own, row, pad in zip(samplings, decoding.rows, decoding.pads, strict=True)
+    ]
     passes = list(advance(decoding, rows))
     if observer:
         decoding.logits()  # the last tokens have been chosen, but not read

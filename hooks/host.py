@@ -46,11 +46,9 @@ class Host(Tokens):
         config: Any = model.config
         super().__init__(tokenizer, config.vocab_size, int(getattr(config, "max_position_embeddings", 1 << 30)))
         self.n_layers, self.d_model = len(self.layers), config.hidden_size
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or config.eos_token_id
         self.held = False  # whether parts of the model stand at values of another pass, `hooks.freeze`
         self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
         if next(model.parameters()).dtype == torch.float16:
             log.warning("fp16 overflows in this model family; bfloat16 or float32 is safer")
 
@@ -93,6 +91,14 @@ class Host(Tokens):
                 found=f"{len(missing)} missing, {missing[0]} for one",
             )
         return cls(model, tokenizer)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """What ends a text, as the model's generation_config says at this moment; nothing does where that says None."""
+        model: Any = self.model
+        config = getattr(model, "generation_config", None) or model.config
+        ends = config.eos_token_id
+        return frozenset() if ends is None else frozenset(torch.as_tensor(ends).flatten().tolist())
 
     @property
     def device(self) -> torch.device:

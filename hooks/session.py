@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
+from hooks.generation_config import check_config
 from hooks.host import Host
 from hooks.intervene import NEVER, Interventions, as_interventions, listed
 from hooks.sampling import Sampling, stop_strings
@@ -32,6 +33,7 @@ class Session:
         interventions: Interventions,
         sampling: Sampling,
     ):
+        check_config(host.model)
         self._host, self._make, self._sampling = host, make, sampling
         self._prompt = batch.lengths[0]
         self._interventions = tuple(listed(interventions))
@@ -93,7 +95,8 @@ class Session:
 
     def _row(self, max_new_tokens: int, stop: str | Sequence[str]) -> Row:
         max_new_tokens = check_length(self._host, len(self.ids), max_new_tokens)
-        return Row(self._host, self._sampling, self._generator, stop_strings(stop), max_new_tokens)
+        prompt, before = self.ids[: self._prompt], self.ids[self._prompt :]
+        return Row(self._host, self._sampling, self._generator, stop_strings(stop), max_new_tokens, prompt, before)
 
 
 def first_difference(before: Sequence[object], after: Sequence[object], prompt_length: int) -> int:

@@ -573,7 +573,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, allowed):
     probs = torch.tensor([0.3, 0.05, 0.5, 0.15])
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0, top_p=top_p)
-    drawn = [sampling.pick(probs.log(), generator) for _ in range(400)]
+    scores = sampling.warpers()(torch.zeros(1, 1, dtype=torch.int64), probs.log()[None])[0]
+    drawn = [sampling.pick(scores, generator) for _ in range(400)]
     assert set(drawn) == allowed
     share = probs[2] / sum(probs[i] for i in allowed)
     assert abs(drawn.count(2) / 400 - share) < 4 * (0.25 / 400) ** 0.5  # four standard errors

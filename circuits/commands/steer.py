@@ -29,7 +29,9 @@ from hooks.tokens import Prompt
 def run(args: argparse.Namespace) -> Result:
     """Generate plain and steered; show both, and how likely either model finds every token."""
     plan = _plan(args)
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    sampling = Sampling(
+        args.temperature, args.top_p, args.seed, args.top_k, args.min_p, repetition_penalty=args.repetition_penalty
+    )
     setting = Setting(args.max_new_tokens, sampling, tuple(args.stop), args.swap, args.error, args.mask)
     _check_sweep(args)
     texts = _texts(args.texts)

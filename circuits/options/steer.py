@@ -36,6 +36,16 @@ def add(commands: Any) -> None:
     group.add_argument("--max-new-tokens", type=whole, default=16, metavar="N", help="default 16")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
+    group.add_argument("--top-k", type=whole, default=0, metavar="N", help="sample from so many tokens (default: all)")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="leave out tokens below this share of the likeliest one's"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="divide the logits of tokens that the text has (default: what the model's generation_config says)",
+    )
     group.add_argument("--seed", type=whole, default=0, metavar="N", help="of sampling (default 0)")
     add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
     sweep = steer.add_argument_group("sweep over strengths")
