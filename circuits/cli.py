@@ -16,12 +16,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from circuits.options import ablate, check, convert, demo, export, features, steer, swap, sweep, trace
-from circuits.options._parser import Parser
-from hooks.errors import PictureError, UserError, first_line
-from hooks.version import __version__
+from circuits.options._all import build_parser
+from hooks.errors import PictureError, UserError, first_line, printable
 
-COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert)  # in the order of the help
 INTERRUPTED, READER_GONE = 130, 141  # as a shell shows a command that the signals INT and PIPE have ended
 
 
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"error: {error}")
     except OSError as error:  # of a file, a disk or the memory: never of our doing, and said in one sentence
         where = error.filename or ("the output" if error.errno == errno.ENOSPC else type(error).__name__)
-        _complain(f"error: {str(where)[:200]}: {error.strerror or first_line(error)}")
+        _complain(f"error: {printable(str(where)[:200])}: {error.strerror or first_line(error)}")
     return 2
 
 
@@ -66,20 +63,6 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Import what the chosen command needs, which takes seconds, and do it; returns what `--json` prints."""
     return importlib.import_module(f"circuits.commands.{args.command}").run(args)
-
-
-def build_parser() -> Parser:
-    """All subcommands and their options."""
-    parser = Parser(
-        prog="circuits",
-        description="Ablate, steer and trace transcoder features of Qwen2.5 models.",
-        examples=("circuits demo", "circuits features 'fact: the capital of Texas is'", "circuits ablate --help"),
-    )
-    parser.add_argument("--version", action="version", version=f"circuits {__version__}", help="print the version")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
-    for command in COMMANDS:
-        command.add(commands)
-    return parser
 
 
 # -- the process around it ---------------------------------------------------------------------------------------------

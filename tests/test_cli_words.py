@@ -65,7 +65,7 @@ def test_the_examples_of_the_help_can_be_typed(name):
     lines = [line.strip() for line in parser.epilog.splitlines()[1:]]
     assert lines
     for line in lines:
-        assert cli.build_parser().parse_args(shlex.split(line)[1:]).command == name
+        assert cli.build_parser().parse_args(shlex.split(line.partition(" > ")[0])[1:]).command == name
 
 
 MISTYPED = {
@@ -113,6 +113,34 @@ def test_what_was_meant_is_not_guessed_where_nothing_is_near(capsys):
 def test_a_budget_that_is_none(capsys, budget):
     assert main(["features", PROMPT, "--budget-gb", budget]) == 2
     assert "--budget-gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [("fea", "features"), ("steer x --stren", "--strengths"), ("sweep x --error ", "")])
+def test_bash_completes_commands_options_and_words(typed, tmp_path):
+    start, expected = typed
+    script = run("completion", "bash", capture_output=True, text=True)
+    assert script.returncode == 0, script.stderr
+    (tmp_path / "script").write_text(script.stdout)
+    words = shlex.join(["circuits", *start.split(" ")])
+    asked = f"source ./script; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_circuits; "
+    done = subprocess.run(
+        ["bash", "-c", asked + 'echo "${COMPREPLY[@]}"'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == expected.split()
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script_too(shell, capsys):
+    assert main(["completion", shell, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shell"] == shell
+    for word in ("features", "strengths", "live"):
+        assert word in found["script"]
+
+
+def test_a_completion_starts_no_torch():
+    code = "import sys; from circuits.cli import main; main(['completion', 'bash']); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_the_version(capsys):

@@ -79,7 +79,7 @@ def save(
         "scan": scan,
     }
     if first.activation == "topk":
-        log.warning("%s: %s", root.name, TOPK_NOTE)
+        log.warning("%s", TOPK_NOTE)  # the folder has a temporary name while it is written
     known = {"sites_source": sites_source, "encoder_source": encoder_source, "activation_source": activation_source}
     write_json(root / CONVERSION, {"base_model": base_model, **known, **source, "layers": files})
     kept = {key: value for key, value in config.items() if value is not None}
