@@ -8,6 +8,8 @@ On the CPU the threshold comes from NumPy's vectorised quickselect, several time
 other devices `torch.topk` finds it; no kernel of our own is written for CUDA.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,11 +17,14 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.rows import products, usable
 from hooks.types import SparseActs
 
 _CAST_CHUNK = 1 << 24  # weight elements upcast at a time: 64 MB of fp32
-_CAST_BLOCK = 1 << 20  # the same where one buffer is used again and again: 4 MB, which a cache holds
-_CAST_TILE = 1 << 22  # and where it meets the rows of a whole prompt
+_CAST_BLOCK = 1 << 20  # of a decoder: 4 MB, which a cache holds
+_CAST_TILE = 1 << 22  # of any other matrix: one buffer of 16 MB, used again and again
+_FEW = 64  # tokens, up to which a weight's rows are widened in registers
+_WORTH_IT = 1 << 18  # multiplications below which compiled threads cost more than they save
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -34,61 +39,87 @@ def linear_fp32(
 ) -> Float[Tensor, "*token feature"]:
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
-    On the CPU half-precision weights are cast some rows at a time, into a buffer that the cache holds. On CUDA the
-    products run in the stored precision with fp32 results: x is split into a half-precision number and its remainder,
-    so that its own rounding is not lost either.
+    No copy of a half-precision weight is made. On the CPU its rows are widened in registers where there are few tokens
+    (numba, `hooks.rows`), else some rows at a time in one buffer. On CUDA the products run in the stored precision with
+    fp32 results: x is split into half-precision numbers, so that its own rounding is not lost. Gradients flow to x.
     """
     dtype = working_dtype(weight)
     if weight.dtype == dtype:
         out = F.linear(x.to(dtype), weight)
-    elif weight.is_cuda:
-        flat = rearrange(x, "... d -> (...) d").to(dtype)
-        out = _split_product(flat, weight.T).view(*x.shape[:-1], len(weight))
     else:
-        out = _linear_cast(x.to(dtype), weight)
+        flat = rearrange(x, "... d -> (...) d").to(dtype)
+        out = _WideLinear.apply(flat, weight).view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias.to(dtype)
 
 
-def _linear_cast(
-    x: Float[Tensor, "*token d_model"], weight: Float[Tensor, "feature d_model"], block: int = _CAST_BLOCK
-) -> Float[Tensor, "*token feature"]:
-    if x.requires_grad and torch.is_grad_enabled():  # a backward pass needs each part as it was
-        parts = weight.split(max(1, _CAST_CHUNK // weight.shape[1]))
-        return torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
-    rows = max(1, block // weight.shape[1])
+class _WideLinear(torch.autograd.Function):
+    """`x @ weight.T` for a half-precision weight. Backward keeps the weight as it is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        if weight.is_cuda:
+            return _split_product(x, weight.T)
+        few = len(x) <= _FEW and usable(x.detach(), weight, len(x) * weight.numel(), _WORTH_IT)
+        return products(x.detach(), weight) if few else _linear_cast(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return matmul_fp32(gradient, weight), None
+
+
+def _linear_cast(x: Float[Tensor, "row inner"], weight: Float[Tensor, "outer inner"]) -> Float[Tensor, "row outer"]:
+    """The plain twin: some rows of the weight at a time, cast into one buffer."""
+    rows = max(1, _CAST_TILE // weight.shape[1])
     wide = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=x.dtype, device=weight.device)
-    out = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
-    for part, place in zip(weight.split(rows), out.split(rows, dim=-1), strict=True):
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    for part, place in zip(weight.split(rows), out.split(rows, dim=1), strict=True):
         place.copy_(F.linear(x, wide[: len(part)].copy_(part)))
     return out
 
 
 def _split_product(x: Float[Tensor, "row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "row outer"]:
-    """`x @ matrix` on CUDA for a half-precision matrix: x as a half-precision number and its remainder, in one product
-    with fp32 results, so that the matrix is read once."""
-    high = x.to(matrix.dtype)
-    low = (x - high.to(x.dtype)).to(matrix.dtype)
-    both = torch.mm(torch.cat([high, low]), matrix, out_dtype=x.dtype)
-    return both[: len(x)] + both[len(x) :]
+    """`x @ matrix` on CUDA for a half-precision matrix: x as a sum of half-precision numbers, in one product with fp32
+    results, so that the matrix is read once."""
+    scale = _row_scale(x) if matrix.dtype == torch.float16 else torch.ones_like(x[:, :1])
+    terms = split_terms(x * scale, matrix.dtype)
+    product = torch.mm(torch.cat(terms), matrix, out_dtype=x.dtype)
+    return torch.stack(product.chunk(len(terms))).sum(0) / scale
 
 
-def matmul_rounded(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "*row outer"]:
-    """`x @ matrix`, accumulated and returned in the precision of x.
+def _row_scale(x: Float[Tensor, "row inner"]) -> Float[Tensor, "row 1"]:
+    """The power of two that brings a row's largest number to 2^13 to 2^14: fp16 has neither larger ones than 65,504 nor
+    all bits of those below 2^-14."""
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+    return torch.ldexp(torch.ones_like(x[:, :1]), 14 - exponent)
 
-    A half-precision matrix meets x rounded to the same precision, as tensor cores want it: one relative rounding of
-    at most 2^-8 per entry of x (bf16), the same on every device. On the CPU both are cast up, the matrix some of its
-    stored rows at a time: as columns of the result where it lies transposed, else as parts of the sum. No gradient.
+
+def split_terms(x: Float[Tensor, "row inner"], dtype: torch.dtype) -> list[Float[Tensor, "row inner"]]:
+    """Half-precision numbers whose sum is x, to 2^-24 of it: three of bf16 (8 bits each); two of fp16 (11 bits each), to
+    2^-22."""
+    terms, left = [], x
+    for _ in range(3 if dtype == torch.bfloat16 else 2):
+        terms.append(left.to(dtype))
+        left = left - terms[-1].to(x.dtype)
+    return terms
+
+
+def matmul_fp32(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "*row outer"]:
+    """`x @ matrix`, accumulated and returned in the precision of x, which is not rounded.
+
+    A half-precision matrix is not copied: on the CPU some of its stored rows are cast at a time, as columns of the
+    result where it lies transposed, else as parts of the sum; on CUDA x is split, as in `linear_fp32`. No gradient.
     """
     if matrix.dtype == x.dtype:
         return x @ matrix
     if matrix.dtype.itemsize > x.dtype.itemsize or x.dtype.itemsize > 4:
         return x @ matrix.to(x.dtype)
-    rounded = x.to(matrix.dtype)
+    flat = rearrange(x, "... inner -> (...) inner")
     if matrix.is_cuda:
-        flat = rearrange(rounded, "... inner -> (...) inner")
-        return torch.mm(flat, matrix, out_dtype=x.dtype).view(*x.shape[:-1], matrix.shape[1])
-    flat = rearrange(rounded.to(x.dtype), "... inner -> (...) inner")
-    out = _linear_cast(flat, matrix.T, _CAST_TILE) if matrix.stride(0) == 1 else _summed_cast(flat, matrix)
+        out = _split_product(flat, matrix)
+    else:
+        out = _linear_cast(flat, matrix.T) if matrix.stride(0) == 1 else _summed_cast(flat, matrix)
     return out.view(*x.shape[:-1], matrix.shape[1])
 
 

@@ -16,7 +16,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,9 +47,11 @@ def compiled() -> ModuleType | None:
     return tiles if tiles.LANES else None
 
 
-def usable(left: Float[Tensor, "row d_model"], table: Float[Tensor, "feature inner"], multiplications: int) -> bool:
+def usable(
+    left: Float[Tensor, "row inner"], table: Float[Tensor, "feature inner"], multiplications: int, worth: int = WORTH_IT
+) -> bool:
     """Whether `add_products` knows such vectors and this table, and whether so many multiplications are worth it."""
-    known = left.dtype == torch.float32 and not left.requires_grad and multiplications >= WORTH_IT
+    known = left.dtype == torch.float32 and not left.requires_grad and multiplications >= worth
     known = known and table.dtype in (torch.float32, torch.bfloat16) and table.stride(1) == 1
     if not known or not left.device.type == table.device.type == "cpu":
         return False
@@ -94,6 +96,23 @@ def add_products(
     arrays = {"block": blocks.contiguous(), "out": out, "left": left.contiguous(), "row": row.contiguous()}
     work = blocks[:, 1] * (blocks[:, 3] - blocks[:, 2])
     on_every_thread(tiles.work, tiles.GIVEN, numbers, arrays | {"table": table}, work)
+
+
+def products(x: Float[Tensor, "row inner"], table: Float[Tensor, "feature inner"]) -> Float[Tensor, "row feature"]:
+    """`x @ table.T` with every row of the table where it is: a half-precision one is widened in registers, never stored."""
+    blocks = _whole(len(x), len(table))
+    out = torch.zeros(len(x), len(table))
+    add_products(out, x, table, torch.arange(len(table)), blocks)
+    return out
+
+
+@lru_cache(64)
+def _whole(targets: int, nodes: int) -> Int[Tensor, "block 6"]:
+    """All targets at all nodes, as blocks for `add_products`."""
+    start = torch.arange(0, nodes, MOST)
+    zero = torch.zeros_like(start)
+    every = torch.stack([zero, zero + targets, start, (start + MOST).clamp(max=nodes), zero, start // MOST], 1)
+    return cut_blocks(every)
 
 
 def on_every_thread(

@@ -28,7 +28,7 @@ from circuits.influence import node_influence
 from circuits.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
 from circuits.targets import metric
 from hooks import Site, kernels
-from hooks.kernels import matmul_rounded
+from hooks.kernels import matmul_fp32
 
 SAME, MLP = ("resid_pre", "resid_pre", ALL), ("mlp_in", "mlp_out", ALL)
 FACTORED = {name: rule.RULE for name, rule in RULES.items() if hasattr(rule, "RULE") and name != "ig"}
@@ -356,7 +356,7 @@ def test_a_half_precision_matrix_meets_x_rounded_once(dtype):
     """The rounded x times the matrix to fp32 accuracy; against x itself one relative rounding of each entry."""
     x, matrix = _operands()
     matrix = matrix.to(dtype)
-    found = matmul_rounded(x, matrix)
+    found = matmul_fp32(x, matrix)
     assert found.dtype == torch.float32
     size = x.double().abs() @ matrix.double().abs()
     once = x.to(dtype).double() @ matrix.double()
@@ -374,17 +374,17 @@ def test_the_matrix_is_cast_in_tiles_however_it_lies(monkeypatch, how, numbers):
     x, matrix = _operands()
     matrix = matrix.bfloat16()
     given = {"as it is": matrix, "transposed": matrix.T.contiguous().T, "every other column": matrix[:, ::2]}[how]
-    found = matmul_rounded(x, given)
+    found = matmul_fp32(x, given)
     size = x.double().abs() @ given.double().abs()
     assert ((found.double() - x.bfloat16().double() @ given.double()).abs() <= 300 * 2.0**-24 * size).all()
-    assert matmul_rounded(x[:0], given).shape == (0, 3, given.shape[1])
+    assert matmul_fp32(x[:0], given).shape == (0, 3, given.shape[1])
 
 
 def test_double_precision_is_never_rounded():
     x, matrix = _operands()
     for weights in (matrix, matrix.bfloat16(), matrix.double()):
         expected = x.double() @ weights.double()
-        assert matmul_rounded(x.double(), weights).dtype == torch.float64
-        torch.testing.assert_close(matmul_rounded(x.double(), weights), expected, rtol=1e-13, atol=1e-13)
-    wide = matmul_rounded(x, matrix.double())
+        assert matmul_fp32(x.double(), weights).dtype == torch.float64
+        torch.testing.assert_close(matmul_fp32(x.double(), weights), expected, rtol=1e-13, atol=1e-13)
+    wide = matmul_fp32(x, matrix.double())
     torch.testing.assert_close(wide, x @ matrix, rtol=1e-6, atol=1e-3)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "version", "lazy", "errors", "whole", "choices", "plugins", "sites", "types", "kernels", "_tiles", "rows",
+        "version", "lazy", "errors", "whole", "choices", "plugins", "sites", "types", "_tiles", "rows", "kernels",
         "transcoder", "links", "guard", "output", "files", "formats", "hub",
         "findings", "convention", "loading", "residency", "store", "convert",
         "readout", "exclusive", "tokens", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.attribution import Cut, stretches
 from circuits.blocks import Pulled
-from hooks.kernels import linear_fp32, matmul_rounded, working_dtype
+from hooks.kernels import linear_fp32, matmul_fp32, working_dtype
 from hooks.rows import INNER, add_products, compiled, cut_blocks, on_every_thread, usable
 
 ROWS_AT_ONCE = 64  # of a decoder: what stays in a core's cache
@@ -147,7 +147,7 @@ class Gathered:
         edges = None
         for bar, table, room in zip(bars, s.images, self._rooms, strict=True):
             which = s.which[nodes]
-            part = matmul_rounded(bar, torch.index_select(table, 0, which, out=room[: len(which)]).T)
+            part = matmul_fp32(bar, torch.index_select(table, 0, which, out=room[: len(which)]).T)
             edges = part if edges is None else edges.add_(part)
         assert edges is not None
         met = self._met(s.probes_at(t), s.cut.feature[nodes])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.attribution._stack import MIDDLE, Block, Point
 from circuits.blocks import BlockRecord, BlockWeights, Rule, on_key, on_query, through_mlp
-from hooks.kernels import matmul_rounded
+from hooks.kernels import matmul_fp32
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def parts_of(
     direct = here * (written * gradients).sum(-1)
     mlp = here * (written * (g_mid - gradients)).sum(-1)
     normed = _norm_response(w, r, written, at, rule)
-    p = rearrange(matmul_rounded(g_mid, w.W_O), "e (kv group h) -> e kv group h", kv=w.n_kv, group=w.group)
+    p = rearrange(matmul_fp32(g_mid, w.W_O), "e (kv group h) -> e kv group h", kv=w.n_kv, group=w.group)
     weight = rearrange(r.pattern[:, :, pos], "kv group e s -> e kv group s")
     here_weight = weight[torch.arange(len(at), device=at.device), :, :, at]
-    value = rearrange(matmul_rounded(normed, w.W_V.T), "e (kv h) -> e kv h", kv=w.n_kv)
+    value = rearrange(matmul_fp32(normed, w.W_V.T), "e (kv h) -> e kv h", kv=w.n_kv)
     ov = here_weight * einsum(p, value, "e kv group h, e kv h -> e kv group")
     flat_ov = rearrange(ov, "e kv group -> e (kv group)")
     if rule.attention == "frozen":
@@ -70,9 +70,9 @@ def parts_of(
     k_bar = on_key(w, r, rearrange(own[..., None] * q, "e kv group h -> e (kv group) h"), at, rule)
     to_q = rearrange(einsum(s_bar, r.k.out, "e kv group s, s kv h -> e kv group h"), "e kv g h -> e (kv g) h")
     q_bar = on_query(w, r, to_q, pos, rule)
-    key = rearrange(matmul_rounded(normed, w.W_K.T), "e (kv h) -> e kv h", kv=w.n_kv)
+    key = rearrange(matmul_fp32(normed, w.W_K.T), "e (kv h) -> e kv h", kv=w.n_kv)
     key = repeat(key, "e kv h -> e (kv group) h", group=w.group)
-    query = rearrange(matmul_rounded(normed, w.W_Q.T), "e (head h) -> e head h", h=w.d_head)
+    query = rearrange(matmul_fp32(normed, w.W_Q.T), "e (head h) -> e head h", h=w.d_head)
     return Parts(direct, mlp, flat_ov, (key * k_bar).sum(-1), here[:, None] * (query * q_bar).sum(-1))
 
 

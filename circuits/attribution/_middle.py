@@ -25,7 +25,7 @@ from circuits.attribution._features import Sources, features_of
 from circuits.attribution._room import Room
 from circuits.attribution._stack import Block
 from circuits.blocks import BlockRecord, Pulled, Rule
-from hooks.kernels import matmul_rounded
+from hooks.kernels import matmul_fp32
 from hooks.store import TranscoderStore
 
 
@@ -69,7 +69,7 @@ def project(store: TranscoderStore, cut: Cut, block: Block, rule: Rule) -> Proje
     for name, weight in weights.items():
 
         def image(rows: Tensor, weight: Tensor = weight) -> Tensor:
-            return matmul_rounded(rows.to(gain.dtype) * gain, weight.T)
+            return matmul_fp32(rows.to(gain.dtype) * gain, weight.T)
 
         if whole:  # the static table pays off
             images.append(store.derived(cut.layer, name, (weight, w.g1), partial(_table, image, W_dec, weight.dtype)))
@@ -85,7 +85,7 @@ def _fields(
     rows = torch.cat([cut.rest.to(x), cut.error.to(x), rearrange(cut.bias.to(x), "d -> 1 d")])
     rest, error = torch.arange(len(rows) - 1, device=x.device).split(len(x))
     at = torch.stack([rest, error, torch.full_like(rest, len(rows) - 1)])  # the one bias stands everywhere
-    vectors, images = rows[at], [matmul_rounded(rows * gain, weight.T)[at] for weight in weights]
+    vectors, images = rows[at], [matmul_fp32(rows * gain, weight.T)[at] for weight in weights]
     if rule.norms == "exact":
         stream = zip(images, (record.values, record.keys), strict=False)
         images = [torch.cat([image, rearrange(own, "pos c -> 1 pos c")]) for image, own in stream]
@@ -130,6 +130,6 @@ def _at_own_position(
     """The gradient at each target's own position, but for values and keys; and the queries' part along the stream."""
     if pulled.q_bar is None:
         return pulled.direct, pulled.direct.new_zeros(len(pulled.direct))
-    on_query = matmul_rounded(pulled.q_bar, block.weights.W_Q) * block.weights.g1.to(pulled.direct.dtype)
+    on_query = matmul_fp32(pulled.q_bar, block.weights.W_Q) * block.weights.g1.to(pulled.direct.dtype)
     along = (on_query * unit[pulled.pos]).sum(-1)
     return pulled.direct + block.record.s1[pulled.pos] * on_query, along

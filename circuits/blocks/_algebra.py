@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hooks.kernels import matmul_rounded
+from hooks.kernels import matmul_fp32
 
 Gate = Literal["exact", "half", "frozen"]
 
@@ -389,7 +389,7 @@ def _inverse_rms(x: Float[Tensor, "*row d"], eps: float) -> Float[Tensor, "*row 
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return matmul_rounded(x, weight.T)
+    return matmul_fp32(x, weight.T)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -398,7 +398,7 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _transposed(g: Tensor, weight: Tensor) -> Tensor:
     """Gradient on a linear layer's input from the one on its output."""
-    return matmul_rounded(g, weight)
+    return matmul_fp32(g, weight)
 
 
 def _split(x: Float[Tensor, "pos all"], d_head: int) -> Float[Tensor, "pos head d_head"]:
