@@ -21,15 +21,15 @@ from circuits.graph import Graph
 from circuits.nodes import ERROR, FEATURE, TARGET
 from circuits.targets import read_targets
 from circuits.verify import check_same
+from hooks.arithmetic import measured
 from hooks.errors import UserError
-from hooks.exclusive import exclusive
 from hooks.model import HookedModel
 from hooks.whole import whole, wholes
 
 PARTS = ("direct", "mlp", "ov", "key", "query")
 
 
-@exclusive
+@measured
 def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = None, *, top: int = 50) -> pd.DataFrame:
     """Parts of edges: source, target, part, head (−1 where a part has none), weight.
 

@@ -11,8 +11,8 @@ from circuits.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike, against_token
 from circuits.verify import verify_in
+from hooks.arithmetic import measured
 from hooks.errors import UserError
-from hooks.exclusive import exclusive
 from hooks.memory import explained
 from hooks.model import HookedModel
 from hooks.tokens import Prompt
@@ -24,7 +24,7 @@ MOST_SAMPLED = 20_000
 EDGE_BYTES = 24  # source, target and weight of one edge while a graph is put together
 
 
-@exclusive
+@measured
 def trace(
     model: HookedModel,
     prompt: Prompt,
@@ -95,7 +95,7 @@ def trace(
     return prune(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
 
 
-@exclusive
+@measured
 def prepare(
     model: HookedModel,
     prompt: Prompt,

@@ -26,8 +26,8 @@ from circuits.nodes import FEATURE, TARGET
 from circuits.scatter import Panel, scatter_plot
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
+from hooks.arithmetic import measured
 from hooks.errors import UserError
-from hooks.exclusive import exclusive
 from hooks.model import HookedModel
 from hooks.sites import Site
 from hooks.whole import whole
@@ -127,7 +127,7 @@ def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
     scatter_plot(panels, path)
 
 
-@exclusive
+@measured
 def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> Verification:
     """Measure a sample of nodes and edges of a graph by really taking features out.
 

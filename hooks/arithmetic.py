@@ -11,10 +11,12 @@ The result is what an fp32 copy of the same weights computes, to fp32 rounding. 
 A model in fp32 or fp64 computes in its own precision either way.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -25,17 +27,28 @@ from hooks.exclusive import Exclusive
 from hooks.host import Host, forward_of
 from hooks.kernels import linear_fp32
 
+log = logging.getLogger("hooks")
+
 Precision = Literal["exact", "native"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALF = (torch.bfloat16, torch.float16)
+_ROWS_OF = 1 << 22  # numbers of a quantised weight that are read at a time
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_precision(precision: str) -> Precision:
-    """A precision by its name.
+def choose_precision(host: Host, precision: str | None) -> Precision:
+    """A precision by its name. None: `exact`, unless that does not know the model, which is said.
 
     Raises:
         UserError: there is none of this name.
     """
+    if precision is None:
+        unknown = unknown_weights(host) if is_half(host) else None
+        if unknown is None:
+            return "exact"
+        log.warning("effects are measured in the model's own rounding: exact arithmetic does not know %s", unknown)
+        return "native"
     for known in PRECISIONS:
         if precision == known:
             return known
@@ -61,6 +74,12 @@ def computing(host: Host, precision: Precision) -> Iterator[None]:
         return
     if host.exact:
         raise UserError("a pass in native precision cannot run inside one in exact precision")
+    if (unknown := unknown_weights(host)) is not None:
+        raise ModelError(
+            f"exact arithmetic does not know {unknown}",
+            expected="nn.Linear in bf16 or fp16, int8 of bitsandbytes, or weights with a dequantize method",
+            repair='precision="native" (--precision native) measures with the model\'s own rounding',
+        )
     with Exclusive(host.layers) as block:
         block.set_attribute(host, "exact", True)
         for module, forward in _wide_forwards(host):
@@ -68,43 +87,63 @@ def computing(host: Host, precision: Precision) -> Iterator[None]:
         yield
 
 
+def unknown_weights(host: Host) -> str | None:
+    """Why exact arithmetic does not know this model; None where it does."""
+    for number, layer in enumerate(host.layers):
+        for name, module in layer.named_modules():
+            matrices = [part for part in module.parameters(recurse=False) if part.ndim > 1]
+            if matrices and not (isinstance(module, nn.Linear) and _readable(module)):
+                return f"the weights of layers.{number}.{name}, a {type(module).__name__}"
+    return None
+
+
 def _wide_forwards(host: Host) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     embedding = host.decoder.get_input_embeddings()
     yield embedding, partial(_widened, getattr(embedding, forward_of(embedding)))
     for layer in host.layers:
-        for name, module in layer.named_modules():
+        for module in layer.modules():
             if isinstance(module, nn.Linear):
-                yield module, partial(_linear, module, _reader(module, name))
+                yield module, partial(_linear, module)
 
 
 def _widened(forward: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     return forward(*args, **options).float()
 
 
-def _linear(
-    module: Any, read: "Callable[[], Tensor] | None", x: Float[Tensor, "*token inner"]
-) -> Float[Tensor, "*token outer"]:
-    return linear_fp32(x, module.weight if read is None else read(), module.bias)
+def _linear(module: Any, x: Float[Tensor, "*token inner"]) -> Float[Tensor, "*token outer"]:
+    if _plain(module):
+        return linear_fp32(x, module.weight, module.bias)
+    rows = max(1, _ROWS_OF // module.in_features)
+    parts = [linear_fp32(x, _read(module, start, start + rows), None) for start in range(0, module.out_features, rows)]
+    out = torch.cat(parts, dim=-1)
+    return out if module.bias is None else out + module.bias.float()
 
 
-def _reader(module: Any, name: str) -> "Callable[[], Tensor] | None":
-    """How to read a weight that is no plain matrix of numbers; None for one that is."""
-    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
-        return None
-    if hasattr(module.weight, "SCB"):
-        return partial(_from_int8, module)
-    if hasattr(module.weight, "dequantize"):
-        return lambda: module.weight.dequantize()
-    raise ModelError(
-        f"exact arithmetic does not know the weights of {name}, a {type(module).__name__}",
-        expected="nn.Linear in bf16 or fp16, int8 of bitsandbytes, or weights with a dequantize method",
-        repair='precision="native" (--precision native) measures with the model\'s own rounding',
-    )
+def _plain(module: Any) -> bool:
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
-def _from_int8(module: Any) -> Float[Tensor, "outer inner"]:
-    """bitsandbytes: int8 numbers, and each row's largest magnitude, which 127 stands for."""
-    state = module.state
+def _readable(module: Any) -> bool:
+    return _plain(module) or hasattr(module.weight, "SCB") or hasattr(module.weight, "dequantize")
+
+
+def _read(module: Any, start: int, stop: int) -> Float[Tensor, "outer inner"]:
+    """Some rows of a quantised weight as numbers."""
+    if not hasattr(module.weight, "SCB"):
+        return module.weight[start:stop].dequantize().float()
+    state = module.state  # bitsandbytes: int8, and each row's largest magnitude, which 127 stands for
     numbers = module.weight.data if state.CB is None else state.CB
     scale = module.weight.SCB if state.SCB is None else state.SCB
-    return (numbers.float() * (scale.float()[:, None] / 127)).to(torch.float32)
+    return numbers[start:stop].float() * (scale[start:stop].float()[:, None] / 127)
+
+
+def measured(function: Function) -> Function:
+    """A method of a `HookedModel`, or a function that takes one first, that measures differences: one call per model
+    after the other, in the precision that the model says."""
+
+    @functools.wraps(function)
+    def in_precision(model: Any, *args: Any, **options: Any) -> Any:
+        with Exclusive(model.host.layers), computing(model.host, model.precision):
+            return function(model, *args, **options)
+
+    return in_precision  # type: ignore[return-value]

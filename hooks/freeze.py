@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import UserError
 from hooks.exclusive import Exclusive
-from hooks.host import Host
+from hooks.host import Host, forward_of
 from hooks.tokens import Batch
 
 Part = Literal["attention", "norms", "gates"]
@@ -170,7 +170,7 @@ def _names(host: Host, part: str) -> list[str]:
 
 
 def _watch_norm(module: Any, name: str, seen: dict[str, Tensor]) -> Function:
-    plain, eps = getattr(module, _forward_of(module)), float(module.variance_epsilon)
+    plain, eps = getattr(module, forward_of(module)), float(module.variance_epsilon)
 
     def forward(x: Tensor) -> Tensor:
         mean_square = x.to(_wide(x.dtype)).pow(2).mean(-1, keepdim=True)
@@ -181,7 +181,7 @@ def _watch_norm(module: Any, name: str, seen: dict[str, Tensor]) -> Function:
 
 
 def _watch_gate(module: nn.Module, name: str, seen: dict[str, Tensor]) -> Function:
-    plain = getattr(module, _forward_of(module))
+    plain = getattr(module, forward_of(module))
 
     def forward(z: Tensor) -> Tensor:
         seen[name] = plain(z)
@@ -274,7 +274,7 @@ def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
                 configs |= {id(config): config for config in (host.decoder.config, module.config)}
                 block.set_attribute(module, _SLOT, function)
             else:
-                block.set_attribute(module, _forward_of(module), function)
+                block.set_attribute(module, forward_of(module), function)
         for config in configs.values():
             _route_attention(block, config)
         yield
@@ -304,11 +304,6 @@ def _plain_attention(module: nn.Module, name: str) -> Function:
     """transformers' own function; eager ones stand in the architecture's file, not in the registry."""
     default = sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-
-
-def _forward_of(module: nn.Module) -> str:
-    """What runs as the module's forward: accelerate puts an own one in front, which loads the weights."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

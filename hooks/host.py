@@ -47,6 +47,7 @@ class Host(Tokens):
         super().__init__(tokenizer, config.vocab_size, int(getattr(config, "max_position_embeddings", 1 << 30)))
         self.n_layers, self.d_model = len(self.layers), config.hidden_size
         self.held = False  # whether parts of the model stand at values of another pass, `hooks.freeze`
+        self.exact = False  # whether a half-precision model computes in fp32 now, `hooks.arithmetic`
         self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         if next(model.parameters()).dtype == torch.float16:
@@ -99,6 +100,11 @@ class Host(Tokens):
         config = getattr(model, "generation_config", None) or model.config
         ends = config.eos_token_id
         return frozenset() if ends is None else frozenset(torch.as_tensor(ends).flatten().tolist())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the model computes by itself."""
+        return next(self.decoder.norm.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
@@ -281,6 +287,11 @@ def execution_device(module: nn.Module) -> torch.device:
         if planned is not None:
             return torch.device(planned if not isinstance(planned, int) else f"cuda:{planned}")
     return next(module.parameters()).device
+
+
+def forward_of(module: nn.Module) -> str:
+    """What runs as the module's forward: accelerate puts an own one in front, which loads the weights."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:

@@ -96,8 +96,7 @@ def _row_scale(x: Float[Tensor, "row inner"]) -> Float[Tensor, "row 1"]:
 
 
 def split_terms(x: Float[Tensor, "row inner"], dtype: torch.dtype) -> list[Float[Tensor, "row inner"]]:
-    """Half-precision numbers whose sum is x, to 2^-24 of it: three of bf16 (8 bits each); two of fp16 (11 bits each), to
-    2^-22."""
+    """Half-precision numbers whose sum is x: three of bf16 (8 bits each), or two of fp16 (11 bits each)."""
     terms, left = [], x
     for _ in range(3 if dtype == torch.bfloat16 else 2):
         terms.append(left.to(dtype))

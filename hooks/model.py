@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig
 
+from hooks.arithmetic import Precision, choose_precision, measured
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
 from hooks.demo import TRANSCODERS, WEIGHTS
@@ -131,8 +132,9 @@ class HookedModel:
         ' Austin'
     """
 
-    def __init__(self, host: Host, store: TranscoderStore, name: str = "in memory"):
+    def __init__(self, host: Host, store: TranscoderStore, name: str = "in memory", *, precision: str | None = None):
         self.host, self.store, self.name = host, store, name
+        self.precision: Precision = choose_precision(host, precision)
         _check_fit(host, store)
         for layer in store.layers:
             store.place(layer, host.device_of(min(layer, host.n_layers - 1)))
@@ -154,6 +156,7 @@ class HookedModel:
         device_map: str | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        precision: str | None = None,
     ) -> "HookedModel":
         """Load a model and its transcoders.
 
@@ -163,6 +166,8 @@ class HookedModel:
             read, write, k, encoder, decoder, layers, budget_bytes: see `TranscoderStore.open`.
             dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
             device: move the model there; `device_map` lets accelerate spread it instead.
+            precision: in which arithmetic a half-precision model's effects are measured: `exact` (fp32 over the weights
+                as they are stored; the default) or `native` (the model's own rounding). See `hooks.arithmetic`.
 
         Raises:
             ModelError, CheckpointError: something is not there, damaged, or does not fit together.
@@ -177,7 +182,7 @@ class HookedModel:
                 )
             transcoders = "demo"
         chosen = _placement(device, device_map)  # looked at before minutes of loading
-        wanted = precision(dtype)
+        wanted = dtype_of(dtype)
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
         where = chosen or torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
@@ -188,7 +193,8 @@ class HookedModel:
             return ask_for(config.to_dict(), store, 32, held, where.type)
 
         with explained("loading the model", where, ask):
-            return cls(load_host(name, dtype=wanted, device=device, device_map=device_map), store, str(name))
+            host = load_host(name, dtype=wanted, device=device, device_map=device_map)
+            return cls(host, store, str(name), precision=precision)
 
     @classmethod
     def from_model(
@@ -205,11 +211,12 @@ class HookedModel:
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
         name: str = "in memory",
+        precision: str | None = None,
     ) -> "HookedModel":
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
-        return cls(Host(model, tokenizer), store, name)
+        return cls(Host(model, tokenizer), store, name, precision=precision)
 
     def request(self, prompts: Prompts) -> Ask:
         """What running some prompts asks of memory, for `hooks.memory.plan`."""
@@ -228,14 +235,14 @@ class HookedModel:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    @exclusive
+    @measured
     @_within_memory("features")
     def record(self, prompts: Prompts, layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
         chosen = None if layers is None else self._layers(layers)
         return record(self.host, self.store, self.host.batch(listed(prompts)), chosen)
 
-    @exclusive
+    @measured
     def feature_cache(
         self,
         prompts: Prompts,
@@ -260,7 +267,7 @@ class HookedModel:
         batch = self.host.batch(listed(prompts))
         return FeatureCache(record(self.host, self.store, batch, chosen, streams=list(dict.fromkeys(kept))))
 
-    @exclusive
+    @measured
     def features(self, prompt: Prompt, top: int = 10, layers: Sequence[int] | None = None) -> pd.DataFrame:
         """The strongest features of each token, a table.
 
@@ -295,7 +302,7 @@ class HookedModel:
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    @exclusive
+    @measured
     @_within_memory("features")
     def run(
         self,
@@ -331,7 +338,7 @@ class HookedModel:
             logits = self.host.forward(batch, [*clean, *edits])[0] if edits else baseline
         return Run(batch, baseline, logits, self.host)
 
-    @exclusive
+    @measured
     def run_many(
         self,
         prompts: Sequence[Prompt],
@@ -527,7 +534,7 @@ class HookedModel:
             texts=texts,
         )
 
-    @exclusive
+    @measured
     def effects(
         self,
         prompt: Prompt,
@@ -545,7 +552,7 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return effects(self.host, self.store, batch, interventions, target, against, **options)
 
-    @exclusive
+    @measured
     def sweep(
         self,
         prompt: Prompt,
@@ -577,7 +584,7 @@ class HookedModel:
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
         return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
 
-    @exclusive
+    @measured
     def path_effect(
         self,
         prompt: Prompt,
@@ -595,7 +602,7 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
 
-    @exclusive
+    @measured
     def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
         """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
         chosen = self._layers(layers)
@@ -604,7 +611,7 @@ class HookedModel:
         quality = tuple(site_quality(recording, layer) for layer in chosen)
         return SwapReport(quality, swap_effect(run.baseline[None], run.logits[None], run.batch.mask), run)
 
-    @exclusive
+    @measured
     def edits(
         self,
         batch: Batch,
@@ -790,7 +797,7 @@ def load_host(name: str | Path, *, dtype: str | torch.dtype | None, device: str 
         UserError: the device or the precision does not exist, or the model cannot be loaded.
     """
     chosen = _placement(device, device_map)
-    host = Host.load(WEIGHTS if str(name) == "demo" else name, dtype=precision(dtype), device_map=device_map)
+    host = Host.load(WEIGHTS if str(name) == "demo" else name, dtype=dtype_of(dtype), device_map=device_map)
     if chosen:
         host.model.to(chosen)
     return host
@@ -810,7 +817,7 @@ def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolve
     return found
 
 
-def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype by its name; None stays None.
 
     Raises:

@@ -99,7 +99,7 @@ def add_products(
 
 
 def products(x: Float[Tensor, "row inner"], table: Float[Tensor, "feature inner"]) -> Float[Tensor, "row feature"]:
-    """`x @ table.T` with every row of the table where it is: a half-precision one is widened in registers, never stored."""
+    """`x @ table.T` with every row of the table where it is: a bf16 one is widened in registers, never stored."""
     blocks = _whole(len(x), len(table))
     out = torch.zeros(len(x), len(table))
     add_products(out, x, table, torch.arange(len(table)), blocks)

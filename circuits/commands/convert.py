@@ -6,7 +6,7 @@ import pandas as pd
 
 from circuits.commands._output import Result, say, show, table
 from hooks.convert import convert
-from hooks.model import precision, transcoder_folder
+from hooks.model import dtype_of, transcoder_folder
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Result:
         encoder=args.encoder,
         decoder=args.decoder,
         layers=wanted,
-        dtype=precision(args.dtype),
+        dtype=dtype_of(args.dtype),
         base_model=args.base_model,
         origin={"name": args.source, "repo": found.repo, "revision": found.revision},
         progress=True,
