@@ -152,7 +152,7 @@ def from_gradients(
         along = linear_fp32(gradient.to(transcoder.device), transcoder.W_dec, None)  # d_i · g for every feature
         other = None if counterfactual is None else counterfactual.layers[layer]
         layers[layer] = _scored(recording.layers[layer], other, along, transcoder.d_features)
-    tokens = recording.logits.new_zeros(recording.batch.lengths[0])
+    tokens = recording.final.new_zeros(recording.batch.lengths[0])
     return FeatureScores(recording, targets, layers, dict(gradients), tokens)
 
 

@@ -251,11 +251,11 @@ class Host(Tokens):
 
     def capture(
         self, batch: Batch, sites: Sequence[Site]
-    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[Site, Float[Tensor, "batch pos d_model"]]]:
-        """One plain pass: its logits, and what stood at each site."""
+    ) -> tuple[Float[Tensor, "batch pos d_model"], dict[Site, Float[Tensor, "batch pos d_model"]]]:
+        """One plain pass: the stream behind the final norm, and what stood at each site."""
         seen: dict[Site, Tensor] = {}
         edits = [tap(site, seen) for site in dict.fromkeys(sites)]
-        return self.forward(batch, edits), seen
+        return self.forward_hidden(batch, edits), seen
 
 
 def _plain_matrix(head: nn.Module) -> bool:

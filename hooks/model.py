@@ -55,12 +55,28 @@ ROWS_PER_PASS = 256
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt, run plain and run with interventions."""
+    """One prompt, run plain and run with interventions. Logits are formed where they are asked for.
+
+    Attributes:
+        before, after: the streams behind the final norm of the plain and of the edited run.
+        precision: in which arithmetic both were computed.
+    """
 
     batch: Batch
-    baseline: Float[Tensor, "pos vocab"]
-    logits: Float[Tensor, "pos vocab"]
+    before: Float[Tensor, "pos d_model"]
+    after: Float[Tensor, "pos d_model"]
     host: Host
+    precision: str
+
+    @cached_property
+    def baseline(self) -> Float[Tensor, "pos vocab"]:
+        """Logits of the plain run, at every position."""
+        return self.host.unembed(self.before)
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "pos vocab"]:
+        """Logits of the edited run, at every position."""
+        return self.baseline if self.after is self.before else self.host.unembed(self.after)
 
     def effect(
         self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, position: int = -1
@@ -71,7 +87,7 @@ class Run:
             TargetError: target or against is not one token, or the position does not occur.
         """
         place = self._place(position)
-        before, after = self.baseline[place], self.logits[place]
+        before, after = (self.host.unembed(stream[place]) for stream in (self.before, self.after))
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
         if token == other:
@@ -80,14 +96,14 @@ class Run:
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
-        return self.host.top(self.baseline[self._place(position)], n)
+        return self.host.top(self.host.unembed(self.before[self._place(position)]), n)
 
     def top_after(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The edited run's most likely next tokens."""
-        return self.host.top(self.logits[self._place(position)], n)
+        return self.host.top(self.host.unembed(self.after[self._place(position)]), n)
 
     def _place(self, position: int) -> int:
-        length = len(self.logits)
+        length = len(self.before)
         return whole(position, "position", least=-length, most=length - 1)
 
 
@@ -334,9 +350,9 @@ class HookedModel:
         edits = self._edits(batch, [interventions], swap, error, mask)
         edits += lens_edits(lens_hooks, self.host.n_layers)
         with holding(self.host, batch, chosen) as clean:
-            baseline = self.host.forward(batch, clean)[0]
-            logits = self.host.forward(batch, [*clean, *edits])[0] if edits else baseline
-        return Run(batch, baseline, logits, self.host)
+            before = self.host.forward_hidden(batch, clean)[0]
+            after = self.host.forward_hidden(batch, [*clean, *edits])[0] if edits else before
+        return Run(batch, before, after, self.host, self.precision)
 
     @measured
     def run_many(
@@ -720,7 +736,8 @@ def self_test(host: Host, store: TranscoderStore) -> None:
     batch = host.batch([[0, min(1, host.d_vocab - 1), 0]])
     names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     layers = sorted({0, min(1, host.n_layers - 1), host.n_layers - 1})
-    logits, seen = host.capture(batch, [Site(name, layer) for layer in layers for name in names])
+    final, seen = host.capture(batch, [Site(name, layer) for layer in layers for name in names])
+    logits = host.unembed(final)
     _check_logits(host, batch, seen[Site("resid_post", host.n_layers - 1)], logits)
     for layer in layers:
         pre, attention, mid, out, post = (seen[Site(name, layer)] for name in names)

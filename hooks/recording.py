@@ -5,6 +5,7 @@ prompts → host (one hooked pass) → per layer: what the transcoder reads, its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -42,17 +43,24 @@ class Recording:
     """What the plain model did on a batch of prompts.
 
     Attributes:
+        final: the stream behind the final norm.
         streams: what stood at further sites that were asked for.
         shared: what has been worked out from the pass, by name, for as long as somebody holds it.
     """
 
     batch: Batch
     layers: Mapping[int, LayerRecord]
-    logits: Float[Tensor, "batch pos vocab"]
+    final: Float[Tensor, "batch pos d_model"]
+    host: Host = field(repr=False)
     streams: Mapping[Site, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
     shared: WeakValueDictionary[str, Any] = field(
         default_factory=WeakValueDictionary, init=False, compare=False, repr=False
     )
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "batch pos vocab"]:
+        """Logits at every position, formed when they are first asked for."""
+        return self.host.unembed(self.final)
 
 
 def record(
@@ -72,7 +80,7 @@ def record(
     """
     layers = store.layers if layers is None else layers
     sites = {layer: store.sites(layer) for layer in layers}
-    logits, seen = host.capture(batch, [*(site for pair in sites.values() for site in pair), *streams])
+    final, seen = host.capture(batch, [*(site for pair in sites.values() for site in pair), *streams])
     records = {}
     for layer, (read, write) in sites.items():
         transcoder = store[layer]
@@ -80,7 +88,7 @@ def record(
         whole = transcoder.reconstruct(acts, seen[read])
         home = transcoder.device  # a block's input may arrive from the device of the block before
         records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), whole)
-    return Recording(batch, records, logits, {site: seen[site] for site in streams})
+    return Recording(batch, records, final, host, {site: seen[site] for site in streams})
 
 
 def check_same_length(recording: Recording, counterfactual: Recording) -> None:

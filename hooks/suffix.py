@@ -35,6 +35,7 @@ class Clean:
     """What a plain run of one prompt leaves for its variants.
 
     Attributes:
+        final: the stream behind the final norm.
         streams: in front of every block, and behind the last.
         keys, values: of every block, rotated, not repeated over the group.
         cos, sin: the rotation at every position.
@@ -42,7 +43,7 @@ class Clean:
     """
 
     batch: Batch
-    logits: Float[Tensor, "pos vocab"]
+    final: Float[Tensor, "pos d_model"]
     streams: tuple[Float[Tensor, "pos d_model"], ...]
     keys: tuple[Float[Tensor, "n_kv pos d_head"], ...]
     values: tuple[Float[Tensor, "n_kv pos d_head"], ...]
@@ -76,13 +77,13 @@ def record_clean(host: Host, batch: Batch, sites: Sequence[Site] = ()) -> Clean:
     seen: dict[Site, Tensor] = {}
     edits = [tap(site, seen) for site in dict.fromkeys([*stops, *sites])]
     with own_attention(host, watch):
-        logits = host.forward(batch, edits)
+        final = host.forward_hidden(batch, edits)
     places = torch.arange(batch.ids.shape[1], device=seen[stops[0]].device)[None]
     cos, sin = host.decoder.rotary_emb(seen[stops[0]], places)
     streams, order = tuple(seen[site][0] for site in stops), range(host.n_layers)
     kept_keys, kept_values = (tuple(table[layer] for layer in order) for table in (keys, values))
     return Clean(
-        batch, logits[0], streams, kept_keys, kept_values, cos[0], sin[0], {site: seen[site][0] for site in sites}
+        batch, final[0], streams, kept_keys, kept_values, cos[0], sin[0], {site: seen[site][0] for site in sites}
     )
 
 

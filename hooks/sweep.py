@@ -133,16 +133,17 @@ def sweep(
     plan = make_plan(store, groups, [length] * len(groups))
     reads = {layer: store.sites(layer)[0] for layer in plan.tables}
     clean = record_clean(host, batch, list(reads.values()))
-    question = _question(clean.logits[question_pos], target, against, question_pos, tuple(metrics))
+    logits = host.unembed(clean.final[question_pos])
+    question = _question(logits, target, against, question_pos, tuple(metrics))
     dense = _clean_activations(store, clean, plan.tables)
     work = lay_out(host, store, plan.tables, dense, len(groups), question_pos + 1)
-    measured, spreads, passes = _run_all(host, store, clean, work, question, tokens_at_once, progress)
-    noise = _noise_floor(spreads, clean.logits[question_pos], question)
+    measured, spreads, passes = _run_all(host, store, clean, logits, work, question, tokens_at_once, progress)
+    noise = _noise_floor(spreads, logits, question)
     table = _described(groups, dense, length)
     for name, column in measured.items():
         table[name] = column.tolist()
     table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
-    baseline = _baseline(clean.logits[question_pos], question)
+    baseline = _baseline(logits, question)
     return Sweep(table, noise, baseline, question, batch.strings[0], passes)
 
 
@@ -235,6 +236,7 @@ def _run_all(
     host: Host,
     store: TranscoderStore,
     clean: Clean,
+    logits: Float[Tensor, " vocab"],
     work: Work,
     question: Question,
     tokens_at_once: int | None,
@@ -244,7 +246,7 @@ def _run_all(
     end = question.pos + 1
     out = {name: torch.zeros(len(work.start), dtype=torch.float64) for name in question.metrics}
     if "rank" in out:
-        out["rank"] += _baseline(clean.logits[question.pos], question)["rank"]
+        out["rank"] += _baseline(logits, question)["rank"]
     waiting = live_groups(work)
     budget = tokens_at_once or _tokens_that_fit(host)
     spreads: list[float] = []
@@ -255,7 +257,7 @@ def _run_all(
             chosen = waiting[:count]
             with out_of_memory() as failed:
                 hidden = run_groups(host, store, clean, work, chosen, CONTROLS)
-                found = _measure(host, hidden, clean.logits[question.pos], question)
+                found = _measure(host, hidden, logits, question)
             if failed:
                 budget = _halved(min(budget, int((end - work.start[chosen]).sum())))
                 continue

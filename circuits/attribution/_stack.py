@@ -130,8 +130,8 @@ TELLING = 8  # tokens; a shorter prompt settles nothing
 
 def _reproduces_now(host: Host, recording: Recording, blocks: tuple[BlockWeights, ...]) -> bool:
     """The same on a new pass: a recording may be older than an edit of the weights."""
-    logits, seen = host.capture(recording.batch, stream_sites(host))
-    now = Recording(recording.batch, {}, logits, seen)
+    final, seen = host.capture(recording.batch, stream_sites(host))
+    now = Recording(recording.batch, {}, final, host, seen)
     return reproduces(host, now, record_stack(host, now, blocks))
 
 
@@ -141,8 +141,7 @@ def reproduces(host: Host, recording: Recording, stack: Stack) -> bool:
     What a block adds may be off by rounding, at most positions: 1 % of its size in fp32 and fp64, a fifth of it in
     half precision; and twice what rounding the stream takes.
     """
-    weights = stack.blocks[0].weights
-    precision = max(torch.finfo(part.dtype).eps for part in (weights.g1, weights.W_Q, weights.W_D))
+    precision = torch.finfo(recording.final.dtype).eps
     streams = [*(block.record.x for block in stack.blocks), stack.end]
     for block, x, after in zip(stack.blocks, streams[:-1], streams[1:], strict=True):
         made, after = block.record.y, after.to(x.device)
@@ -153,7 +152,7 @@ def reproduces(host: Host, recording: Recording, stack: Stack) -> bool:
         return False
     x = stack.end[-1:]
     normed = norm.weight.to(x) * x * torch.rsqrt(reduce(x.square(), "1 d -> 1 1", "mean") + norm.variance_epsilon)
-    logits = recording.logits[0, recording.batch.lengths[0] - 1][None].to(x)
+    logits = host.unembed(recording.final[0, recording.batch.lengths[0] - 1])[None].to(x)
     made = linear_fp32(normed.to(head.weight.device), head.weight, None).to(x)
     return _near(made - logits, logits.norm(dim=-1), logits.norm(dim=-1), precision)
 
