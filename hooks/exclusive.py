@@ -39,7 +39,7 @@ _UNINTERRUPTED: set[CodeType] = set()
 
 def uninterrupted(function: Function) -> Function:
     """While this function runs inside a block, Ctrl-C waits until it is done."""
-    _UNINTERRUPTED.add(function.__code__)  # type: ignore[attr-defined]
+    _UNINTERRUPTED.add(function.__code__)
     return function
 
 

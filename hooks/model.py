@@ -389,8 +389,8 @@ class HookedModel:
         self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Any
     ) -> list[Generated]: ...
 
-    @exclusive
-    @_within_memory("generate")  # type: ignore[misc]
+    @exclusive  # type: ignore[misc]
+    @_within_memory("generate")
     def generate(  # the overloads leave the options to this signature
         self,
         prompt: Prompts,

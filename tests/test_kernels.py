@@ -9,6 +9,7 @@ from hooks import Ablate, Add, Clamp, Scale
 from hooks.errors import ModelError
 from hooks.intervene import NEVER, LayerTable, make_edits, make_plan
 from hooks.kernels import (
+    _linear_cast,
     _split_product,
     count_before,
     decode_plain,
@@ -142,11 +143,35 @@ def test_the_split_product_keeps_what_half_precision_would_round_off(monkeypatch
     x, matrix = torch.randn(3, 200, generator=generator), torch.randn(200, 50, generator=generator).to(dtype)
     out = _split_product(x, matrix)
     assert out.dtype == torch.float32
-    assert seen == [(6, 200)]  # one product: the matrix is read once
+    terms = {torch.bfloat16: 3, torch.float16: 2}[dtype]
+    assert seen == [(3 * terms, 200)]  # one product: the matrix is read once
     exact = x.double() @ matrix.double()
-    # two numbers of 8 (bf16) or 11 (fp16) bits hold 16 or 22 bits of each entry; 200 summands of about 1
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=200 * 2**-16)
-    assert (out - exact).abs().max() < (x.to(dtype).double() @ matrix.double() - exact).abs().max() / 20
+    # three numbers of 8 (bf16) or two of 11 (fp16) bits hold at least 22 bits of each entry; 200 summands of about 1
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=200 * 2**-22)
+    assert (out - exact).abs().max() < (x.to(dtype).double() @ matrix.double() - exact).abs().max() / 500
+
+
+def test_the_split_product_of_numbers_beyond_fp16s_range(monkeypatch):
+    """fp16 ends at 65,504 and loses bits below 2^-14: rows are brought into its range by powers of two."""
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 200, generator=generator) * torch.tensor([1e7, 1.0, 1e-7])[:, None]
+    x[1] = 0
+    matrix = torch.randn(200, 50, generator=generator).half()
+    exact = x.double() @ matrix.double()
+    out = _split_product(x, matrix)
+    assert (out[1] == 0).all()
+    assert ((out - exact).abs()[[0, 2]].amax(1) < 1e-5 * exact.abs()[[0, 2]].amax(1)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+def test_wide_products_of_bf16_rows_in_place_equal_the_plain_twin(rows):
+    """Compiled where there is numba and a register's worth of columns; cast tile by tile elsewhere."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, 160, generator=generator), torch.randn(1700, 160, generator=generator).bfloat16()
+    out = linear_fp32(x, weight, None)
+    torch.testing.assert_close(out, _linear_cast(x, weight), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
 
 
 def test_gather_gives_zero_where_topk_did_not_keep():
