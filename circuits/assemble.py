@@ -19,6 +19,7 @@ from circuits.measures import graph_scores, signed_totals
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from circuits.scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
+from hooks.arithmetic import computes_in
 from hooks.errors import TargetError
 from hooks.model import HookedModel
 from hooks.recording import SINK, Recording, check_same_length, record
@@ -280,6 +281,7 @@ def _facts(setting: Setting, run: LocalRun) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "prompt": host.text(batch.ids[0].tolist()),
         "ids": batch.ids[0].tolist(),
+        "precision": computes_in(host),
         "tokens": list(batch.strings[0]),
         "targets": [target.facts() for target in run.targets],
         "rule": setting.rule,

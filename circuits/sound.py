@@ -212,7 +212,7 @@ FIGURE: Fact = (lambda value: value is None or _is_number(value), "a finite numb
 DICT: Fact = (lambda value: isinstance(value, dict), "a dict")
 
 FACTS: dict[str, Fact] = {
-    **dict.fromkeys(("prompt", "rule", "model", "transcoders", "fingerprint"), TEXT),
+    **dict.fromkeys(("prompt", "rule", "model", "transcoders", "fingerprint", "precision"), TEXT),
     **dict.fromkeys(("ids", "sinks"), _list_of(COUNT)),
     "tokens": _list_of(TEXT),
     "targets": _list_of(DICT),

@@ -16,12 +16,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.choices import PRECISIONS
 from hooks.errors import ModelError, UserError
 from hooks.exclusive import Exclusive
 from hooks.host import Host, forward_of
@@ -30,7 +31,6 @@ from hooks.kernels import linear_fp32
 log = logging.getLogger("hooks")
 
 Precision = Literal["exact", "native"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALF = (torch.bfloat16, torch.float16)
 _ROWS_OF = 1 << 22  # numbers of a quantised weight that are read at a time
 
@@ -49,15 +49,19 @@ def choose_precision(host: Host, precision: str | None) -> Precision:
             return "exact"
         log.warning("effects are measured in the model's own rounding: exact arithmetic does not know %s", unknown)
         return "native"
-    for known in PRECISIONS:
-        if precision == known:
-            return known
-    raise UserError(f"unknown precision {precision!r}", expected=" or ".join(PRECISIONS), where="--precision")
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}", expected=" or ".join(PRECISIONS), where="--precision")
+    return cast(Precision, precision)
 
 
 def is_half(host: Host) -> bool:
     """Whether the model computes in half precision by itself."""
     return host.dtype in HALF
+
+
+def computes_in(host: Host) -> str:
+    """The arithmetic of a pass that is run now: `exact` or `native` on a half-precision model, else its own dtype."""
+    return ("exact" if host.exact else "native") if is_half(host) else str(host.dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from typing import SupportsIndex
 import pandas as pd
 import torch
 
+from hooks.arithmetic import computing
 from hooks.errors import InterventionError, TargetError, UserError
+from hooks.exclusive import Exclusive
 from hooks.generation import Generated
 from hooks.intervene import Interventions, listed
 from hooks.readout import Effect, effect
@@ -118,7 +120,7 @@ def dose_response(
     steered = _generate_rows(model, model.host.tokenize(prompt), [numbers(items) for items in resolved], setting)
     baseline = model.generate(prompt, **setting.plain)
     answer = _answer(baseline, token, other)
-    effects = [effect(baseline.logits[0], one.logits[0], answer, other) for one in steered]
+    effects = _effects(model, baseline.prompt, [numbers(items) for items in resolved], answer, other, setting)
     said = [baseline, *steered]
     plain = log_probabilities(model, baseline.prompt, [one.ids for one in said], None, setting)
     read = [scored(model.host, one.text, one.ids, row, one.logprobs) for one, row in zip(said, plain, strict=True)]
@@ -131,6 +133,27 @@ def dose_response(
         metric=effects[0].metric_before,
         doses=tuple(Dose(*row) for row in zip(doses, resolved, values, effects, read[1:], strict=True)),
     )
+
+
+def _effects(
+    model: Steerable,
+    prompt: Sequence[int],
+    plans: Sequence[Sequence[object]],
+    answer: int,
+    other: int | None,
+    setting: Setting,
+) -> list[Effect]:
+    """On the first new token, measured as every difference is: in the precision that the model says."""
+    host, out = model.host, list[Effect]()
+    with Exclusive(host.layers), computing(host, model.precision):
+        alone = host.batch([list(prompt)])
+        before = host.forward_at(alone, alone.last)[0]
+        for start in range(0, len(plans), ROWS_PER_PASS):
+            some = plans[start : start + ROWS_PER_PASS]
+            batch = host.batch([list(prompt)] * len(some))
+            edits = model.edits(batch, some, new_tokens=setting.max_new_tokens, **setting.changing)
+            out += [effect(before, row, answer, other) for row in host.forward_at(batch, batch.last, edits)]
+    return out
 
 
 def _generate_rows(

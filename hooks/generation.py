@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from hooks.arithmetic import Precision, computing
 from hooks.errors import ModelError, PromptError, UserError
 from hooks.generation_config import Processing
 from hooks.host import Host
@@ -89,8 +90,16 @@ class Decoding:
         edits: attached for each pass; to change them, `crop` to the first column where they differ.
     """
 
-    def __init__(self, host: Host, batch: Batch, edits: Sequence[Edit], *, use_cache: bool = True):
-        self._host, self._use_cache = host, use_cache
+    def __init__(
+        self,
+        host: Host,
+        batch: Batch,
+        edits: Sequence[Edit],
+        *,
+        use_cache: bool = True,
+        precision: Precision = "native",
+    ):
+        self._host, self._use_cache, self._precision = host, use_cache, precision
         self.lengths, self.pads = batch.lengths, left_pads(batch)
         # any token will do as padding; the row's own first one is sure to be harmless
         real = [row[:length] for row, length in zip(batch.ids.tolist(), batch.lengths, strict=True)]
@@ -111,7 +120,8 @@ class Decoding:
         self.crop(len(self.rows[0]) - 1)  # the last token has to be read for its logits
         feed = torch.tensor([row[self.cached :] for row in self.rows])
         try:
-            with self._host.attached(self.edits) as session, torch.no_grad():
+            computes = computing(self._host, self._precision)
+            with computes, self._host.attached(self.edits) as session, torch.no_grad():
                 return session.step(feed, self._cache, self.lengths, self.pads)
         except BaseException:  # an interrupted pass leaves some layers' caches longer than others
             self._cache = self._empty()
@@ -232,6 +242,7 @@ def generate(
     stops: tuple[str, ...] = (),
     observer: Observer | None = None,
     use_cache: bool = True,
+    precision: Precision = "native",
 ) -> list[Generated]:
     """Continue every prompt of a batch, each as if it were alone. `edits` count columns, see `left_pads`.
 
@@ -245,7 +256,7 @@ def generate(
     if len(samplings) != len(batch.lengths):
         raise UserError(f"{len(samplings)} samplings for {len(batch.lengths)} prompts", expected="one, or one each")
     watching = observer.edits() if observer else []
-    decoding = Decoding(host, batch, [*watching, *edits], use_cache=use_cache)
+    decoding = Decoding(host, batch, [*watching, *edits], use_cache=use_cache, precision=precision)
     rows = [
         Row(host, own, seeded(own), stops, max_new_tokens, row[pad:])
         for own, row, pad in zip(samplings, decoding.rows, decoding.pads, strict=True)

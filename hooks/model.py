@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig
 
-from hooks.arithmetic import Precision, choose_precision, measured
+from hooks.arithmetic import Precision, choose_precision, computing, is_half, measured
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
 from hooks.demo import TRANSCODERS, WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
-from hooks.exclusive import exclusive
+from hooks.exclusive import Exclusive, exclusive
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
@@ -32,7 +32,7 @@ from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.readout import Effect, RankedToken, effect
+from hooks.readout import Effect, RankedToken, Rounding, effect, rounding
 from hooks.recording import Recording, record
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
@@ -242,6 +242,23 @@ class HookedModel:
         asked = ask_for(config, self.store, tokens, next(model.parameters()).dtype, self.host.device_of(0).type)
         return replace(asked, batch=len(batch.lengths))
 
+    @property
+    def computes_in(self) -> str:
+        """How effects are measured: `exact` or `native` on a half-precision model, else the model's own dtype."""
+        return self.precision if is_half(self.host) else str(self.host.dtype).removeprefix("torch.")
+
+    def rounding(self, prompt: Prompt, position: int = -1) -> Rounding:
+        """What the model's own rounding does to its logits: the model as served against the model as measured.
+
+        Costs one pass in each precision. On a model in fp32 or fp64 both are the same.
+        """
+        batch, streams = self.host.batch([prompt]), []
+        for precision in ("native", "exact"):
+            with Exclusive(self.host.layers), computing(self.host, choose_precision(self.host, precision)):
+                streams.append(self.host.forward_hidden(batch)[0, position])
+        native, exact = (self.host.unembed(stream) for stream in streams)
+        return rounding(native, exact)
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells models and transcoder sets apart by a few of their numbers, wherever they came from and in whatever
@@ -352,7 +369,7 @@ class HookedModel:
         with holding(self.host, batch, chosen) as clean:
             before = self.host.forward_hidden(batch, clean)[0]
             after = self.host.forward_hidden(batch, [*clean, *edits])[0] if edits else before
-        return Run(batch, before, after, self.host, self.precision)
+        return Run(batch, before, after, self.host, self.computes_in)
 
     @measured
     def run_many(
@@ -405,6 +422,7 @@ class HookedModel:
         observe: Observed = (),
         use_cache: bool = True,
         lens_hooks: Sequence[LensHook] = (),
+        precision: str = "native",
     ) -> Generated | list[Generated]:
         """Continue one prompt, or several in one batch, token by token. Each row is what it would be alone.
 
@@ -414,6 +432,7 @@ class HookedModel:
             stop: texts that end a row; its text is cut in front of them.
             observe: layers, or `"all"`, whose features at every token come back in `Generated.features`.
             lens_hooks: as in `run`; while tokens are generated a function gets [batch, 1, d_model].
+            precision: `native` gives the tokens that transformers gives; `exact` computes in fp32.
 
         Raises:
             UserError: as `run`; and `error="frozen"`, which is not defined for new tokens, an empty stop string, more
@@ -435,6 +454,7 @@ class HookedModel:
             stops=stop_strings(stop),
             observer=Observer(self.store, layers) if layers else None,
             use_cache=use_cache,
+            precision=choose_precision(self.host, precision),
         )
         return out[0] if is_one(prompt) else out
 
@@ -449,6 +469,7 @@ class HookedModel:
         mask: MaskMode = "frozen",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
+        precision: str = "native",
     ) -> Iterator[Token]:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
@@ -460,7 +481,14 @@ class HookedModel:
             UserError: as `generate`, at once and not with the first token.
         """
         session = self.session(
-            prompt, interventions, swap=swap, error=error, mask=mask, sampling=sampling, new_tokens=max_new_tokens
+            prompt,
+            interventions,
+            swap=swap,
+            error=error,
+            mask=mask,
+            sampling=sampling,
+            new_tokens=max_new_tokens,
+            precision=precision,
         )
         return session.stream(max_new_tokens, stop=stop)
 
@@ -474,6 +502,7 @@ class HookedModel:
         mask: MaskMode = "frozen",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         new_tokens: int | None = None,
+        precision: str = "native",
     ) -> Session:
         """A generation that can be stopped, steered otherwise and gone on with, keeping the cache.
 
@@ -491,7 +520,8 @@ class HookedModel:
         def make(items: Interventions) -> list[Edit]:
             return self._generation_edits(batch, [items], swap, error, mask, room)
 
-        return Session(self.host, batch, make, interventions, sampling)
+        chosen = choose_precision(self.host, precision)
+        return Session(self.host, batch, make, interventions, sampling, chosen)
 
     def _generation_edits(
         self,

@@ -81,3 +81,29 @@ def effect(
     other = best_other(before, target) if against is None else against
     metric = [float(row[target].double() - row[other].double()) for row in (before, after)]
     return Effect(target, other, standing(before, target), standing(after, target), *metric)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a model's own rounding does to the logits of one prompt: native minus exact, over the vocabulary.
+
+    Attributes:
+        largest, rms: in logits.
+        kl: of the exact distribution from the native one, in nats.
+        same_answer: whether both have the same most likely token.
+    """
+
+    largest: float
+    rms: float
+    kl: float
+    same_answer: bool
+
+
+def rounding(native: Float[Tensor, " vocab"], exact: Float[Tensor, " vocab"]) -> Rounding:
+    """Compare the logits of one prompt in two precisions."""
+    served, measured = native.double(), exact.double().to(native.device)
+    miss = served - measured
+    log_served, log_measured = served.log_softmax(-1), measured.log_softmax(-1)
+    kl = float((log_measured.exp() * (log_measured - log_served)).sum())
+    same = int(served.argmax()) == int(measured.argmax())
+    return Rounding(float(miss.abs().max()), float(miss.square().mean().sqrt()), kl, same)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from hooks.arithmetic import Precision
 from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
 from hooks.generation_config import check_config
 from hooks.host import Host
@@ -32,12 +33,13 @@ class Session:
         make: Callable[[Interventions], list[Edit]],
         interventions: Interventions,
         sampling: Sampling,
+        precision: Precision = "native",
     ):
         check_config(host.model)
         self._host, self._make, self._sampling = host, make, sampling
         self._prompt = batch.lengths[0]
         self._interventions = tuple(listed(interventions))
-        self._decoding = Decoding(host, batch, make(interventions))
+        self._decoding = Decoding(host, batch, make(interventions), precision=precision)
         self._generator = seeded(sampling)
 
     @property

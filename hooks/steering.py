@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.arithmetic import Precision
 from hooks.host import Host
 from hooks.intervene import Interventions, listed
 from hooks.sampling import Sampling, stop_strings
@@ -33,6 +34,7 @@ class Steerable(Protocol):
 
     host: Host
     store: TranscoderStore
+    precision: Precision
 
     @property
     def generate(self) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hooks.arithmetic import computes_in
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.host import Host, execution_device
@@ -59,6 +60,7 @@ class Sweep:
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
+        precision: in which arithmetic, see `hooks.arithmetic`.
     """
 
     table: pd.DataFrame
@@ -67,6 +69,7 @@ class Sweep:
     question: Question
     tokens: tuple[str, ...]
     passes: int
+    precision: str
 
     def save(self, path: str | Path) -> None:
         """Write the table whole or not at all: parquet, CSV or JSON by the suffix.
@@ -144,7 +147,7 @@ def sweep(
         table[name] = column.tolist()
     table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
     baseline = _baseline(logits, question)
-    return Sweep(table, noise, baseline, question, batch.strings[0], passes)
+    return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host))
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------

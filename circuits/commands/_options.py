@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import transformers
 
+from circuits.commands._output import say
+from hooks.arithmetic import is_half
 from hooks.errors import InterventionError, UserError
 from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
@@ -36,6 +39,20 @@ def settle(model: str) -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def computes_in(args: argparse.Namespace, model: HookedModel) -> dict[str, Any]:
+    """How effects were measured, for the answer; on a half-precision model also what its own rounding does to the
+    logits of the prompt, which is said."""
+    if not is_half(model.host):
+        return {"precision": model.computes_in}
+    found = model.rounding(args.prompt)
+    dtype = str(model.host.dtype).removeprefix("torch.")
+    how = f"fp32 over the {dtype} weights" if model.precision == "exact" else f"the model's own {dtype} rounding"
+    say(f"measured in {how}; rounding moves this prompt's logits by {found.rms:.2g} rms, {found.largest:.2g} at most")
+    if not found.same_answer:
+        say("the model as served has another answer than in exact arithmetic")
+    return {"precision": model.computes_in, "rounding": asdict(found)}
+
+
 def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) -> HookedModel:
     """The model, and the transcoders of some layers if a command needs no others."""
     settle(args.model)
@@ -52,6 +69,7 @@ def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) ->
         dtype=args.dtype,
         device=args.device,
         device_map=args.device_map,
+        precision=args.precision,
         budget_bytes=None if args.budget_gb is None else int(args.budget_gb * 2**30),
         layers=None if layers is None or isinstance(layers, str) else sorted(set(layers)),
     )

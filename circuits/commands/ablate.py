@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from circuits.commands._options import load
+from circuits.commands._options import computes_in, load
 from circuits.commands._output import Result, ranked, show, standing_line
 from hooks.interventions import INTERVENTIONS
 
@@ -38,4 +38,5 @@ def run(args: argparse.Namespace) -> Result:
         "mask": args.mask,
         "swap": args.swap,
         "error": args.error,
+        **computes_in(args, model),
     }

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from circuits.commands._options import (
+    computes_in,
     intervention,
     load,
 )
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> Result:
     if args.out:
         found.save(args.out)
     show(args, _text(args, model, found))
-    return finish(_result(model, found), args.plot, lambda path: sweep_plot(found, path))
+    return finish(_result(model, found) | computes_in(args, model), args.plot, lambda path: sweep_plot(found, path))
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from circuits.commands._options import load
+from circuits.commands._options import computes_in, load
 from circuits.commands._output import Result, figure, finish, peak_bytes, show, table
 from circuits.commands._places import check_places
 from circuits.export import export
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> Result:
             for key in ("conservation", "remainder_share", "scores", "verification")
             if key in graph.meta
         },
+        **computes_in(args, model),
         "seconds": time.perf_counter() - started,
         "peak_bytes": peak_bytes(),
     }

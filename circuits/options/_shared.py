@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hooks.choices import ERROR_MODES, MASK_MODES
+from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS
 
 
 def command(
@@ -31,6 +31,11 @@ def command(
         group.add_argument("--device", help="cpu, cuda, cuda:1, …")
         group.add_argument("--device-map", metavar="MAP", help="let accelerate place the model, for example auto")
         group.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
+        group.add_argument(
+            "--precision",
+            choices=PRECISIONS,
+            help="how effects on a half-precision model are measured: exact (fp32 over its weights; default) or native",
+        )
     return parser
 
 
