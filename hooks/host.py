@@ -128,12 +128,12 @@ class Host(Tokens):
     def unembed(self, hidden: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocab"]:
         """Logits of normed hidden states, in fp32 also where the model runs in half precision.
 
-        A bf16 logit near 20 has steps of 0.125, which would swallow most ablation effects. Under autograd, and where
-        the unembedding is not a plain matrix in memory (quantised, offloaded), the model's own module is called.
+        A bf16 logit near 20 has steps of 0.125, which would swallow most ablation effects. Where the unembedding is not
+        a plain matrix in memory (quantised, offloaded), the model's own module is called.
         """
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        if not _plain_matrix(head) or head.weight.dtype.itemsize > 2 or hidden.requires_grad:
-            return self._behind_head(head(hidden))
+        if not _plain_matrix(head) or head.weight.dtype.itemsize > 2:
+            return self._behind_head(head(hidden.to(self.dtype) if self.exact else hidden))
         return self._behind_head(linear_fp32(hidden.to(head.weight.device), head.weight, head.bias))
 
     def _behind_head(self, logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:
