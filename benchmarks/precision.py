@@ -1,0 +1,132 @@
+"""What exact arithmetic over bf16 weights costs, and what an ablation costs against a plain forward of transformers.
+
+Two blocks of the shape of Qwen2.5-1.5B with its vocabulary of 152,000, random bf16 weights, 2 threads. In each round all
+ways run one after the other; ratios are medians over the rounds. `forward` is a whole pass with the logits of the last
+position: the model's own code against ours, native and exact. `run`, `ablate` and `record` go through the public API.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from _measure import emit, machine, say
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hooks import Ablate, HookedModel, Site, Transcoder
+from hooks.arithmetic import computing
+
+D_MODEL, FEATURES, K = 1536, 3686, 442
+
+
+def transcoder(layer: int) -> Transcoder:
+    """The published form at this width: LayerNorm, Linear, TopK, ReLU, Linear, in bf16."""
+    generator = torch.Generator().manual_seed(layer)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / D_MODEL**0.5).bfloat16()
+
+    site = Site("resid_pre", layer)
+    weights = draw(FEATURES, D_MODEL), draw(FEATURES), draw(FEATURES, D_MODEL), draw(D_MODEL)
+    gain, bias = torch.ones(D_MODEL).bfloat16(), torch.zeros(D_MODEL).bfloat16()
+    return Transcoder(layer, site, site, *weights, gain, bias, 1e-5, K)
+
+
+def build(layers: int, vocab: int) -> HookedModel:
+    """Random weights in bf16, and a transcoder for each block."""
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=D_MODEL,
+        intermediate_size=8960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    hf = Qwen2ForCausalLM(config).bfloat16().eval()
+    return HookedModel.from_model(hf, None, [transcoder(layer) for layer in range(layers)])
+
+
+def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    hf, batch = model.host.model, model.host.batch([ids])
+    tokens = torch.tensor([ids])
+
+    def plain() -> object:
+        with torch.no_grad():
+            return hf(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+
+    def forward(precision: str) -> object:
+        with computing(model.host, precision):  # type: ignore[arg-type]
+            return model.host.forward_at(batch, batch.last)
+
+    def under(precision: str, call: Callable[[], object]) -> object:
+        model.precision = precision  # type: ignore[assignment]
+        return call()
+
+    calls: dict[str, Callable[[], object]] = {
+        "run": lambda: model.run(ids).top_before(1),
+        "ablate": lambda: model.run(ids, [Ablate("L0/3")]).effect(),
+        "record": lambda: model.record(ids),
+    }
+    out: dict[str, Callable[[], object]] = {"transformers": plain}
+    for precision in ("native", "exact"):
+        out[f"forward_{precision}"] = lambda p=precision: forward(p)  # type: ignore[misc]
+        for name, call in calls.items():
+            out[f"{name}_{precision}"] = lambda p=precision, c=call: under(p, c)  # type: ignore[misc]
+    return out
+
+
+def measure(model: HookedModel, length: int, rounds: int) -> dict[str, Any]:
+    """Median seconds of each way, and ratios."""
+    timed = ways(model, [(37 * n) % 1000 for n in range(length)])
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for number in range(rounds + 1):
+        for name, call in timed.items():
+            began = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {"tokens": length, "seconds": {n: statistics.median(s) for n, s in seconds.items()}, **ratios(seconds)}
+
+
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of quotients within a round."""
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+    out = {"exact_ratio": ratio("forward_exact", "forward_native")}
+    for precision, base in (("native", "transformers"), ("exact", "forward_exact")):
+        for call in ("run", "ablate", "record"):
+            out[f"{call}_{precision}_ratio"] = ratio(f"{call}_{precision}", base)
+    return out
+
+
+def main() -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10, 32])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    args = parser.parse_args()
+    model = build(args.layers, args.vocab)
+    cases = []
+    for length in args.tokens:
+        say(f"{length} tokens")
+        cases.append(measure(model, length, args.rounds))
+    emit({"machine": machine(), "cases": cases}, as_json=args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
