@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
         "version", "lazy", "errors", "whole", "choices", "plugins", "sites", "types", "kernels", "_tiles", "rows",
-        "transcoder", "links", "guard", "output", "files", "formats", "hub",
+        "transcoder", "links", "documents", "guard", "output", "files", "formats", "hub",
         "findings", "convention", "loading", "residency", "store", "convert",
         "readout", "exclusive", "tokens", "host", "freeze", "hold", "recording", "swap", "interventions", "intervene",
         "paths", "observe", "generation_config", "sampling", "suffix", "variants", "sweep", "candidates",
