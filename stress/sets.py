@@ -1,7 +1,7 @@
 """Damaged transcoder sets: each is refused as a user's error, or converted to the right numbers, in bounded memory.
 
-Every case is one small sound set of some format with one damage. It goes through `circuits convert`: exit status 2 and a
-message, or exit status 0 and a copy that equals what the damaged set itself opens to, finite and of the right shape.
+Every case is one small sound set of some format with one damage. It goes through `circuits convert`: exit status 2 and
+a message, or exit status 0 and a copy that equals what the damaged set itself opens to, finite and of the right shape.
 Memory is the process's peak above what it held before the case; time is that of the processor.
 """
 
@@ -570,7 +570,7 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-# -- what becomes of them ------------------------------------------------------------------------------------------------
+# -- what becomes of them -----------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {"qwen_scope": {"k": 5}}
 
@@ -587,9 +587,8 @@ def outcome(root: Path, out: Path, **options: Any) -> str:
     if len(message) > 10_000:
         return f"a message of {len(message):,} characters"
     if status == 2:
-        return (
-            "refused" if "error: " in message and not out.exists() else f"a refusal without a reason: {message[-200:]}"
-        )
+        told = "error: " in message and not out.exists()
+        return "refused" if told else f"a refusal without a reason: {message[-200:]}"
     return _compared(TranscoderStore.open(root, **options), TranscoderStore.open(out))
 
 
