@@ -6,6 +6,8 @@ is `true` or `false`, never the word "false", and a whole number is neither 8.0 
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ from hooks.errors import CheckpointError, first_line
 TEXT_LIMIT = 4 << 20  # bytes; the manifest of 63 layers has some 10 kB
 _VALUES = 200_000  # in one document, names included
 _DEPTH = 32  # containers within containers
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _YAML_LIMIT = 256 << 10
 _YAML_VALUES = 20_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build of yaml has the parser in C
@@ -41,8 +44,7 @@ def parse_json(raw: bytes) -> Any:
         ValueError: it holds too many values, is nested too deeply, names a key twice, has half a character, or is no
             JSON.
     """
-    count = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if count > _VALUES:
+    if _count(raw) > _VALUES and (count := _count(_TEXT.sub(b"", raw))) > _VALUES:
         raise ValueError(f"{count:,} values")
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
@@ -52,11 +54,15 @@ def parse_json(raw: bytes) -> Any:
     return content
 
 
+def _count(raw: bytes) -> int:
+    """Values in some JSON, or more where its texts hold signs of JSON."""
+    return raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:80]!r} stands there twice")
     return out
 
@@ -111,7 +117,8 @@ def read_yaml(path: Path) -> Any:
 
 def _check_events(text: str) -> None:
     """Walk through the document without making anything of it."""
-    count, within = 0, []
+    count = 0
+    within: list[list[Any] | None] = []
     for event in yaml.parse(text, _LOADER):
         count += 1
         if count > _YAML_VALUES:
@@ -121,8 +128,9 @@ def _check_events(text: str) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             within.pop()
             continue
-        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and within and within[-1] is not None:
-            _next_of_mapping(within[-1], event)
+        mapping = within[-1] if within else None
+        if mapping is not None and isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+            _next_of_mapping(mapping, event)
         if isinstance(event, yaml.CollectionStartEvent):
             within.append([True, set()] if isinstance(event, yaml.MappingStartEvent) else None)
             if len(within) > _DEPTH:

@@ -225,7 +225,7 @@ _NAMED = re.compile(
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # torch.save writes none of these
 
 
-def _check_pickle(file: io.BufferedIOBase) -> None:
+def _check_pickle(file: io.BytesIO | io.BufferedReader) -> None:
     """Walk through one pickle without making anything of it. Leaves the file behind its end.
 
     Raises:

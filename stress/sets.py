@@ -570,7 +570,7 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-# -- what becomes of them -----------------------------------------------------------------------------------------------
+# -- what becomes of them ------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {"qwen_scope": {"k": 5}}
 
@@ -661,6 +661,11 @@ def chunk(seeds: list[int]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:  # what is imported at the first use counts for no case
+        for name in ("native", "gemma_scope", "circuit_tracer"):
+            (root := Path(folder) / name).mkdir()
+            SETS[name](root)
+            assert outcome(root, Path(folder) / f"{name} copied") == "opened"
     return [case(seed) for seed in seeds]
 
 
