@@ -6,6 +6,7 @@ transformers. The modules that act on a word import it from here.
 
 ERROR_MODES = ("live", "frozen", "zero")
 MASK_MODES = ("frozen", "live")
+SKIPS = ("special", "sinks")
 CHANGES = ("zero", "mean", "resample", "scale", "set")
 METRICS = ("delta", "delta_logit", "delta_prob", "kl", "rank")
 

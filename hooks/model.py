@@ -26,7 +26,7 @@ from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Host, fingerprint, tap
 from hooks.hub import Resolved, resolve
-from hooks.intervene import Interventions, lists_per_row, make_edits, make_plan
+from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
@@ -39,11 +39,11 @@ from hooks.sites import Site, SiteSpec, module_at
 from hooks.steering import Comparison, Setting, compare_steering
 from hooks.store import TranscoderStore
 from hooks.strength import Strength
-from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
+from hooks.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
 from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
-from hooks.types import AddressLike, Edit, ErrorMode, MaskMode
+from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
 
 log = logging.getLogger("hooks")
@@ -60,6 +60,15 @@ class Run:
     baseline: Float[Tensor, "pos vocab"]
     logits: Float[Tensor, "pos vocab"]
     host: Host
+    store: TranscoderStore
+    interventions: tuple[Any, ...] = ()
+
+    @cached_property
+    @exclusive
+    def inactive(self) -> tuple[FeatureAddress, ...]:
+        """Addresses of interventions whose feature the clean run activates at none of the tokens they name: to ablate
+        or scale it does nothing. Found by one more pass, when it is asked for."""
+        return inactive(self.host, self.store, self.batch, self.interventions)
 
     def effect(
         self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, position: int = -1
@@ -92,11 +101,18 @@ class Run:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """Reconstruction quality per layer, and what replacing the chosen layers did."""
+    """Reconstruction quality per layer, and what replacing the chosen layers did.
+
+    Attributes:
+        positions: where sites were replaced, and what `layers` is over.
+        measured: what `effect` is over.
+    """
 
     layers: tuple[SiteQuality, ...]
     effect: SwapEffect
     run: Run
+    positions: tuple[int, ...]
+    measured: tuple[int, ...]
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -265,7 +281,7 @@ class HookedModel:
         """The strongest features of each token, a table.
 
         `strength` is |a_i d_i| / |x|, the share of the stream the feature writes: it is comparable across layers,
-        activations are not. The `top` strongest per position over all layers, positions in order.
+        activations are not; NaN where the stream is 0. The `top` strongest per position over all layers, by position.
         """
         top = whole(top, "top", least=1)
         recording = self.record([prompt], layers)
@@ -279,7 +295,8 @@ class HookedModel:
         record = recording.layers[layer]
         values, indices = record.acts.values[0], record.acts.indices[0]
         norms = self.store[layer].W_dec.to(values.dtype).norm(dim=-1)[indices]
-        strength = values * norms / record.target[0].to(values.dtype).norm(dim=-1, keepdim=True)
+        size = record.target[0].to(values.dtype).norm(dim=-1, keepdim=True)
+        strength = torch.where(size > 0, values * norms / size, torch.nan)
         pos, slot = (values > 0).nonzero(as_tuple=True)
         tokens = recording.batch.strings[0]
         return pd.DataFrame(
@@ -305,6 +322,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         hold: HoldLike = "nothing",
         lens_hooks: Sequence[LensHook] = (),
     ) -> Run:
@@ -315,6 +334,9 @@ class HookedModel:
             swap: layers whose sites are replaced by their reconstruction: `"all"`, a list, or None for delta form.
             error: what becomes of the reconstruction error at replaced sites.
             mask: whether TopK selects again when a feature is ablated.
+            positions: at which tokens sites are replaced: as in an address, an index, a slice, `"1:"`, a list, `"new"`;
+                by default at all.
+            skip: tokens of the prompt where they are not: `"special"` ones, attention `"sinks"`, or both.
             hold: what stands at its clean value in both runs: parts (`"attention"`, `("attention", "norms")`), or a
                 `Hold` with outputs of modules.
             lens_hooks: TransformerLens `(name, fn(activation, hook))` pairs, behind the interventions of their site.
@@ -324,12 +346,21 @@ class HookedModel:
                 returns is no activation.
         """
         chosen, batch = self._hold(hold, swap), self.host.batch([prompt])
-        edits = self._edits(batch, [interventions], swap, error, mask)
+        edits = self._edits(batch, [interventions], swap, error, mask, Where(positions, skip))
         edits += lens_edits(lens_hooks, self.host.n_layers)
         with holding(self.host, batch, chosen) as clean:
             baseline = self.host.forward(batch, clean)[0]
             logits = self.host.forward(batch, [*clean, *edits])[0] if edits else baseline
-        return Run(batch, baseline, logits, self.host)
+        return Run(batch, baseline, logits, self.host, self.store, tuple(as_interventions(interventions)))
+
+    @exclusive
+    def inactive(self, prompt: Prompt, interventions: Interventions) -> tuple[FeatureAddress, ...]:
+        """Addresses of interventions whose feature the prompt activates at none of the tokens they name.
+
+        Raises:
+            UserError: as `run`.
+        """
+        return inactive(self.host, self.store, self.host.batch([prompt]), interventions)
 
     @exclusive
     def run_many(
@@ -340,6 +371,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         hold: HoldLike = "nothing",
         lens_hooks: Sequence[LensHook] = (),
     ) -> Float[Tensor, "batch vocab"]:
@@ -353,7 +386,7 @@ class HookedModel:
         out = []
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
-            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask)
+            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask, Where(positions, skip))
             with holding(self.host, batch, chosen) as clean:
                 out.append(self.host.forward_at(batch, batch.last, [*clean, *edits, *by_lens]))
         return torch.cat(out)
@@ -377,6 +410,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
         observe: Observed = (),
@@ -389,6 +424,7 @@ class HookedModel:
             interventions: of every row, or a list of lists, one per row.
             sampling: of every row, or one per row; a row's random numbers depend on its own seed only.
             stop: texts that end a row; its text is cut in front of them.
+            positions, skip: as in `run`; new tokens are never skipped.
             observe: layers, or `"all"`, whose features at every token come back in `Generated.features`.
             lens_hooks: as in `run`; while tokens are generated a function gets [batch, 1, d_model].
 
@@ -400,7 +436,7 @@ class HookedModel:
         batch = self.host.batch(prompts)
         max_new_tokens = check_length(self.host, max(batch.lengths), max_new_tokens)
         per_row = lists_per_row(interventions, len(prompts))
-        edits = self._generation_edits(batch, per_row, swap, error, mask, max_new_tokens)
+        edits = self._generation_edits(batch, per_row, swap, error, mask, Where(positions, skip), max_new_tokens)
         edits += lens_edits(lens_hooks, self.host.n_layers)
         layers = observed_layers(self.store, observe)
         out = generate(
@@ -424,6 +460,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
     ) -> Iterator[Token]:
@@ -437,7 +475,15 @@ class HookedModel:
             UserError: as `generate`, at once and not with the first token.
         """
         session = self.session(
-            prompt, interventions, swap=swap, error=error, mask=mask, sampling=sampling, new_tokens=max_new_tokens
+            prompt,
+            interventions,
+            swap=swap,
+            error=error,
+            mask=mask,
+            positions=positions,
+            skip=skip,
+            sampling=sampling,
+            new_tokens=max_new_tokens,
         )
         return session.stream(max_new_tokens, stop=stop)
 
@@ -449,6 +495,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         new_tokens: int | None = None,
     ) -> Session:
@@ -466,7 +514,7 @@ class HookedModel:
         room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
 
         def make(items: Interventions) -> list[Edit]:
-            return self._generation_edits(batch, [items], swap, error, mask, room)
+            return self._generation_edits(batch, [items], swap, error, mask, Where(positions, skip), room)
 
         return Session(self.host, batch, make, interventions, sampling)
 
@@ -477,6 +525,7 @@ class HookedModel:
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
+        where: Where,
         new_tokens: int,
     ) -> list[Edit]:
         if swap is not None and error == "frozen":
@@ -484,7 +533,7 @@ class HookedModel:
                 "a frozen error exists for the prompt only, not for generated tokens",
                 repair="use live or zero",
             )
-        return self._edits(batch, per_row, swap, error, mask, new_tokens)
+        return self._edits(batch, per_row, swap, error, mask, where, new_tokens)
 
     @exclusive
     def steer(
@@ -596,13 +645,30 @@ class HookedModel:
         return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
 
     @exclusive
-    def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
-        """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
+    def swap(
+        self,
+        prompt: Prompt,
+        layers: str | Sequence[int] = "all",
+        error: ErrorMode = "zero",
+        *,
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
+    ) -> SwapReport:
+        """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement.
+
+        Args:
+            positions, skip: where, as in `run`. FVU, loss and L0 are over these tokens; KL and top-1 agreement over all
+                from the first of them on, since what comes before is the clean run's.
+        """
         chosen = self._layers(layers)
-        run = self.run(prompt, swap=chosen, error=error)
+        run = self.run(prompt, swap=chosen, error=error, positions=positions, skip=skip)
         recording = record(self.host, self.store, run.batch, chosen)
-        quality = tuple(site_quality(recording, layer) for layer in chosen)
-        return SwapReport(quality, swap_effect(run.baseline[None], run.logits[None], run.batch.mask), run)
+        length = run.batch.lengths[0]
+        swapped = Where(positions, skip).on(self.host, run.batch).in_prompt(0, length)
+        measured = tuple(range(swapped[0], length))
+        quality = tuple(site_quality(recording, layer, marked(swapped, length)) for layer in chosen)
+        effect = swap_effect(run.baseline[None], run.logits[None], marked(measured, length))
+        return SwapReport(quality, effect, run, swapped, measured)
 
     @exclusive
     def edits(
@@ -613,11 +679,14 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         new_tokens: int = 0,
     ) -> list[Edit]:
         """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
         new_tokens = whole(new_tokens, "new_tokens", least=0)
-        return self._edits(batch, lists_per_row(interventions, len(batch.lengths)), swap, error, mask, new_tokens)
+        per_row = lists_per_row(interventions, len(batch.lengths))
+        return self._edits(batch, per_row, swap, error, mask, Where(positions, skip), new_tokens)
 
     def _edits(
         self,
@@ -626,22 +695,26 @@ class HookedModel:
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
+        where: Where,
         new_tokens: int = 0,
     ) -> list[Edit]:
         check_modes(error, mask, swapping=swap is not None)
+        where.check(swapping=swap is not None)
         pads = left_pads(batch) if new_tokens else ()
         plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask, pads=pads)
-        return make_edits(self.store, plan, self._swap(batch, swap, error))
+        return make_edits(self.store, plan, self._swap(batch, swap, error, where, new_tokens))
 
-    def _swap(self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode) -> Swap | None:
+    def _swap(
+        self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode, where: Where, new_tokens: int
+    ) -> Swap | None:
         if swap is None:
             return None
-        layers = self._layers(swap)
+        layers, places = self._layers(swap), where.on(self.host, batch, new_tokens)
         clean = {}
         if error == "frozen":
             recording = record(self.host, self.store, batch, layers)
             clean = {layer: seen.error for layer, seen in recording.layers.items()}
-        return Swap(layers, error, clean)
+        return Swap(layers, error, clean, places)
 
     def _hold(self, hold: HoldLike, swap: str | Sequence[int] | None) -> Hold:
         replaced = [] if swap is None else [self.store.sites(layer)[1] for layer in self._layers(swap)]
@@ -666,6 +739,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         max_new_tokens: int = 0,
     ) -> list[tuple[str, Any]]:
         """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)` of this model's bridge.
@@ -674,7 +749,7 @@ class HookedModel:
         while `bridge.generate` goes on token by token, with its cache or without.
 
         Args:
-            swap, error, mask: as in `run`; no frozen error, since a hook knows no clean run.
+            swap, error, mask, positions, skip: as in `run`; no frozen error, since a hook knows no clean run.
             max_new_tokens: how many tokens may follow the prompt; 0 is a single pass, and every pass a new prompt.
 
         Raises:
@@ -683,8 +758,10 @@ class HookedModel:
         """
         max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=0)
         check_modes(error, mask, swapping=swap is not None)
+        where = Where(positions, skip)
+        where.check(swapping=swap is not None)
         replaced = None if swap is None else Swap(self._layers(swap), error)
-        options: dict[str, Any] = {"swap": replaced, "mask": mask, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"swap": replaced, "where": where, "mask": mask, "max_new_tokens": max_new_tokens}
         return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, **options)
 
     @cached_property
