@@ -118,7 +118,7 @@ def dose_response(
     steered = _generate_rows(model, model.host.tokenize(prompt), [numbers(items) for items in resolved], setting)
     baseline = model.generate(prompt, **setting.plain)
     answer = _answer(baseline, token, other)
-    effects = [effect(baseline.logits[0], one.logits[0], answer, other) for one in steered]
+    effects = [effect(baseline.logits[0], one.logits[0], answer, other, string=model.host.string) for one in steered]
     said = [baseline, *steered]
     plain = log_probabilities(model, baseline.prompt, [one.ids for one in said], None, setting)
     read = [scored(model.host, one.text, one.ids, row, one.logprobs) for one, row in zip(said, plain, strict=True)]

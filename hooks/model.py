@@ -1,6 +1,7 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
 import functools
+import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.readout import Effect, RankedToken, effect
+from hooks.readout import Effect, RankedToken, effect, token_name
 from hooks.recording import Recording, record
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
@@ -84,7 +85,22 @@ class Run:
         other = None if against is None else self.host.token_id(against)
         if token == other:
             raise TargetError("target and against are the same token", found=repr(self.host.string(token)))
-        return effect(before, after, token, other)
+        return effect(before, after, token, other, string=self.host.string)
+
+    def __repr__(self) -> str:
+        """One line: how long the prompt is, and the answer before and after."""
+        before, after = (token_name(top.token, top.id) for (top,) in (self.top_before(1), self.top_after(1)))
+        return f"Run({len(self.logits)} tokens, answer {before} → {after})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the likeliest next tokens before and after."""
+        rows = zip(self.top_before(), self.top_after(), strict=True)
+        cells = [[(token_name(top.token, top.id), f"{top.prob:.3f}") for top in pair] for pair in rows]
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(name)}</td><td>{prob}</td>" for name, prob in row) + "</tr>"
+            for row in cells
+        )
+        return f"<table><tr><th colspan=2>plain</th><th colspan=2>with interventions</th></tr>{body}</table>"
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""

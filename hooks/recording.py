@@ -79,6 +79,14 @@ class Recording:
         default_factory=WeakValueDictionary, init=False, compare=False, repr=False
     )
 
+    def __repr__(self) -> str:
+        """One line: how much was recorded."""
+        real = self.batch.mask[..., None]
+        active = sum(int(((seen.acts.values > 0).cpu() & real).sum()) for seen in self.layers.values())
+        size = f"{len(self.batch.lengths)} prompts, {sum(self.batch.lengths)} tokens, {len(self.layers)} layers"
+        further = f", {len(self.streams)} streams" if self.streams else ""
+        return f"Recording({size}, {active:,} active features{further})"
+
 
 def record(
     host: Host,
