@@ -351,9 +351,11 @@ def _listed(targets: Any) -> list[Any]:
 
 
 def _is_pair(target: Any) -> bool:
-    return (
-        isinstance(target, tuple) and len(target) == 2 and all(isinstance(one, str | SupportsIndex) for one in target)
-    )
+    return isinstance(target, tuple) and len(target) == 2 and all(map(_is_token, target))
+
+
+def _is_token(target: Any) -> bool:
+    return isinstance(target, str | SupportsIndex)
 
 
 def _pair(target: Any) -> Logit:

@@ -2,10 +2,10 @@
 
     python stress/graphs.py --json [--count 600] [--seed 0]
 
-A traced graph is written, and each copy damaged in one way: bits flipped, cut short, arrays swapped, lengthened, of other
-types or ranges, nodes and edges doubled, NaN and infinities, facts of other types, deep or broken JSON, headers that
-claim too much. Every file is loaded, exported in all formats, and exported by the command. Time is that of loading on the
-processor; memory is what the process's resident set grows by while a file is loaded (of Linux, which keeps its peak).
+A traced graph is written, and each copy damaged in one way: bits flipped, cut short, arrays swapped, lengthened, of
+other types or ranges, nodes and edges doubled, NaN and infinities, facts of other types, deep or broken JSON, headers
+that claim too much. Every file is loaded, exported in all formats, and exported by the command. Time is that of loading
+on the processor; memory is what the process's resident set grows by while a file is loaded (of Linux, which keeps it).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -65,7 +65,7 @@ class File:
             for name, entry in header.items()
         }
 
-    def bytes(self, text: str | None = None) -> bytes:
+    def raw(self, text: str | None = None) -> bytes:
         """The file again; `text` in place of the facts' own JSON."""
         text = json.dumps(self.head) if text is None else text
         header: dict[str, Any] = {"__metadata__": {KEY: text}}
@@ -82,33 +82,38 @@ class File:
 
 
 def flipped(file: File, random: Random) -> bytes:
-    raw = bytearray(file.bytes())
+    """Single bits, anywhere."""
+    raw = bytearray(file.raw())
     for _ in range(random.choice((1, 1, 8, 100))):
         raw[random.randrange(len(raw))] ^= 1 << random.randrange(8)
     return bytes(raw)
 
 
 def flipped_header(file: File, random: Random) -> bytes:
-    raw = bytearray(file.bytes())
+    """One bit of the header."""
+    raw = bytearray(file.raw())
     raw[random.randrange(8 + struct.unpack("<Q", raw[:8])[0])] ^= 1 << random.randrange(8)
     return bytes(raw)
 
 
 def cut(file: File, random: Random) -> bytes:
-    raw = file.bytes()
+    """Cut short, or with bytes behind its end."""
+    raw = file.raw()
     return (
         raw[: random.randrange(len(raw))] if random.random() < 0.8 else raw + random.randbytes(random.randrange(1, 64))
     )
 
 
 def claims(file: File, random: Random) -> bytes:
-    raw = file.bytes()
+    """A header that claims another length."""
+    raw = file.raw()
     length = random.choice((0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1, len(raw), len(raw) - 8, random.randrange(4096)))
     return struct.pack("<Q", length) + raw[8:]
 
 
 def huge_numbers(file: File, random: Random) -> bytes:
-    raw = file.bytes()
+    """Shapes and places that are negative, huge or no numbers."""
+    raw = file.raw()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     entry = header[random.choice(list(file.columns))]
@@ -119,65 +124,74 @@ def huge_numbers(file: File, random: Random) -> bytes:
 
 
 def swapped(file: File, random: Random) -> bytes:
+    """Two columns, each under the other's name."""
     one, two = random.sample(list(file.columns), 2)
     file.columns[one], file.columns[two] = file.columns[two], file.columns[one]
-    return file.bytes()
+    return file.raw()
 
 
 def other_types(file: File, random: Random) -> bytes:
+    """A column of another precision or kind."""
     name = random.choice(list(file.columns))
     column = file.columns[name]
     with np.errstate(all="ignore"):
         file.columns[name] = column.astype(random.choice([kind for kind in TYPES if kind != column.dtype.name]))
-    return file.bytes()
+    return file.raw()
 
 
 def other_shapes(file: File, random: Random) -> bytes:
+    """A column that is shorter, longer, empty, or no list."""
     name = random.choice(list(file.columns))
     column = file.columns[name]
     file.columns[name] = random.choice(
         (column[:-1], column[:0], np.append(column, column[:1]), column[None], column[:1].reshape(()))
     )
-    return file.bytes()
+    return file.raw()
 
 
 def other_columns(file: File, random: Random) -> bytes:
+    """A column that is gone, or one too many."""
     if random.random() < 0.6:
         del file.columns[random.choice(list(file.columns))]
     else:
         file.columns[random.choice(("extra", "baseline", "", "weight ", "a" * 10_000))] = np.zeros(random.randrange(9))
-    return file.bytes()
+    return file.raw()
 
 
 def other_numbers(file: File, random: Random) -> bytes:
+    """A kind, layer, position, feature or end of an edge out of range, or another one."""
     column = file.columns[random.choice(("kind", "layer", "pos", "feature", "source", "target"))]
     values = (-1, -2, -(2**63), 2**63 - 1, 2**31, 7, 1 << 15, len(KINDS), random.randrange(100), len(column))
     column[random.randrange(len(column))] = random.choice(values)
-    return file.bytes()
+    return file.raw()
 
 
 def other_values(file: File, random: Random) -> bytes:
+    """NaN, infinities, and numbers that no model has."""
     column = file.columns[random.choice(("activation", "score", "influence", "weight", "effect", "total"))]
     column[random.randrange(len(column))] = random.choice((np.nan, np.inf, -np.inf, 1e300, -1.0, 1e38, 5e-324, 0.0))
-    return file.bytes()
+    return file.raw()
 
 
 def doubled(file: File, random: Random) -> bytes:
+    """A node or an edge that is there twice."""
     names = random.choice((("kind", "layer", "pos", "feature"), ("source", "target")))
     one, two = random.sample(range(len(file.columns[names[0]])), 2)
     for name in names:
         file.columns[name][one] = file.columns[name][two]
-    return file.bytes()
+    return file.raw()
 
 
 def turned(file: File, random: Random) -> bytes:
+    """An edge the other way round."""
     edge = random.randrange(len(file.columns["source"]))
     source, target = file.columns["source"], file.columns["target"]
     source[edge], target[edge] = target[edge], source[edge]
-    return file.bytes()
+    return file.raw()
 
 
 def other_facts(file: File, random: Random) -> bytes:
+    """A fact of another type, or without its place."""
     place: Any = file.head if random.random() < 0.05 else file.head["meta"]
     while True:
         key = random.choice(list(place) if isinstance(place, dict) else range(len(place)))
@@ -189,24 +203,37 @@ def other_facts(file: File, random: Random) -> bytes:
         del place[key]
     else:
         place[key] = random.choice(ODD)
-    return file.bytes()
+    return file.raw()
 
 
 def broken_text(file: File, random: Random) -> bytes:
+    """Facts that are no JSON, or too deep, too long or too many."""
     text = json.dumps(file.head)
     at = random.randrange(len(text))
-    digits = "9" * 5000
-    return file.bytes(random.choice((
-        text[:at], text[:at] + random.choice("{}[],:\"\\\x00") + text[at:], "[" * 200_000, '{"a":' * 100_000, "", "null", "[]",
-        text.replace('"version": 1', f'"version": {digits}'), text.replace('"version": 1', '"version": 1, "a": [' + "[]," * 3_000_000 + "0]"),
-        text.replace('"version": 1', '"version": true'), text.replace('"meta": {', '"meta": {"prompt": "' + "\U0001f600" * 100_000 + '", '),
-        text.replace('"meta": {', '"meta": {"note": ' + "[" * 50 + "]" * 50 + ", "), text.replace('"meta": {', '"meta": {"note": NaN, '),
-    )))  # fmt: skip
+    version, meta = '"version": 1', '"meta": {'
+    many = ", ".join(["[]"] * 3_000_000)
+    return file.raw(
+        random.choice(
+            (
+                text[:at],
+                text[:at] + random.choice('{}[],:"\\\x00') + text[at:],
+                "[" * 200_000,
+                '{"a":' * 100_000,
+                random.choice(("", "null", "[]")),
+                text.replace(version, f'"version": {"9" * 5000}'),
+                text.replace(version, '"version": true'),
+                text.replace(version, f'{version}, "a": [{many}]'),
+                text.replace(meta, f'{meta}"prompt": "{chr(0x1F600) * 100_000}", '),
+                text.replace(meta, f'{meta}"note": {"[" * 50}{"]" * 50}, '),
+                text.replace(meta, f'{meta}"note": NaN, '),
+            )
+        )
+    )
 
 
 DAMAGES: tuple[Callable[[File, Random], bytes], ...] = (
-    flipped, flipped_header, cut, claims, huge_numbers, swapped, other_types, other_shapes, other_columns, other_numbers,
-    other_values, doubled, turned, other_facts, other_facts, broken_text,
+    flipped, flipped_header, cut, claims, huge_numbers, swapped, other_types, other_shapes, other_columns,
+    other_numbers, other_values, doubled, turned, other_facts, other_facts, broken_text,
 )  # fmt: skip
 
 
@@ -225,8 +252,8 @@ def damage(path: Path, number: int, seed: int = 0) -> tuple[str, bytes]:
     return way.__name__, way(File(path), Random(f"{seed} {number}"))
 
 
-def fate(path: Path, folder: Path) -> str:
-    """What becomes of a file: refused, or loaded and written in every format.
+def fate(path: Path, folder: Path, formats: Collection[str]) -> str:
+    """What becomes of a file: refused, or loaded and written in these formats.
 
     Raises:
         Exception: anything but a UserError, which is a fault.
@@ -237,7 +264,7 @@ def fate(path: Path, folder: Path) -> str:
         return "refused"
     check_graph(graph)
     repr(graph), graph._repr_html_(), graph.edges_frame()
-    for kind in EXPORTERS:
+    for kind in formats:
         out = folder / f"out.{'svg' if kind == 'scatter' else kind}"
         try:
             export(graph, out, kind)
@@ -254,14 +281,14 @@ def _no_number(name: str) -> None:
     raise ValueError(f"bare {name} in JSON")
 
 
-def bounded(path: Path, folder: Path) -> tuple[str, str]:
+def bounded(path: Path, folder: Path, formats: Collection[str] = tuple(EXPORTERS)) -> tuple[str, str]:
     """The fate of a file, and what was wrong: a foreign exception, too much memory while it is loaded, or time."""
     before, began = resident(anew=True), time.process_time()
     try:
         with contextlib.suppress(UserError):
             Graph.load(path)
         seconds, grown = time.process_time() - began, resident() - before
-        found = fate(path, folder)
+        found = fate(path, folder, formats)
     except Exception:
         return "fault", traceback.format_exc()
     if grown > MEMORY + TIMES * path.stat().st_size:
