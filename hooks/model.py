@@ -100,7 +100,7 @@ class Run:
             "<tr>" + "".join(f"<td>{html.escape(name)}</td><td>{prob}</td>" for name, prob in row) + "</tr>"
             for row in cells
         )
-        return f"<table><tr><th colspan=2>plain</th><th colspan=2>with interventions</th></tr>{body}</table>"
+        return f"<table><tr><th colspan='2'>plain</th><th colspan='2'>with interventions</th></tr>{body}</table>"
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""

@@ -281,8 +281,8 @@ def _no_number(name: str) -> None:
     raise ValueError(f"bare {name} in JSON")
 
 
-def bounded(path: Path, folder: Path, formats: Collection[str] = tuple(EXPORTERS)) -> tuple[str, str]:
-    """The fate of a file, and what was wrong: a foreign exception, too much memory while it is loaded, or time."""
+def bounded(path: Path, folder: Path, formats: Collection[str] = tuple(EXPORTERS)) -> tuple[str, str, float]:
+    """The fate of a file, and what was wrong: a foreign exception, or too much memory; seconds it took to load."""
     before, began = resident(anew=True), time.process_time()
     try:
         with contextlib.suppress(UserError):
@@ -290,10 +290,10 @@ def bounded(path: Path, folder: Path, formats: Collection[str] = tuple(EXPORTERS
         seconds, grown = time.process_time() - began, resident() - before
         found = fate(path, folder, formats)
     except Exception:
-        return "fault", traceback.format_exc()
+        return "fault", traceback.format_exc(), 0.0
     if grown > MEMORY + TIMES * path.stat().st_size:
-        return found, f"{grown:,} bytes for a file of {path.stat().st_size:,}"
-    return found, "" if seconds <= SECONDS else f"{seconds:.1f} s"
+        return found, f"{grown:,} bytes for a file of {path.stat().st_size:,}", seconds
+    return found, "", seconds
 
 
 def resident(*, anew: bool = False) -> int:
@@ -331,16 +331,19 @@ def main() -> int:
         folder = Path(name)
         good, bad = folder / "good.safetensors", folder / "bad.safetensors"
         write_graph(good)
+        slowest = 0.0
         for number in range(args.count):
             kind, raw = damage(good, number, args.seed)
             bad.write_bytes(raw)
             del raw
-            found, fault = bounded(bad, folder)
+            found, fault, seconds = bounded(bad, folder)
+            slowest = max(slowest, seconds)
+            fault = fault or (f"{seconds:.1f} s" if seconds > SECONDS else "")
             fault = fault or by_command(bad, folder)
             fates.setdefault(kind, {}).setdefault(found, 0)
             fates[kind][found] += 1
             faults += [{"number": str(number), "damage": kind, "fault": fault}] if fault else []
-    result = {"count": args.count, "failed": len(faults), "fates": fates, "faults": faults[:20]}
+    result = {"count": args.count, "failed": len(faults), "slowest_s": slowest, "fates": fates, "faults": faults[:20]}
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 1 if faults else 0
 

@@ -49,7 +49,8 @@ def test_a_damaged_file_is_refused_or_a_sound_graph(saved, tmp_path, number):
     """The first of the files of stress/graphs.py."""
     _, raw = damage(saved, number)
     (tmp_path / "bad").write_bytes(raw)
-    found, fault = bounded(tmp_path / "bad", tmp_path, ("json", "dot", "gexf", "svg" if number % 4 == 0 else "graphml"))
+    formats = ("svg", "dot", "graphml") if number % 8 == 5 else ("json", "gexf")
+    found, fault, _ = bounded(tmp_path / "bad", tmp_path, formats)
     assert not fault
     assert found in ("refused", "loaded")
     if number < 3:
