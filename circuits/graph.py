@@ -195,7 +195,7 @@ class Graph:
         """
         check_graph(self)
         columns = {
-            name: np.ascontiguousarray(column, np.int64 if name in NUMBERS else np.float64)
+            name: np.array(column, np.int64 if name in NUMBERS else np.float64)  # copied: two may be one array
             for name, column in _parts(self).items()
         }
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -228,6 +228,8 @@ def test_names_that_a_format_cannot_tell_apart_are_numbered(tmp_path):
     for kind, read in (("graphml", nx.read_graphml), ("gexf", nx.read_gexf)):
         export(graph, tmp_path / "a", kind)
         assert len(read(tmp_path / "a")) == graph.n_nodes
+    graph.save(tmp_path / "a")  # though several of its columns are one array
+    assert Graph.load(tmp_path / "a").names == graph.names
     export(graph, tmp_path / "a.dot", "dot")
     (drawing,) = pydot.graph_from_dot_file(tmp_path / "a.dot")
     assert len({node.get_name() for node in drawing.get_nodes()}) == graph.n_nodes
