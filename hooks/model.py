@@ -186,6 +186,7 @@ class HookedModel:
         device_map: str | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        context: int | None = None,
     ) -> "HookedModel":
         """Load a model and its transcoders.
 
@@ -195,6 +196,7 @@ class HookedModel:
             read, write, k, encoder, decoder, layers, budget_bytes: see `TranscoderStore.open`.
             dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
             device: move the model there; `device_map` lets accelerate spread it instead.
+            context: how many tokens the model may be given, where its config says too few (`hooks.context`).
 
         Raises:
             ModelError, CheckpointError: something is not there, damaged, or does not fit together.
@@ -220,7 +222,8 @@ class HookedModel:
             return ask_for(config.to_dict(), store, 32, held, where.type)
 
         with explained("loading the model", where, ask):
-            return cls(load_host(name, dtype=wanted, device=device, device_map=device_map), store, str(name))
+            placed: dict[str, Any] = {"device": device, "device_map": device_map, "context": context}
+            return cls(load_host(name, dtype=wanted, **placed), store, str(name))
 
     @classmethod
     def from_model(
@@ -236,12 +239,13 @@ class HookedModel:
         decoder: int | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        context: int | None = None,
         name: str = "in memory",
     ) -> "HookedModel":
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
-        return cls(Host(model, tokenizer), store, name)
+        return cls(Host(model, tokenizer, context), store, name)
 
     def request(self, prompts: Prompts) -> Ask:
         """What running some prompts asks of memory, for `hooks.memory.plan`."""
@@ -876,14 +880,22 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
-def load_host(name: str | Path, *, dtype: str | torch.dtype | None, device: str | None, device_map: str | None) -> Host:
+def load_host(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None,
+    device: str | None,
+    device_map: str | None,
+    context: int | None = None,
+) -> Host:
     """A language model alone, where it is wanted; see `HookedModel.load`.
 
     Raises:
         UserError: the device or the precision does not exist, or the model cannot be loaded.
     """
     chosen = _placement(device, device_map)
-    host = Host.load(WEIGHTS if str(name) == "demo" else name, dtype=precision(dtype), device_map=device_map)
+    path, wanted = WEIGHTS if str(name) == "demo" else name, precision(dtype)
+    host = Host.load(path, dtype=wanted, device_map=device_map, context=context)
     if chosen:
         host.model.to(chosen)
     return host

@@ -31,6 +31,9 @@ def command(
         group.add_argument("--device", help="cpu, cuda, cuda:1, …")
         group.add_argument("--device-map", metavar="MAP", help="let accelerate place the model, for example auto")
         group.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
+        group.add_argument(
+            "--context", type=count, metavar="N", help="tokens the model may be given (default: what its config says)"
+        )
     return parser
 
 
