@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hooks.errors import UserError
+from hooks.whole import whole
 
 NO_LIMIT = 1 << 30
 STRETCHED = ("yarn", "longrope", "llama3", "linear", "dynamic")  # kinds of rotation that reach further by a factor
@@ -23,9 +23,7 @@ def context_of(config: Any, given: Any = None) -> int:
         UserError: what is given is no number of tokens.
     """
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise UserError(f"context={given!r} is no number of tokens", expected="a whole number from 1 up")
-        return given
+        return whole(given, "context", least=1)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return NO_LIMIT
