@@ -22,7 +22,7 @@ from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_promp
 from hooks.arithmetic import computes_in
 from hooks.errors import TargetError
 from hooks.model import HookedModel
-from hooks.recording import SINK, Recording, check_same_length, record
+from hooks.recording import Recording, check_same_length, is_sink, record
 from hooks.tokens import Prompt
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
@@ -271,8 +271,7 @@ def sinks(recording: Recording) -> list[int]:
     """Positions whose stream is anywhere `SINK` times the median norm: attention sinks, usually the first token."""
     found: set[int] = set()
     for seen in recording.layers.values():
-        size = seen.read[0].float().norm(dim=-1)
-        found |= set((size > SINK * size.median()).nonzero()[:, 0].tolist())
+        found |= set(is_sink(seen.read[0].float().norm(dim=-1)).nonzero()[:, 0].tolist())
     return sorted(found)
 
 

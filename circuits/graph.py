@@ -23,9 +23,10 @@ from torch import Tensor
 from circuits.nodes import FEATURE, KINDS, NONE, NodeIndex
 from circuits.shown import drawn, unique
 from circuits.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
+from hooks.documents import shown
 from hooks.errors import CheckpointError, UserError, first_line
 from hooks.files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
-from hooks.guard import Stored, check_safetensors, shown
+from hooks.guard import Stored, check_safetensors
 
 _VERSION = 1
 _KEY = "qwen-circuits-graph"
@@ -194,7 +195,7 @@ class Graph:
         """
         check_graph(self)
         columns = {
-            name: np.ascontiguousarray(column, np.int64 if name in NUMBERS else np.float64)
+            name: np.array(column, np.int64 if name in NUMBERS else np.float64)  # copied: two may be one array
             for name, column in _parts(self).items()
         }
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from circuits.shown import unique
 from hooks.errors import TargetError
 from hooks.host import Host
-from hooks.readout import best_other
+from hooks.readout import best_other, token_name
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Prompt
@@ -351,9 +351,11 @@ def _listed(targets: Any) -> list[Any]:
 
 
 def _is_pair(target: Any) -> bool:
-    return (
-        isinstance(target, tuple) and len(target) == 2 and all(isinstance(one, str | SupportsIndex) for one in target)
-    )
+    return isinstance(target, tuple) and len(target) == 2 and all(map(_is_token, target))
+
+
+def _is_token(target: Any) -> bool:
+    return isinstance(target, str | SupportsIndex)
 
 
 def _pair(target: Any) -> Logit:
@@ -389,12 +391,6 @@ def _told_apart(found: Sequence[AnyTarget]) -> list[AnyTarget]:
         target if target.name == name or isinstance(target, Feature) else replace(target, name=name)
         for target, name in zip(found, unique(with_ids), strict=True)
     ]
-
-
-def _token_name(host: Host, token: int) -> str:
-    """A token in a target's name; its id beside it where the text says too little."""
-    text = host.string(token)
-    return f"{text!r}" if text and "\ufffd" not in text else f"{text!r} #{token}"
 
 
 def _resolve(
@@ -438,7 +434,8 @@ def _difference(
     other = best_other(logits[pos], answer) if other is None else other
     if answer == other:
         raise TargetError("target and against are the same token", found=repr(host.string(answer)))
-    name = f"{_token_name(host, answer)} − {_token_name(host, other)}" + (f" @{pos}" if numbered else "")
+    own, rival = (token_name(host.string(token), token) for token in (answer, other))
+    name = f"{own} − {rival}" + (f" @{pos}" if numbered else "")
     return Target(name, (answer, other), (1.0, -1.0), pos)
 
 
@@ -450,7 +447,7 @@ def _by_mass(host: Host, logits: Float[Tensor, "pos vocab"], target: Mass) -> li
     place = "" if pos == len(logits) - 1 else f" @{pos}"
     before = [sum(item.prob for item in ranked[:n]) for n in range(len(ranked))]
     return [
-        Target(f"{_token_name(host, item.id)}{place}", (item.id,), (1.0,), pos, mean=-1.0, weight=item.prob)
+        Target(f"{token_name(item.token, item.id)}{place}", (item.id,), (1.0,), pos, mean=-1.0, weight=item.prob)
         for item, mass in zip(ranked, before, strict=True)
         if mass < target.mass
     ]

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Sequence
 
-from circuits.assemble import assemble, make_run, settle
+import torch
+
+from circuits.assemble import Setting, assemble, make_run, settle
 from circuits.attribution import RULES, LocalRun
 from circuits.attribution._stack import WRITABLE
 from circuits.graph import Graph
@@ -25,6 +27,7 @@ EDGE_BYTES = 24  # source, target and weight of one edge while a graph is put to
 
 
 @measured
+@torch.inference_mode(False)  # gradients cannot be taken through what is made in that mode
 def trace(
     model: HookedModel,
     prompt: Prompt,
@@ -78,7 +81,7 @@ def trace(
     check_options(rule, max_nodes, max_in_edges, node_threshold, edge_threshold, sample, seed, select_by)
     _check_convention(model)
     with explained("tracing", model.host.device_of(0), lambda: model.request(prompt), "trace"):
-        setting = settle(model, prompt, against_token(targets, against), counterfactual=counterfactual, rule=rule)
+        setting = _settled(model, prompt, against_token(targets, against), counterfactual, rule)
         chosen = select(setting, max_nodes, select_by)
         run = make_run(setting, by_layer(setting, chosen))
         rows = sum(len(run.target_rows(number)) for number in run.groups)
@@ -96,6 +99,7 @@ def trace(
 
 
 @measured
+@torch.inference_mode(False)
 def prepare(
     model: HookedModel,
     prompt: Prompt,
@@ -116,8 +120,26 @@ def prepare(
     """
     check_options(rule, max_nodes, 1, 1.0, 1.0, 0, 0, select_by)
     _check_convention(model)
-    setting = settle(model, prompt, against_token(targets, against), counterfactual=counterfactual, rule=rule)
+    setting = _settled(model, prompt, against_token(targets, against), counterfactual, rule)
     return make_run(setting, by_layer(setting, select(setting, max_nodes, select_by)))
+
+
+def _settled(
+    model: HookedModel,
+    prompt: Prompt,
+    targets: TargetLike | Sequence[TargetLike] | None,
+    counterfactual: Prompt | None,
+    rule: str,
+) -> Setting:
+    setting = settle(model, prompt, targets, counterfactual=counterfactual, rule=rule)
+    if setting.scores.frame.empty:
+        raise UserError(
+            "no feature is active on this prompt, so there is nothing to draw a graph of",
+            expected="at least one active feature",
+            where=model.store.name,
+            repair="`circuits check` measures whether the set fits this model",
+        )
+    return setting
 
 
 def check_options(

@@ -9,8 +9,8 @@ by the name that it had before transformers 5.24; until it knows the new one, th
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from hooks.host import CACHE, Host
 from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
 from hooks.store import TranscoderStore
-from hooks.swap import Swap
+from hooks.swap import EVERYWHERE, Places, Swap, Where
 from hooks.types import Edit, MaskMode, Pass
 
 
@@ -173,6 +173,7 @@ def fwd_hooks(
     interventions: Interventions,
     *,
     swap: Swap | None = None,
+    where: Where = EVERYWHERE,
     mask: MaskMode = "frozen",
     max_new_tokens: int = 0,
 ) -> list[tuple[str, Callable[..., Tensor]]]:
@@ -184,7 +185,8 @@ def fwd_hooks(
         pads, lengths = came.padding(getattr(host.tokenizer, "pad_token_id", None))
         rows = [interventions] * came.rows
         plan = make_plan(store, rows, lengths, new_tokens=max_new_tokens, mask=mask, pads=pads)
-        return make_edits(store, plan, swap), Pass(0, lengths, pads=pads)
+        placed = swap and replace(swap, places=_places(host, where, came, pads, lengths, max_new_tokens))
+        return make_edits(store, plan, placed), Pass(0, lengths, pads=pads)
 
     # what exists is checked now; where it stands can only be checked when a prompt is there
     room = [host.max_positions]
@@ -195,6 +197,18 @@ def fwd_hooks(
     for number, edit in enumerate(make_edits(store, Plan(tables, mask), swap)):
         pairs += _pairs(running, number, edit.site)
     return pairs
+
+
+def _places(
+    host: Host, where: Where, came: Incoming, pads: Sequence[int], lengths: Sequence[int], new_tokens: int
+) -> Places:
+    """Where sites are replaced in what the bridge was given."""
+    if where.everywhere:
+        return Places()
+    if came.ids is None:
+        raise UserError("positions= and skip= need tokens, and the bridge was given embeddings")
+    rows = [row[pad : pad + length] for row, pad, length in zip(came.ids.tolist(), pads, lengths, strict=True)]
+    return where.on(host, host.batch(rows), new_tokens)
 
 
 def _pairs(running: "_Running", number: int, site: Site) -> list[tuple[str, Callable[..., Tensor]]]:

@@ -7,6 +7,7 @@ transformers. The modules that act on a word import it from here.
 ERROR_MODES = ("live", "frozen", "zero")
 MASK_MODES = ("frozen", "live")
 PRECISIONS = ("exact", "native")
+SKIPS = ("special", "sinks")
 CHANGES = ("zero", "mean", "resample", "scale", "set")
 METRICS = ("delta", "delta_logit", "delta_prob", "kl", "rank")
 

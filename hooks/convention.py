@@ -76,6 +76,11 @@ def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, writ
         CheckpointError: what is given contradicts what is stored.
     """
     given_read, given_write = given_sites(checkpoint, read, write)
+    if checkpoint.sites_source == "calibrated":
+        for name, taken, have in (("read", given_read, checkpoint.read), ("write", given_write, checkpoint.write)):
+            if have and taken != have:
+                said = "%s: --%s %s is taken, and an earlier check found %s"
+                log.warning(said, checkpoint.root, name, taken, have)
     if given_read and given_write:
         return Convention(given_read, given_write, sites_source(checkpoint, read, write))
     undecided = checkpoint.sites_source == "undecided"
@@ -141,6 +146,7 @@ def choose(
     """The part of a set that was asked for; see `TranscoderStore.open`.
 
     Args:
+        k: goes before a stored one, which is said aloud.
         found: what an earlier check measured: the sites, encoder and decoder, where nothing else says them.
 
     Raises:
@@ -149,6 +155,8 @@ def choose(
     decoder, k = (None if number is None else whole(number, name) for name, number in (("decoder", decoder), ("k", k)))
     layers = None if layers is None else wholes(layers, "layers")
     source: Source | None = "given" if encoder else None
+    if encoder not in (None, "trained") and checkpoint.encoder_source not in OPEN:
+        log.warning("%s: --encoder %s is taken, and the files state the trained one", checkpoint.root, encoder)
     measured = found if decoder is None else narrowed(found, decoder)
     if measured:
         best, clear = measured.best, measured.usable
@@ -157,6 +165,9 @@ def choose(
             decoder = best.decoder if decoder is None and checkpoint.decoders > 1 else decoder
             if encoder is None and checkpoint.encoder_source in OPEN and best.encoder in encoders(checkpoint):
                 encoder, source = best.encoder, "calibrated"
+            elif encoder not in (None, best.encoder):
+                said = "%s: --encoder %s is taken, and an earlier check found that %s fits best"
+                log.warning(said, checkpoint.root, encoder, best.encoder)
     known = encoders(checkpoint)
     if encoder is not None and encoder not in known:
         raise CheckpointError(
@@ -175,7 +186,23 @@ def choose(
     if k is None:
         _check_k_known(checkpoint, sources)
         return replace(checkpoint, layers=sources)
-    return replace(checkpoint, layers=tuple(_with_k(source, k) for source in sources), selection_notes=())
+    chosen = tuple(_with_k(source, k) for source in sources)
+    _say_other_k(checkpoint, sources, k)
+    return replace(checkpoint, layers=chosen, selection_notes=())
+
+
+def _say_other_k(checkpoint: Checkpoint, sources: Sequence[LayerSource], k: int) -> None:
+    """A given k goes before a stored one, but not without a word."""
+    other = [s for s in sources if s.k_source not in ("assumed", "unknown") and (s.activation, s.k) != ("topk", k)]
+    if other:
+        rules = sorted({f"{source.activation} {source.k or ''}".strip() for source in other})
+        log.warning(
+            "%s: --k %d is taken, and the files state %s (layers %s)",
+            checkpoint.root,
+            k,
+            ", ".join(rules)[:80],
+            spans([source.layer for source in other]),
+        )
 
 
 def _check_k_known(checkpoint: Checkpoint, sources: Sequence[LayerSource]) -> None:

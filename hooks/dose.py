@@ -152,7 +152,10 @@ def _effects(
             some = plans[start : start + ROWS_PER_PASS]
             batch = host.batch([list(prompt)] * len(some))
             edits = model.edits(batch, some, new_tokens=setting.max_new_tokens, **setting.changing)
-            out += [effect(before, row, answer, other) for row in host.forward_at(batch, batch.last, edits)]
+            out += [
+                effect(before, row, answer, other, string=host.string)
+                for row in host.forward_at(batch, batch.last, edits)
+            ]
     return out
 
 

@@ -4,6 +4,7 @@ Everything a person or a file got wrong is a `UserError` (exit status 2, no trac
 `assert` with a text, or any other exception (exit status 1).
 """
 
+import errno
 import re
 from typing import Any
 
@@ -92,7 +93,8 @@ class PictureError(OutputError):
 
 def memory_ran_out(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on either kind of device."""
-    if not isinstance(error, RuntimeError):
-        return isinstance(error, MemoryError)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
     # torch's own class by its name: the command line starts with this file, and without torch
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    said = str(error).lower()  # of a RuntimeError of torch, or what safetensors makes of the system's refusal
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said or "cannot allocate" in said

@@ -102,7 +102,8 @@ class FeatureCache(Mapping[str, SparseActs | Tensor]):
                 found=", ".join(str(each.values.shape[-1]) for each in acts),
                 repair="take them one by one, or to_frame()",
             )
-        return SparseActs(torch.stack([each.values for each in acts]), torch.stack([each.indices for each in acts]))
+        values, indices = torch.stack([each.values for each in acts]), torch.stack([each.indices for each in acts])
+        return SparseActs(values, indices, self.batch.mask.expand(len(acts), -1, -1))
 
     def to_frame(self) -> pd.DataFrame:
         """Every active feature at every real token, one per line: row, pos, token, layer, feature, activation."""

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.errors import CheckpointError, first_line
-from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, plain
+from hooks.errors import CheckpointError, first_line, memory_ran_out
+from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, foreign, open_zip, plain
+from hooks.links import is_file
 from hooks.output import replacing
 
 # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
@@ -64,20 +65,27 @@ def _unpickled(path: Path) -> Any:
     except Exception as error:  # torch.load raises whatever its parser stumbles over
         unsafe = _UNSAFE.search(str(error))
         if unsafe:
-            raise CheckpointError(
-                f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
-                expected="tensors, numbers and texts in plain containers",
-                where=str(path),
-                found=unsafe[0][:160],
-                repair="save it again as a plain dict of tensors, or use another source",
-            ) from None
+            raise foreign(path, unsafe[0][:160]) from None
+        if memory_ran_out(error):
+            raise too_large(path) from None
         raise CheckpointError(
             f"{path.name} is damaged or incomplete",
             expected="a file written by torch.save",
-            found=f"{path.stat().st_size:,} bytes; {first_line(error)}" if path.is_file() else "a link to nothing",
+            found=f"{path.stat().st_size:,} bytes; {first_line(error)}" if is_file(path) else "a link to nothing",
             where=str(path),
             repair="download it again",
         ) from None
+
+
+def too_large(path: Path) -> CheckpointError:
+    """The error where there is no memory for a file, or no room to map it."""
+    return CheckpointError(
+        f"memory ran out while {path.name} was read",
+        expected=f"room for {path.stat().st_size:,} bytes",
+        found="an allocation that the system refused",
+        where=str(path),
+        repair="close other programs, lower --budget-gb, or raise the limit on address space (ulimit -v)",
+    )
 
 
 def _load_pt(path: Path) -> Any:
@@ -86,7 +94,7 @@ def _load_pt(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "mmap" not in str(error):
+            if "mmap" not in str(error) or memory_ran_out(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the legacy layout cannot be mapped
 
@@ -224,7 +232,11 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
+        if memory_ran_out(error):
+            raise too_large(path) from None
+        if isinstance(error, RuntimeError):
+            raise
         raise CheckpointError(
             f"{path.name} is not a readable safetensors file",
             expected="a header, and behind it the bytes of every tensor it names",
@@ -234,7 +246,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-_NPZ_MOST = 20  # claimed bytes per byte of the archive; float32 weights that hold bf16 values shrink to about half
+_NPZ_MOST = 4  # claimed bytes per byte of the archive; float32 weights that hold bf16 values shrink to about half
 
 
 def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -275,11 +287,13 @@ def npz_load(path: Path, key: str) -> Tensor:
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             yield archive
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if memory_ran_out(error):
+            raise too_large(path) from None
         raise CheckpointError(
             f"{path.name} is not a readable npz file",
             expected="an archive of plain float arrays, as numpy.savez writes it",

@@ -1,13 +1,14 @@
 """What a check found, beside the files it is about: in a native set's manifest, else in `calibration.json`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from hooks.documents import read_json
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import OPEN, native
-from hooks.guard import read_json
+from hooks.links import is_there
 from hooks.output import write_json
 from hooks.sites import SiteSpec
 
@@ -16,8 +17,12 @@ Verdict = Literal["clear", "too close", "none is good"]
 """Whether the measured convention may be built on; see `hooks.verdict.decide`."""
 
 
+_T = TypeVar("_T")
+_Several = Annotated[tuple[_T, ...], Field(strict=False)]  # JSON has lists
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LayerFinding(_Strict):
@@ -99,7 +104,7 @@ class Selection(_Strict):
     source: Literal["stored", "metadata", "given", "undetermined"]
     measured_with: str
     reason: str
-    curve: tuple[CurvePoint, ...] = ()
+    curve: _Several[CurvePoint] = ()
 
 
 class DecoderFinding(_Strict):
@@ -122,16 +127,16 @@ class Findings(_Strict):
         notes: what has to be known besides, in sentences.
     """
 
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1, le=1)] = 1  # a Literal would take true for 1
     verdict: Verdict
     other_model: bool
     best: Candidate
     margin: float | None
-    ranking: tuple[Candidate, ...]
-    layers: tuple[LayerFinding, ...]
+    ranking: _Several[Candidate]
+    layers: _Several[LayerFinding]
     selection: Selection
-    decoders: tuple[DecoderFinding, ...] = ()
-    notes: tuple[str, ...] = ()
+    decoders: _Several[DecoderFinding] = ()
+    notes: _Several[str] = ()
     tokens: int = Field(ge=1)
     sinks: int = Field(ge=0)
     text: str
@@ -167,19 +172,18 @@ def of(root: str | Path) -> Findings | None:
         stored, path = native.read_manifest(root).calibration, root / native.MANIFEST
         return None if stored is None else _parsed(stored, path)
     path = root / FILE
-    return _parsed(read_json(path), path) if path.exists() or path.is_symlink() else None
+    return _parsed(read_json(path), path) if is_there(path) else None
 
 
 def _parsed(stored: Any, path: Path) -> Findings:
     try:
         return Findings.model_validate(stored)
     except (ValidationError, UserError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else []
-        found = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'findings'}: {fault['msg']}" for fault in faults)
+        found = native.faults(error, "findings") if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(
             "the findings of an earlier check cannot be read",
             expected="what `circuits check --save` of this version writes",
-            found=found[:400] or str(error),
+            found=found,
             where=str(path),
             repair="check the set again with --save" if path.name == FILE else "remove `calibration` from the manifest",
         ) from None

@@ -42,6 +42,8 @@ PLAIN = ("sdpa", "eager")  # attention implementations whose masks and layout ar
 
 Function = Callable[..., Any]
 _SLOT, _KIND = "held_attention", "_attn_implementation"
+_HELD = re.compile(r"(Qwen2|Qwen3|Llama)(Attention|RMSNorm|MLP)")
+_CALLED = re.compile(r"(Qwen2|Qwen3|Llama|Mistral|Qwen2Moe|Qwen3Moe|Mixtral)Attention")  # they look a function up
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,21 @@ def own_attention(host: Host, attend: Callable[[int], Function]) -> Iterator[Non
     Raises:
         UserError: the model's attention is of another kind, or held already.
     """
-    names = _names(host, "attention")
+    names = _names(host, "attention", _CALLED)
     with _replaced(host, {name: attend(layer) for layer, name in enumerate(names)}):
         yield
+
+
+def unknown_attention(host: Host) -> str:
+    """What keeps `own_attention` from a model, in a few words; empty where it works, or attention is held already."""
+    kind = str(host.decoder.config._attn_implementation)
+    if kind.removeprefix("held_") not in PLAIN:
+        return f"attention is of the kind {kind!r}"
+    try:
+        _names(host, "attention", _CALLED)
+    except UserError as error:
+        return f"attention is not of a known kind ({error.found})"
+    return ""
 
 
 def plain_attention(host: Host, layer: int) -> Function:
@@ -136,8 +150,11 @@ def plain_attention(host: Host, layer: int) -> Function:
 # -- where the parts are -------------------------------------------------------------------------------------------
 
 
-def _names(host: Host, part: str) -> list[str]:
+def _names(host: Host, part: str, known: re.Pattern[str] = _HELD) -> list[str]:
     """The modules of one part, by their names inside the decoder.
+
+    Args:
+        known: names of the classes that will do.
 
     Raises:
         UserError: one of them is not there, or is not transformers' own.
@@ -157,7 +174,7 @@ def _names(host: Host, part: str) -> list[str]:
     for name in names:
         owner = name.removesuffix(".act_fn")
         kind = type(modules.get(owner)).__name__
-        if name not in modules or not re.fullmatch(r"(Qwen2|Qwen3|Llama)(Attention|RMSNorm|MLP)", kind):
+        if name not in modules or not known.fullmatch(kind):
             raise UserError(
                 f"the {part} of {type(host.model).__name__} cannot be held",
                 expected="a Qwen2, Qwen3 or Llama model of transformers, with its own modules",

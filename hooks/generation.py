@@ -10,7 +10,7 @@ prompts → rows of tokens, padded on the left → pass → logits → one more 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -136,11 +136,16 @@ class Decoding:
         """Forget keys and values from this column on."""
         if self._cache is None or columns >= self.cached:
             return
-        sliding = any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
-        if columns <= 0 or sliding:  # a sliding window has dropped what would be needed again
+        if columns <= 0 or not all(map(_keeps_all, self._cache.layers)):
             self._cache = self._empty()
         else:
             self._cache.crop(columns - self.cached)
+
+
+def _keeps_all(layer: Any) -> bool:
+    """Whether a layer's cache can go back to fewer tokens: a sliding window has dropped some, linear attention has one
+    state for all of them."""
+    return not getattr(layer, "is_sliding", False) and not hasattr(layer, "recurrent_states")
 
 
 class Row:
@@ -227,7 +232,7 @@ def check_length(host: Host, length: int, max_new_tokens: int) -> int:
         raise PromptError(
             f"{length} prompt tokens and {max_new_tokens} new ones do not fit",
             expected=f"at most {host.max_positions} together, the model's context",
-            repair="lower --max-new-tokens or shorten the prompt",
+            repair="lower --max-new-tokens, shorten the prompt, or say how far the model reads: context=N, --context N",
         )
     return max_new_tokens
 

@@ -5,12 +5,14 @@ for what exists: a header that claims a terabyte, an archive that would unpack t
 are all the same four bytes.
 """
 
-import json
+import io
 import math
+import pickletools
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooks.documents import check_text, parse_json
 from hooks.errors import CheckpointError, first_line
+from hooks.links import is_file
 
-TEXT_LIMIT = 16 << 20  # bytes of a manifest or config; those of 63 layers have some 10 kB
-_HEADER_LIMIT = 64 << 20  # bytes of a safetensors header, or of the pickle in an archive; 1 kB is usual
+_HEADER_LIMIT = 16 << 20  # bytes of a safetensors header, or of the pickle in an archive; 1 kB is usual
+_DIRECTORY_LIMIT = 1 << 20  # bytes of a zip archive's directory, some 10,000 members; a dozen is usual
+_PICKLE_STEPS = 300_000  # of a pickle; each may become a container. A hundred per tensor is usual
 _DEPTH = 32  # containers within containers
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "C64": 8}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C128": 16}
@@ -51,39 +56,6 @@ class Archive:
     storages: frozenset[int] | None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a small JSON file.
-
-    Raises:
-        CheckpointError: it is too large, nested too deeply, names a key twice, or is no JSON.
-    """
-    try:
-        size = path.stat().st_size
-        if size > TEXT_LIMIT:
-            raise ValueError(f"{size:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read",
-            expected=f"JSON of at most {TEXT_LIMIT >> 20} MiB",
-            found=_said(error),
-            where=str(path),
-            repair="download or convert the set again",
-        ) from None
-
-
-def _said(error: Exception) -> str:
-    return "containers nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} stands there twice")
-    return out
-
-
 def check_safetensors(path: Path) -> dict[str, Stored]:
     """Names, dtypes and shapes in a safetensors file, its header compared with the bytes that are there.
 
@@ -98,13 +70,13 @@ def check_safetensors(path: Path) -> dict[str, Stored]:
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"{size:,} bytes, and a header that claims {length:,}")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+            header = parse_json(file.read(length))
         return _stored(header, size - 8 - length)
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path.name} is not a readable safetensors file",
             expected="a header, and behind it the bytes of every tensor it names",
-            found=_said(error),
+            found=first_line(error),
             where=str(path),
             repair="download or convert it again",
         ) from None
@@ -158,10 +130,13 @@ def check_archive(path: Path) -> Archive:
             zipped = file.read(4) == b"PK\x03\x04"
         size = path.stat().st_size
         if not zipped:
+            _check_old_layout(path)
             return Archive(size, None)
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             members = archive.infolist()
             broken = _fault(members, size) or _damaged_text(archive, members)
+    except _Foreign as error:
+        raise foreign(path, str(error)) from None
     except UNREADABLE as error:
         raise _damaged(path, first_line(error)) from None
     if broken:
@@ -170,7 +145,7 @@ def check_archive(path: Path) -> Archive:
 
 
 def _damaged(path: Path, found: str) -> CheckpointError:
-    size = f"{path.stat().st_size:,} bytes; " if path.is_file() else "a link to nothing; " if path.is_symlink() else ""
+    size = f"{path.stat().st_size:,} bytes; " if is_file(path) else "a link to nothing; " if path.is_symlink() else ""
     return CheckpointError(
         f"{path.name} is damaged or incomplete",
         expected="a file written by torch.save",
@@ -200,16 +175,94 @@ def _fault(members: list[zipfile.ZipInfo], size: int) -> str:
 def _damaged_text(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> str:
     """The small members, the pickle among them, against their checksums; those of tensors wait until they are read."""
     for member in members:
-        if "/data/" in f"/{member.filename}":
+        if member.filename.split("/")[1:2] == ["data"]:
             continue
         if member.file_size > _HEADER_LIMIT:
             return f"{member.filename[:80]!r} of {member.file_size:,} bytes"
-        if not member.CRC:  # torch can be told to leave checksums away
-            continue
-        archive.read(member)  # raises if the checksum differs
-        if member.filename.endswith("byteorder") and archive.read(member) == b"big":
+        if not member.CRC:  # torch can be told to leave checksums away; then nothing is compared
+            del member.CRC
+        raw = archive.read(member)  # raises if the checksum differs
+        if member.filename.endswith("byteorder") and raw == b"big":
             return "numbers in big-endian order"
+        if member.filename.endswith(".pkl"):
+            _check_pickle(io.BytesIO(raw))
     return ""
+
+
+class _Bounded(io.FileIO):
+    """A file that is never asked for a whole directory of any length: zipfile takes the archive's word for it."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `_DIRECTORY_LIMIT` bytes at once.
+
+        Raises:
+            ValueError: more are asked for.
+        """
+        if size is not None and size > _DIRECTORY_LIMIT:
+            raise ValueError(f"a directory of {size:,} bytes")
+        return super().read(-1 if size is None else size) or b""
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """An archive, its directory read within bounds.
+
+    Raises:
+        ValueError: the directory is too large.
+        OSError, zipfile.BadZipFile: the file cannot be read, or is no archive.
+    """
+    with _Bounded(path) as file:
+        zipfile.ZipFile(file).close()
+    return zipfile.ZipFile(path)
+
+
+# what a pickle of tensors and plain containers names; the unpickler knows some more, which take memory unasked
+_NAMED = re.compile(
+    r"collections OrderedDict|builtins set|torch (Size|device|\w+Storage|[a-z]+\d*(_\w+)?)"
+    r"|torch\.storage UntypedStorage|torch\._utils _rebuild_\w+"
+    r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+)
+
+_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # torch.save writes none of these
+
+
+def _check_pickle(file: io.BytesIO | io.BufferedReader) -> None:
+    """Walk through one pickle without making anything of it. Leaves the file behind its end.
+
+    Raises:
+        ValueError: it is damaged, has too many steps, or names something that no set of tensors needs.
+    """
+    try:
+        for count, (step, named, _) in enumerate(pickletools.genops(file)):
+            if count > _PICKLE_STEPS:
+                raise ValueError(f"a pickle of more than {_PICKLE_STEPS:,} steps")
+            if step.name in _CALLS:
+                raise _Foreign(f"a pickle with {step.name}")
+            if step.name == "GLOBAL" and not _NAMED.fullmatch(str(named)):
+                raise _Foreign(f"GLOBAL {str(named).replace(' ', '.')[:140]}")
+    except (MemoryError, OverflowError):
+        raise ValueError("a pickle that claims more bytes than there are") from None
+
+
+def _check_old_layout(path: Path) -> None:
+    """torch's layout before 1.6: a magic number, a version, facts about the machine, the object, and its storages."""
+    with path.open("rb") as file:
+        for _ in range(5):
+            _check_pickle(file)
+
+
+class _Foreign(ValueError):  # noqa: N818
+    """A pickle that holds more than tensors and containers."""
+
+
+def foreign(path: Path, found: str) -> CheckpointError:
+    """The error for a pickle that holds more than tensors and containers."""
+    return CheckpointError(
+        f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
+        expected="tensors, numbers and texts in plain containers",
+        where=str(path),
+        found=found,
+        repair="save it again as a plain dict of tensors, or use another source",
+    )
 
 
 def plain(content: object, path: Path, archive: Archive) -> Any:
@@ -240,6 +293,8 @@ def _plain(part: object, archive: Archive, seen: dict[int, Any], depth: int) -> 
     if isinstance(part, Tensor):
         _check_tensor(part, archive)
         return Tensor.detach(part)
+    if isinstance(part, str):
+        check_text(part)
     if not isinstance(part, dict | list | tuple | set | frozenset):
         return part
     if id(part) in seen:
@@ -251,6 +306,8 @@ def _plain(part: object, archive: Archive, seen: dict[int, Any], depth: int) -> 
     seen[id(part)] = _OPEN
     made: Any
     if isinstance(part, dict):
+        for key in part:
+            _plain(key, archive, seen, depth + 1)
         made = {key: _plain(value, archive, seen, depth + 1) for key, value in dict.items(part)}
     elif isinstance(part, set | frozenset):
         made = set(part)
@@ -281,7 +338,7 @@ def check_sums(path: Path, sizes: Collection[int]) -> None:
     if check_archive(path).storages is None:
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for member in archive.infolist():
                 if member.CRC and member.file_size in sizes:  # torch can be told to leave checksums away
                     with archive.open(member) as file:
@@ -289,11 +346,3 @@ def check_sums(path: Path, sizes: Collection[int]) -> None:
                             pass
     except UNREADABLE as error:
         raise _damaged(path, first_line(error)) from None
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """A foreign value for a message, whatever it is and however large."""
-    if isinstance(value, str | int | float | bool | None):
-        return repr(value)[:limit]
-    kind = type(value).__name__
-    return f"a {kind} of {len(value)}" if isinstance(value, Mapping | list | tuple | set) else f"a {kind}"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
+from hooks.context import context_of
 from hooks.errors import ModelError, first_line, memory_ran_out
 from hooks.exclusive import Exclusive, uninterrupted
 from hooks.kernels import linear_fp32
@@ -38,13 +39,21 @@ HookKind = Literal["before", "after"]
 
 
 class Host(Tokens):
-    """A causal language model of transformers with its tokenizer."""
+    """A causal language model of transformers with its tokenizer.
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    Args:
+        context: how many tokens it may be given; by default what its config says, see `hooks.context`.
+
+    Raises:
+        ModelError: it has no unembedding, or adapters around it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, context: int | None = None):
+        _check_kind(model)
         self.layers = decoder_layers(model)
         self.model = model.eval().requires_grad_(False)
         config: Any = model.config
-        super().__init__(tokenizer, config.vocab_size, int(getattr(config, "max_position_embeddings", 1 << 30)))
+        super().__init__(tokenizer, config.vocab_size, context_of(config, context))
         self.n_layers, self.d_model = len(self.layers), config.hidden_size
         self.held = False  # whether parts of the model stand at values of another pass, `hooks.freeze`
         self.exact = False  # whether a half-precision model computes in fp32 now, `hooks.arithmetic`
@@ -54,7 +63,14 @@ class Host(Tokens):
             log.warning("fp16 overflows in this model family; bfloat16 or float32 is safer")
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: torch.dtype | None = None, device_map: str | None = None) -> "Host":
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device_map: str | None = None,
+        context: int | None = None,
+    ) -> "Host":
         """A local folder, or a hub id.
 
         Raises:
@@ -91,7 +107,7 @@ class Host(Tokens):
                 expected="every tensor that its config.json asks for",
                 found=f"{len(missing)} missing, {missing[0]} for one",
             )
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, context)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -195,26 +211,37 @@ class Host(Tokens):
         """Streams in front of block `first` → in front of block `last`: those blocks alone, no padding, no cache.
 
         Raises:
-            ModelError: some of the blocks attend through a sliding window shorter than the rows.
+            ModelError: it is not known here which tokens some of the blocks attend to.
         """
-        window = self.window(first, last)
-        if window is not None and x.shape[1] > window:
-            raise ModelError(
-                f"blocks {first} to {last - 1} attend through a sliding window of {window}",
-                expected=f"at most {window} tokens",
-                found=f"{x.shape[1]}",
-            )
         places = torch.arange(x.shape[1], device=x.device)[None]
-        mask = None  # causal by itself, except in eager attention
-        config: Any = self.model.config
-        if config._attn_implementation == "eager":
-            mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
-            mask = mask.triu(1)[None, None]
         with Exclusive(self.layers), torch.no_grad():
             rotary = self.decoder.rotary_emb(x, places)
-            for block in decoder_layers(self.model)[first:last]:
-                x = block(x, attention_mask=mask, position_ids=places, position_embeddings=rotary)
+            for number in range(first, last):
+                mask = self._mask(number, x)
+                x = self.layers[number](x, attention_mask=mask, position_ids=places, position_embeddings=rotary)
         return x
+
+    def _mask(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Shaped[Tensor, "1 1 pos pos"] | None:
+        """What transformers hands a block for rows without padding; None: causal by itself, or no attention."""
+        config: Any = self.model.config
+        slides, length = getattr(config, "sliding_window", None), x.shape[1]
+        types = getattr(config, "layer_types", None)  # where a config has none, all layers are alike (Mistral)
+        kind = types[layer] if types else "sliding_attention" if slides else "full_attention"
+        if kind not in ("full_attention", "sliding_attention", "linear_attention"):
+            raise ModelError(
+                f"it is not known which tokens block {layer} attends to",
+                expected="full, sliding or linear attention",
+                found=str(kind),
+            )
+        eager = config._attn_implementation.removeprefix("held_") == "eager"
+        window = int(slides or length) if kind == "sliding_attention" else length
+        if kind == "linear_attention" or (window >= length and not eager):
+            return None
+        back = torch.arange(length, device=x.device)
+        seen = ((back[:, None] >= back) & (back[:, None] - back < window))[None, None]
+        if not eager:
+            return seen
+        return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
 
     def forward_hidden(self, batch: Batch, edits: Sequence[Edit] = ()) -> Float[Tensor, "batch pos d_model"]:
         """The stream behind the final norm; no logits are formed."""
@@ -466,6 +493,22 @@ def _attach_branch(session: Attached, model: nn.Module, site: Site, through: Cal
     session.hook(module, "before", into_norm)
     session.hook(mlp, "after", keep_mlp)
     session.hook(block, "after", rebuild, prepend=True)  # before edits at resid_post
+
+
+def _check_kind(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
+        raise ModelError(
+            f"{name} is a wrapper around a model with adapters",
+            expected="the transformers model itself, the adapters merged into its weights",
+            repair="model.merge_and_unload(), and what that returns instead",
+        )
+    if not hasattr(model, "get_output_embeddings") or isinstance(model.get_output_embeddings(), nn.Module):  # type: ignore[operator]
+        return  # what is no transformers model at all is refused by its layers
+    raise ModelError(
+        f"{name} has no unembedding, so there is no next token to predict",
+        expected="a causal language model, as …ForCausalLM of transformers",
+    )
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

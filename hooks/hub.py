@@ -13,17 +13,19 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
 
+from hooks.documents import TEXT_LIMIT, read_json
 from hooks.errors import CheckpointError, first_line
-from hooks.guard import TEXT_LIMIT, read_json
-from hooks.links import hub_snapshot
+from hooks.links import hub_snapshot, is_file, is_folder, is_there
 
 _ID = re.compile(r"(?P<marked>hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(?:/[^/@]+)*)/?(?:@(?P<revision>[^@]+))?")
 _WEIGHTS = re.compile(
-    r"transcoder_L\d+\.pt|layer_?\d+\.safetensors|layer\d+\.sae\.pt|W_(enc|dec)_\d+\.safetensors"
-    r"|sae(_weights)?\.safetensors|ae\.pt|params\.(npz|safetensors)"
+    r"transcoder_L\d{1,6}\.pt|layer_?\d{1,6}\.safetensors|layer\d{1,6}\.sae\.pt|W_(enc|dec)_\d{1,6}\.safetensors"
+    r"|sae(_weights)?\.safetensors|ae\.pt|params\.(npz|safetensors)|final\.safetensors"
 )
-_CONFIGS = frozenset(("manifest.json", "config.json", "cfg.json", "config.yaml", "config.yml"))
-_LAYER = re.compile(r"(?:^|[/_.-])(?:transcoder_L|layers?[._-]?|blocks\.|W_(?:enc|dec)_)(\d+)(?=\D)")
+_CONFIGS = frozenset(("manifest.json", "config.json", "cfg.json", "config.yaml", "config.yml", "hyperparams.json"))
+_LAYER = re.compile(
+    r"(?:^|[/_.-])(?:transcoder_L|layers?[._-]?|blocks\.|W_(?:enc|dec)_|L(?=\d{1,6}(?:R|M|A|TC)-))(\d{1,6})(?=\D)"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def resolve(
             layer, no such layer, an interrupted download, or a cache that lacks files and no connection.
     """
     match = _ID.fullmatch(name)
-    if match is None or (not match["marked"] and (match["folder"] or name[0] in ".~" or Path(name).exists())):
+    if match is None or (not match["marked"] and (match["folder"] or name[0] in ".~" or is_there(name))):
         return _local(name, revision)
     given = [text for text in (match["revision"], revision) if text]
     if len(set(given)) > 1:
@@ -172,7 +174,7 @@ def _known_files(wish: _Wish, snapshot: Path) -> dict[str, int | None]:
         pass
     found: dict[str, int | None] = dict.fromkeys(_files(snapshot))
     manifest = snapshot / wish.folder / "manifest.json"
-    if manifest.is_file():
+    if is_file(manifest):
         content = read_json(manifest)
         layers = content.get("layers") if isinstance(content, dict) else None
         entries = layers.values() if isinstance(layers, dict) else ()
@@ -183,7 +185,7 @@ def _known_files(wish: _Wish, snapshot: Path) -> dict[str, int | None]:
 
 def _files(snapshot: Path) -> list[str]:
     """Everything that is no folder, links to nothing included."""
-    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not path.is_dir()]
+    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not is_folder(path)]
 
 
 def _check_choice(wish: _Wish, chosen: list[str], sizes: dict[str, int | None]) -> None:
@@ -251,7 +253,7 @@ def _finished(
 
 
 def _whole(path: Path, size: int | None) -> bool:
-    return path.is_file() and size in (None, path.stat().st_size)
+    return is_file(path) and size in (None, path.stat().st_size)
 
 
 def _is_weight(name: str) -> bool:

@@ -18,11 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import AddressError, InterventionError
+from hooks.host import Host, tap
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
 from hooks.kernels import gather_features, working_dtype
+from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.swap import Swap
+from hooks.tokens import Batch
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, FeatureAddress, MaskMode, Pass, SparseActs, as_row, shortened
 
@@ -238,6 +241,35 @@ def _check_overlaps(items: Sequence[FeatureIntervention], length: int) -> None:
         others += [(*span, item.address) for span in spans]
 
 
+def inactive(
+    host: Host, store: TranscoderStore, batch: Batch, interventions: Interventions
+) -> tuple[FeatureAddress, ...]:
+    """Addresses whose feature the plain model activates at none of the prompt's tokens that they name. One pass.
+
+    An address that names generated tokens only is not judged.
+
+    Raises:
+        AddressError: an address names what does not exist.
+    """
+    items = as_interventions(interventions)
+    length = batch.lengths[0]
+    for item in items:
+        _check_address(store, item.address, length, host.max_positions)
+    addresses = list(dict.fromkeys(item.address for item in items))
+    seen: dict[Site, Tensor] = {}
+    layers = sorted({address.layer for address in addresses})
+    host.forward_hidden(batch, [tap(site, seen) for site in dict.fromkeys(store.sites(layer)[0] for layer in layers)])
+    silent = set()
+    for layer in layers:
+        acts = store[layer].encode(seen[store.sites(layer)[0]][0])
+        for address in (address for address in addresses if address.layer == layer):
+            here = address.positions.mask(0, length, length).to(acts.values.device)
+            active = (acts.indices[here] == address.feature) & (acts.values[here] > 0)
+            if bool(here.any()) and not bool(active.any()):
+                silent.add(address)
+    return tuple(address for address in addresses if address in silent)
+
+
 def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> list[Edit]:
     """The edits that carry out a plan, replaced sites included; layers that neither touches get none."""
     swapped = set(swap.layers) if swap else set()
@@ -252,7 +284,8 @@ def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> 
 class _Seen:
     """What the read site leaves for the write site."""
 
-    acts: SparseActs | None  # of all tokens; only when the site is replaced
+    acts: SparseActs | None  # of all tokens; only when the site is replaced at some of them
+    replaced: Bool[Tensor, "batch pos"] | None  # at which; None: at all
     skipped: Float[Tensor, "batch pos d_model"] | None  # likewise; only with a skip connection
     tokens: Int[Tensor, " token"]  # flat indices of the tokens with edited features
     delta: Float[Tensor, "token d_model"] | None
@@ -265,9 +298,10 @@ def _layer_edits(
     key = ("transcoder", layer)
 
     def read(x: Tensor, at: Pass) -> Tensor:
-        replaced = swap is not None and swap.error != "live"
+        places = swap.places.mask(at, *x.shape[:2]) if swap else None
+        replaced = swap is not None and swap.error != "live" and (places is None or bool(places.any()))
         acts, skipped = (store[layer].encode(x), store[layer].skipped(x)) if replaced else (None, None)
-        at.memo[key] = _Seen(acts, skipped, *_deltas(store, layer, table, mask, x, at))
+        at.memo[key] = _Seen(acts, places, skipped, *_deltas(store, layer, table, mask, x, at))
         return x
 
     def write(x: Tensor, at: Pass) -> Tensor:
@@ -275,6 +309,7 @@ def _layer_edits(
         out = x
         if swap and seen.acts is not None:
             out = swap.base(store[layer], seen.acts, seen.skipped, x, at).to(x.device)
+            out = out if seen.replaced is None else torch.where(seen.replaced[..., None].to(x.device), out, x)
         return (out if seen.delta is None else _added(out, seen.tokens, seen.delta)).to(x.dtype)
 
     read_site, write_site = store.sites(layer)

@@ -28,9 +28,46 @@ class Snapshot:
     folder: Path
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether an ordinary file is there; not where nobody may look, and not under a name that no disk takes.
+
+    `Path.is_file` raises for those two.
+    """
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; otherwise as `is_file`."""
+    return os.path.isdir(path)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether anything is there, a link to nothing included; otherwise as `is_file`."""
+    return os.path.lexists(path)
+
+
+_DEVICE = "a device, a pipe or a socket"
+
+
+def what_is(path: str | Path) -> str:
+    """`a file`, `a folder`, `a device, …` or `nothing`; where nobody may look, the system's words for that."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except ValueError as error:  # a zero in the name
+        return str(error)
+    return "a file" if is_file(path) else "a folder" if is_folder(path) else _DEVICE
+
+
 def hub_snapshot(root: Path) -> Snapshot | None:
     """The commit of the hub repository that a folder belongs to; None for any other folder."""
-    real = root.resolve()
+    try:
+        real = root.resolve()
+    except (OSError, ValueError, RuntimeError):  # no name of a file at all
+        return None
     for folder in (real, *real.parents):
         repository = folder.parent.parent
         match = _REPOSITORY.fullmatch(repository.name)
@@ -55,7 +92,7 @@ def check_links(root: Path) -> None:
                 where=str(root),
                 repair="name the folder that the files are in",
             )
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+        if entry.is_symlink() or not (is_file(entry.path) or is_folder(entry.path)):
             _check(Path(entry.path), root, home)
 
 
@@ -94,7 +131,7 @@ def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
         ) from None
     for entry in entries:
         yield entry
-        if depth and entry.name not in _TOOLS and Path(entry.path).is_dir():  # of a link too: it was checked by now
+        if depth and entry.name not in _TOOLS and is_folder(entry.path):  # of a link too: it was checked by now
             yield from _entries(entry.path, depth - 1)
 
 
@@ -111,11 +148,20 @@ def _check(path: Path, root: Path, home: Path) -> None:
             where=str(root),
             repair="open the folder that the files are in, or copy them into this one",
         )
-    if real.exists() and not real.is_file() and not real.is_dir():
+    what = what_is(real)
+    if what == _DEVICE:
         raise CheckpointError(
             f"{path.name} is no ordinary file",
             expected="a file or a folder",
-            found="a device, a pipe or a socket",
+            found=_DEVICE,
             where=str(path),
             repair="take it out of the folder",
+        )
+    if what not in ("a file", "a folder", "nothing"):
+        raise CheckpointError(
+            f"cannot look at {path.name}",
+            expected="a file or a folder that may be read",
+            found=what,
+            where=str(path),
+            repair="give yourself permission to read it, or take it out of the folder",
         )

@@ -1,6 +1,7 @@
 """`HookedModel`: the public face over host, store, recording, swap and interventions. Thin."""
 
 import functools
+import html
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,12 @@ from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Host, fingerprint, tap
 from hooks.hub import Resolved, resolve
-from hooks.intervene import Interventions, lists_per_row, make_edits, make_plan
+from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.readout import Effect, RankedToken, Rounding, effect, rounding
+from hooks.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.recording import Recording, record
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
@@ -40,11 +41,11 @@ from hooks.sites import Site, SiteSpec, module_at
 from hooks.steering import Comparison, Setting, compare_steering
 from hooks.store import TranscoderStore
 from hooks.strength import Strength
-from hooks.swap import SiteQuality, Swap, SwapEffect, check_modes, site_quality, swap_effect
+from hooks.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
 from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
-from hooks.types import AddressLike, Edit, ErrorMode, MaskMode
+from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
 
 log = logging.getLogger("hooks")
@@ -67,6 +68,15 @@ class Run:
     after: Float[Tensor, "pos d_model"]
     host: Host
     precision: str
+    store: TranscoderStore
+    interventions: tuple[Any, ...] = ()
+
+    @cached_property
+    @exclusive
+    def inactive(self) -> tuple[FeatureAddress, ...]:
+        """Addresses of interventions whose feature the clean run activates at none of the tokens they name: to ablate
+        or scale it does nothing. Found by one more pass, when it is asked for."""
+        return inactive(self.host, self.store, self.batch, self.interventions)
 
     @cached_property
     def baseline(self) -> Float[Tensor, "pos vocab"]:
@@ -92,7 +102,22 @@ class Run:
         other = None if against is None else self.host.token_id(against)
         if token == other:
             raise TargetError("target and against are the same token", found=repr(self.host.string(token)))
-        return effect(before, after, token, other)
+        return effect(before, after, token, other, string=self.host.string)
+
+    def __repr__(self) -> str:
+        """One line: how long the prompt is, and the answer before and after."""
+        before, after = (token_name(top.token, top.id) for (top,) in (self.top_before(1), self.top_after(1)))
+        return f"Run({len(self.logits)} tokens, answer {before} → {after})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the likeliest next tokens before and after."""
+        rows = zip(self.top_before(), self.top_after(), strict=True)
+        cells = [[(token_name(top.token, top.id), f"{top.prob:.3f}") for top in pair] for pair in rows]
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(name)}</td><td>{prob}</td>" for name, prob in row) + "</tr>"
+            for row in cells
+        )
+        return f"<table><tr><th colspan='2'>plain</th><th colspan='2'>with interventions</th></tr>{body}</table>"
 
     def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
@@ -109,11 +134,18 @@ class Run:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """Reconstruction quality per layer, and what replacing the chosen layers did."""
+    """Reconstruction quality per layer, and what replacing the chosen layers did.
+
+    Attributes:
+        positions: where sites were replaced, and what `layers` is over.
+        measured: what `effect` is over.
+    """
 
     layers: tuple[SiteQuality, ...]
     effect: SwapEffect
     run: Run
+    positions: tuple[int, ...]
+    measured: tuple[int, ...]
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -172,6 +204,7 @@ class HookedModel:
         device_map: str | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        context: int | None = None,
         precision: str | None = None,
     ) -> "HookedModel":
         """Load a model and its transcoders.
@@ -182,6 +215,7 @@ class HookedModel:
             read, write, k, encoder, decoder, layers, budget_bytes: see `TranscoderStore.open`.
             dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
             device: move the model there; `device_map` lets accelerate spread it instead.
+            context: how many tokens the model may be given, where its config says too few (`hooks.context`).
             precision: in which arithmetic a half-precision model's effects are measured: `exact` (fp32 over the weights
                 as they are stored; the default) or `native` (the model's own rounding). See `hooks.arithmetic`.
 
@@ -209,8 +243,8 @@ class HookedModel:
             return ask_for(config.to_dict(), store, 32, held, where.type)
 
         with explained("loading the model", where, ask):
-            host = load_host(name, dtype=wanted, device=device, device_map=device_map)
-            return cls(host, store, str(name), precision=precision)
+            placed: dict[str, Any] = {"device": device, "device_map": device_map, "context": context}
+            return cls(load_host(name, dtype=wanted, **placed), store, str(name), precision=precision)
 
     @classmethod
     def from_model(
@@ -226,13 +260,14 @@ class HookedModel:
         decoder: int | None = None,
         layers: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        context: int | None = None,
         name: str = "in memory",
         precision: str | None = None,
     ) -> "HookedModel":
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
         sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
         store = _open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
-        return cls(Host(model, tokenizer), store, name, precision=precision)
+        return cls(Host(model, tokenizer, context), store, name, precision=precision)
 
     def request(self, prompts: Prompts) -> Ask:
         """What running some prompts asks of memory, for `hooks.memory.plan`."""
@@ -305,7 +340,7 @@ class HookedModel:
         """The strongest features of each token, a table.
 
         `strength` is |a_i d_i| / |x|, the share of the stream the feature writes: it is comparable across layers,
-        activations are not. The `top` strongest per position over all layers, positions in order.
+        activations are not; NaN where the stream is 0. The `top` strongest per position over all layers, by position.
         """
         top = whole(top, "top", least=1)
         recording = self.record([prompt], layers)
@@ -319,7 +354,8 @@ class HookedModel:
         record = recording.layers[layer]
         values, indices = record.acts.values[0], record.acts.indices[0]
         norms = self.store[layer].W_dec.to(values.dtype).norm(dim=-1)[indices]
-        strength = values * norms / record.target[0].to(values.dtype).norm(dim=-1, keepdim=True)
+        size = record.target[0].to(values.dtype).norm(dim=-1, keepdim=True)
+        strength = torch.where(size > 0, values * norms / size, torch.nan)
         pos, slot = (values > 0).nonzero(as_tuple=True)
         tokens = recording.batch.strings[0]
         return pd.DataFrame(
@@ -345,6 +381,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         hold: HoldLike = "nothing",
         lens_hooks: Sequence[LensHook] = (),
     ) -> Run:
@@ -355,6 +393,9 @@ class HookedModel:
             swap: layers whose sites are replaced by their reconstruction: `"all"`, a list, or None for delta form.
             error: what becomes of the reconstruction error at replaced sites.
             mask: whether TopK selects again when a feature is ablated.
+            positions: at which tokens sites are replaced: as in an address, an index, a slice, `"1:"`, a list, `"new"`;
+                by default at all.
+            skip: tokens of the prompt where they are not: `"special"` ones, attention `"sinks"`, or both.
             hold: what stands at its clean value in both runs: parts (`"attention"`, `("attention", "norms")`), or a
                 `Hold` with outputs of modules.
             lens_hooks: TransformerLens `(name, fn(activation, hook))` pairs, behind the interventions of their site.
@@ -364,12 +405,22 @@ class HookedModel:
                 returns is no activation.
         """
         chosen, batch = self._hold(hold, swap), self.host.batch([prompt])
-        edits = self._edits(batch, [interventions], swap, error, mask)
+        edits = self._edits(batch, [interventions], swap, error, mask, Where(positions, skip))
         edits += lens_edits(lens_hooks, self.host.n_layers)
         with holding(self.host, batch, chosen) as clean:
             before = self.host.forward_hidden(batch, clean)[0]
             after = self.host.forward_hidden(batch, [*clean, *edits])[0] if edits else before
-        return Run(batch, before, after, self.host, self.computes_in)
+        done = tuple(as_interventions(interventions))
+        return Run(batch, before, after, self.host, self.computes_in, self.store, done)
+
+    @measured
+    def inactive(self, prompt: Prompt, interventions: Interventions) -> tuple[FeatureAddress, ...]:
+        """Addresses of interventions whose feature the prompt activates at none of the tokens they name.
+
+        Raises:
+            UserError: as `run`.
+        """
+        return inactive(self.host, self.store, self.host.batch([prompt]), interventions)
 
     @measured
     def run_many(
@@ -380,6 +431,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         hold: HoldLike = "nothing",
         lens_hooks: Sequence[LensHook] = (),
     ) -> Float[Tensor, "batch vocab"]:
@@ -393,7 +446,7 @@ class HookedModel:
         out = []
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
-            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask)
+            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask, Where(positions, skip))
             with holding(self.host, batch, chosen) as clean:
                 out.append(self.host.forward_at(batch, batch.last, [*clean, *edits, *by_lens]))
         return torch.cat(out)
@@ -417,6 +470,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
         observe: Observed = (),
@@ -430,6 +485,7 @@ class HookedModel:
             interventions: of every row, or a list of lists, one per row.
             sampling: of every row, or one per row; a row's random numbers depend on its own seed only.
             stop: texts that end a row; its text is cut in front of them.
+            positions, skip: as in `run`; new tokens are never skipped.
             observe: layers, or `"all"`, whose features at every token come back in `Generated.features`.
             lens_hooks: as in `run`; while tokens are generated a function gets [batch, 1, d_model].
             precision: `native` gives the tokens that transformers gives; `exact` computes in fp32.
@@ -442,7 +498,7 @@ class HookedModel:
         batch = self.host.batch(prompts)
         max_new_tokens = check_length(self.host, max(batch.lengths), max_new_tokens)
         per_row = lists_per_row(interventions, len(prompts))
-        edits = self._generation_edits(batch, per_row, swap, error, mask, max_new_tokens)
+        edits = self._generation_edits(batch, per_row, swap, error, mask, Where(positions, skip), max_new_tokens)
         edits += lens_edits(lens_hooks, self.host.n_layers)
         layers = observed_layers(self.store, observe)
         out = generate(
@@ -467,6 +523,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
         precision: str = "native",
@@ -486,6 +544,8 @@ class HookedModel:
             swap=swap,
             error=error,
             mask=mask,
+            positions=positions,
+            skip=skip,
             sampling=sampling,
             new_tokens=max_new_tokens,
             precision=precision,
@@ -500,6 +560,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         new_tokens: int | None = None,
         precision: str = "native",
@@ -518,7 +580,7 @@ class HookedModel:
         room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
 
         def make(items: Interventions) -> list[Edit]:
-            return self._generation_edits(batch, [items], swap, error, mask, room)
+            return self._generation_edits(batch, [items], swap, error, mask, Where(positions, skip), room)
 
         chosen = choose_precision(self.host, precision)
         return Session(self.host, batch, make, interventions, sampling, chosen)
@@ -530,6 +592,7 @@ class HookedModel:
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
+        where: Where,
         new_tokens: int,
     ) -> list[Edit]:
         if swap is not None and error == "frozen":
@@ -537,7 +600,7 @@ class HookedModel:
                 "a frozen error exists for the prompt only, not for generated tokens",
                 repair="use live or zero",
             )
-        return self._edits(batch, per_row, swap, error, mask, new_tokens)
+        return self._edits(batch, per_row, swap, error, mask, where, new_tokens)
 
     @exclusive
     def steer(
@@ -649,13 +712,30 @@ class HookedModel:
         return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
 
     @measured
-    def swap(self, prompt: Prompt, layers: str | Sequence[int] = "all", error: ErrorMode = "zero") -> SwapReport:
-        """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement."""
+    def swap(
+        self,
+        prompt: Prompt,
+        layers: str | Sequence[int] = "all",
+        error: ErrorMode = "zero",
+        *,
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
+    ) -> SwapReport:
+        """Replace sites by their reconstructions and measure: per layer FVU, loss, L0; then KL, top-1 agreement.
+
+        Args:
+            positions, skip: where, as in `run`. FVU, loss and L0 are over these tokens; KL and top-1 agreement over all
+                from the first of them on, since what comes before is the clean run's.
+        """
         chosen = self._layers(layers)
-        run = self.run(prompt, swap=chosen, error=error)
+        run = self.run(prompt, swap=chosen, error=error, positions=positions, skip=skip)
         recording = record(self.host, self.store, run.batch, chosen)
-        quality = tuple(site_quality(recording, layer) for layer in chosen)
-        return SwapReport(quality, swap_effect(run.baseline[None], run.logits[None], run.batch.mask), run)
+        length = run.batch.lengths[0]
+        swapped = Where(positions, skip).on(self.host, run.batch).in_prompt(0, length)
+        measured = tuple(range(swapped[0], length))
+        quality = tuple(site_quality(recording, layer, marked(swapped, length)) for layer in chosen)
+        effect = swap_effect(run.baseline[None], run.logits[None], marked(measured, length))
+        return SwapReport(quality, effect, run, swapped, measured)
 
     @measured
     def edits(
@@ -666,11 +746,14 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         new_tokens: int = 0,
     ) -> list[Edit]:
         """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
         new_tokens = whole(new_tokens, "new_tokens", least=0)
-        return self._edits(batch, lists_per_row(interventions, len(batch.lengths)), swap, error, mask, new_tokens)
+        per_row = lists_per_row(interventions, len(batch.lengths))
+        return self._edits(batch, per_row, swap, error, mask, Where(positions, skip), new_tokens)
 
     def _edits(
         self,
@@ -679,22 +762,26 @@ class HookedModel:
         swap: str | Sequence[int] | None,
         error: ErrorMode,
         mask: MaskMode,
+        where: Where,
         new_tokens: int = 0,
     ) -> list[Edit]:
         check_modes(error, mask, swapping=swap is not None)
+        where.check(swapping=swap is not None)
         pads = left_pads(batch) if new_tokens else ()
         plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask, pads=pads)
-        return make_edits(self.store, plan, self._swap(batch, swap, error))
+        return make_edits(self.store, plan, self._swap(batch, swap, error, where, new_tokens))
 
-    def _swap(self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode) -> Swap | None:
+    def _swap(
+        self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode, where: Where, new_tokens: int
+    ) -> Swap | None:
         if swap is None:
             return None
-        layers = self._layers(swap)
+        layers, places = self._layers(swap), where.on(self.host, batch, new_tokens)
         clean = {}
         if error == "frozen":
             recording = record(self.host, self.store, batch, layers)
             clean = {layer: seen.error for layer, seen in recording.layers.items()}
-        return Swap(layers, error, clean)
+        return Swap(layers, error, clean, places)
 
     def _hold(self, hold: HoldLike, swap: str | Sequence[int] | None) -> Hold:
         replaced = [] if swap is None else [self.store.sites(layer)[1] for layer in self._layers(swap)]
@@ -719,6 +806,8 @@ class HookedModel:
         swap: str | Sequence[int] | None = None,
         error: ErrorMode = "live",
         mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
         max_new_tokens: int = 0,
     ) -> list[tuple[str, Any]]:
         """`(name, function)` pairs for `bridge.run_with_hooks(tokens, fwd_hooks=...)` of this model's bridge.
@@ -727,7 +816,7 @@ class HookedModel:
         while `bridge.generate` goes on token by token, with its cache or without.
 
         Args:
-            swap, error, mask: as in `run`; no frozen error, since a hook knows no clean run.
+            swap, error, mask, positions, skip: as in `run`; no frozen error, since a hook knows no clean run.
             max_new_tokens: how many tokens may follow the prompt; 0 is a single pass, and every pass a new prompt.
 
         Raises:
@@ -736,8 +825,10 @@ class HookedModel:
         """
         max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=0)
         check_modes(error, mask, swapping=swap is not None)
+        where = Where(positions, skip)
+        where.check(swapping=swap is not None)
         replaced = None if swap is None else Swap(self._layers(swap), error)
-        options: dict[str, Any] = {"swap": replaced, "mask": mask, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"swap": replaced, "where": where, "mask": mask, "max_new_tokens": max_new_tokens}
         return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, **options)
 
     @cached_property
@@ -837,14 +928,22 @@ def _open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
     return transcoders if isinstance(transcoders, TranscoderStore) else TranscoderStore.of(list(transcoders))
 
 
-def load_host(name: str | Path, *, dtype: str | torch.dtype | None, device: str | None, device_map: str | None) -> Host:
+def load_host(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None,
+    device: str | None,
+    device_map: str | None,
+    context: int | None = None,
+) -> Host:
     """A language model alone, where it is wanted; see `HookedModel.load`.
 
     Raises:
         UserError: the device or the precision does not exist, or the model cannot be loaded.
     """
     chosen = _placement(device, device_map)
-    host = Host.load(WEIGHTS if str(name) == "demo" else name, dtype=dtype_of(dtype), device_map=device_map)
+    path, wanted = WEIGHTS if str(name) == "demo" else name, dtype_of(dtype)
+    host = Host.load(path, dtype=wanted, device_map=device_map, context=context)
     if chosen:
         host.model.to(chosen)
     return host

@@ -10,7 +10,7 @@ A module that is closed in a row puts out there what it puts out in the unedited
 clean value to keep, and what the shape of a batch does to the last bits cancels.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -303,6 +303,7 @@ class _Metric:
     target: int | None
     against: int | None
     position: int
+    string: Callable[[int], str]
 
     @classmethod
     def of(cls, host: Host, target: Any, against: Any, position: int, batch: Batch) -> "_Metric":
@@ -314,7 +315,7 @@ class _Metric:
         length, position = batch.lengths[0], whole(position, "position")
         if not -length <= position < length:
             raise TargetError(f"position {position} does not occur", expected=f"-{length} to {length - 1}")
-        return cls(token, other, position % length)
+        return cls(token, other, position % length, host.string)
 
     def read(self, pairs: Sequence[tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]]) -> list[Effect]:
         if not pairs:
@@ -323,7 +324,7 @@ class _Metric:
         if token == self.against:
             raise TargetError("target and against are the same token", found=f"{token}, the clean answer")
         against = effect(*pairs[0], token, self.against).against
-        return [effect(before, after, token, against) for before, after in pairs]
+        return [effect(before, after, token, against, string=self.string) for before, after in pairs]
 
 
 def _written(store: TranscoderStore, items: Sequence[FeatureIntervention]) -> Site:

@@ -21,7 +21,7 @@ from hooks.errors import PromptError, UserError
 from hooks.host import Host
 from hooks.model import HookedModel
 from hooks.quality_report import LayerQuality, Prediction, QualityReport, Replacement
-from hooks.recording import SINK
+from hooks.recording import sink_norm
 from hooks.site_sums import SiteSums, site_sums
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch, Prompt
@@ -113,7 +113,7 @@ def _survey(model: HookedModel, batches: Iterable[Batch], layers: tuple[int, ...
         real = batch.mask.flatten()
         model.host.forward_hidden(batch, [_surveying(model.store, layer, real, totals, norms) for layer in layers])
     every = {layer: torch.cat(parts) for layer, parts in norms.items()}
-    return {n: _Scale(totals[n] / len(every[n]), SINK * float(every[n].median())) for n in layers}
+    return {n: _Scale(totals[n] / len(every[n]), sink_norm(every[n])) for n in layers}
 
 
 def _surveying(

@@ -4,7 +4,9 @@ The default metric everywhere is logit(target) − logit(best other token). The 
 the best one of the *clean* run; it is then held fixed, so before and after are measured on the same axis.
 """
 
-from dataclasses import dataclass
+import html
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +39,7 @@ class Effect:
         target, against: token ids of the metric logit(target) − logit(against).
         baseline, edited: the target's standing before and after.
         metric_before, metric_after: the metric.
+        target_text, against_text: the two tokens as text.
     """
 
     target: int
@@ -45,6 +48,8 @@ class Effect:
     edited: Standing
     metric_before: float
     metric_after: float
+    target_text: str = field(default="", compare=False)
+    against_text: str = field(default="", compare=False)
 
     @property
     def delta_logit(self) -> float:
@@ -61,6 +66,37 @@ class Effect:
         """Change of logit(target) − logit(against)."""
         return self.metric_after - self.metric_before
 
+    @property
+    def name(self) -> str:
+        """The metric in words; a token without a text of its own goes by its id."""
+        return " − ".join(
+            token_name(text, token)
+            for text, token in ((self.target_text, self.target), (self.against_text, self.against))
+        )
+
+    def __repr__(self) -> str:
+        """One line: the metric, then the target's logit, probability and rank, each before and after."""
+        a, b = self.baseline, self.edited
+        return (
+            f"Effect({self.name}: {self.metric_before:.4g} → {self.metric_after:.4g} ({self.delta_metric:+.4g}); logit "
+            f"{a.logit:.4g} → {b.logit:.4g}, probability {a.prob:.3g} → {b.prob:.3g}, rank {a.rank} → {b.rank})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a table."""
+        rows = (("plain", self.baseline, self.metric_before), ("edited", self.edited, self.metric_after))
+        head = "".join(f"<th>{html.escape(word)}</th>" for word in ("", "logit", "probability", "rank", self.name))
+        body = "".join(
+            f"<tr><th>{word}</th><td>{at.logit:.4g}</td><td>{at.prob:.3g}</td><td>{at.rank}</td><td>{metric:.4g}</td></tr>"
+            for word, at, metric in rows
+        )
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def token_name(text: str, token: int) -> str:
+    """A token in words: its text in quotes, and its id where the text alone does not say which token it is."""
+    return repr(text) if text and "\ufffd" not in text else f"{text!r} #{token}"
+
 
 def standing(logits: Float[Tensor, " vocab"], token: int) -> Standing:
     """Logit, probability and rank of one token."""
@@ -75,12 +111,19 @@ def best_other(logits: Float[Tensor, " vocab"], target: int) -> int:
 
 
 def effect(
-    before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"], target: int, against: int | None = None
+    before: Float[Tensor, " vocab"],
+    after: Float[Tensor, " vocab"],
+    target: int,
+    against: int | None = None,
+    *,
+    string: Callable[[int], str] = lambda token: "",
 ) -> Effect:
-    """Compare two distributions at one target."""
+    """Compare two distributions at one target. `string` gives a token's text."""
     other = best_other(before, target) if against is None else against
-    metric = [float(row[target].double() - row[other].double()) for row in (before, after)]
-    return Effect(target, other, standing(before, target), standing(after, target), *metric)
+    first, last = (float(row[target].double() - row[other].double()) for row in (before, after))
+    return Effect(
+        target, other, standing(before, target), standing(after, target), first, last, string(target), string(other)
+    )
 
 
 @dataclass(frozen=True)

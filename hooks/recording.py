@@ -4,12 +4,13 @@ prompts → host (one hooked pass) → per layer: what the transcoder reads, its
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import PromptError
@@ -17,14 +18,38 @@ from hooks.host import Host
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch
-from hooks.types import SparseActs
+from hooks.types import Edit, Pass, SparseActs
 
 SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink
 
 
+def sink_norm(norms: Float[Tensor, " token"]) -> float:
+    """The norm beyond which a token of this text is an attention sink. The one rule of this project."""
+    return SINK * float(norms.median())
+
+
+def is_sink(norms: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
+    """Which tokens of a text are attention sinks, by the norms of their streams at one site."""
+    return norms > sink_norm(norms)
+
+
+def sink_tokens(host: Host, batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """Which real tokens are attention sinks anywhere on their way through the plain model. One pass, no logits."""
+    found = torch.zeros_like(batch.mask)
+
+    def look(x: Float[Tensor, "batch pos d_model"], at: Pass) -> Float[Tensor, "batch pos d_model"]:
+        for row, length in enumerate(batch.lengths):
+            found[row, :length] |= is_sink(x[row, :length].float().norm(dim=-1)).cpu()
+        return x
+
+    streams = [*(Site("resid_pre", layer) for layer in range(host.n_layers)), Site("resid_post", host.n_layers - 1)]
+    host.forward_hidden(batch, [Edit(site, look) for site in streams])
+    return found
+
+
 @dataclass(frozen=True)
 class LayerRecord:
-    """One transcoder's view of the pass. Padded positions hold values of padding tokens; mask them."""
+    """One transcoder's view of the pass. Padded positions hold values of padding tokens; mask them (`acts.real`)."""
 
     layer: int
     read: Float[Tensor, "batch pos d_model"]
@@ -62,6 +87,14 @@ class Recording:
         """Logits at every position, formed when they are first asked for."""
         return self.host.unembed(self.final)
 
+    def __repr__(self) -> str:
+        """One line: how much was recorded."""
+        real = self.batch.mask[..., None]
+        active = sum(int(((seen.acts.values > 0).cpu() & real).sum()) for seen in self.layers.values())
+        size = f"{len(self.batch.lengths)} prompts, {sum(self.batch.lengths)} tokens, {len(self.layers)} layers"
+        further = f", {len(self.streams)} streams" if self.streams else ""
+        return f"Recording({size}, {active:,} active features{further})"
+
 
 def record(
     host: Host,
@@ -84,7 +117,7 @@ def record(
     records = {}
     for layer, (read, write) in sites.items():
         transcoder = store[layer]
-        acts = transcoder.encode(seen[read])
+        acts = replace(transcoder.encode(seen[read]), real=batch.mask)
         whole = transcoder.reconstruct(acts, seen[read])
         home = transcoder.device  # a block's input may arrive from the device of the block before
         records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), whole)

@@ -62,8 +62,15 @@ def rules(checkpoint: Checkpoint) -> list[Rule]:
         return [Rule()]
     if source.k_source == "metadata":
         stated = stated_share(checkpoint)
+        if stated and _far_below(source, stated):  # TopK of fewer features, or of none
+            return [Rule(), Rule("topk", stated), Rule("relu")]
         return [Rule(), *([Rule("topk", stated)] if stated and source.activation == "relu" else [])]
     return [*(Rule("topk", share) for share in _SHARES), Rule("relu")]
+
+
+def _far_below(source: LayerSource, stated: float) -> bool:
+    """Whether far fewer features are active than TopK keeps: ReLU behind it hardly cuts so many."""
+    return source.k is not None and stated * source.d_features * _ALIKE < source.k
 
 
 def finer(rule: Rule) -> list[Rule]:
@@ -164,11 +171,11 @@ def _by_l0(source: LayerSource, stated: float, by_relu: float) -> dict[str, obje
     """What the stated L0 says, beside that of plain ReLU."""
     said = f"the metadata state an L0 of {stated:.1%}; plain ReLU makes {by_relu:.1%} active"
     factor = by_relu / stated
-    if source.activation == "topk" and factor >= _ALIKE:
+    if source.activation == "topk" and factor >= _ALIKE and not _far_below(source, stated):
         return {"activation": "topk", "k": source.k, "source": "metadata", "reason": said}
     if source.activation == "relu" and 1 / _ALIKE < factor < _ALIKE:
         return {"activation": "relu", "source": "metadata", "reason": said}
-    if source.activation == "relu" and factor > _UNLIKE:
+    if (source.activation == "relu" or _far_below(source, stated)) and factor > _UNLIKE:
         about = f"{said}, so it was TopK of about {round(stated * source.d_features)}"
         return {"activation": "topk", "source": "metadata", "reason": about}
     return {"reason": f"{said}: either is possible"}

@@ -52,6 +52,12 @@ class Session:
         """The whole text so far, as the tokenizer writes it, special tokens shown."""
         return self._host.text(self.ids)
 
+    def __repr__(self) -> str:
+        """One line: how long the text is, what is active, and how the text ends."""
+        count, text = len(self._interventions), self.text
+        end = text if len(text) <= 60 else f"…{text[-59:]}"
+        return f"Session({len(self.ids)} tokens, {self.cached} cached, {count} interventions: {end!r})"
+
     @property
     def interventions(self) -> tuple[object, ...]:
         """What is active now."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.recording import SINK
+from hooks.recording import is_sink
 from hooks.site_sums import CONSTANT
 from hooks.sites import SITE_NAMES, SiteSpec
 from hooks.transcoder import Transcoder
@@ -89,8 +89,7 @@ def sink_mask(streams: Streams) -> Bool[Tensor, " token"]:
     masks = []
     for site, x in streams.items():
         if site.whole_stream:
-            norms = x.float().norm(dim=-1)
-            masks.append((norms > SINK * norms.median()).cpu())
+            masks.append(is_sink(x.float().norm(dim=-1)).cpu())
     return torch.stack(masks).any(0)
 
 

@@ -8,7 +8,7 @@ This is the only file that knows hook names and HF module paths (docs/architectu
 | resid_mid L | `blocks.L.hook_resid_mid` | input of `layers[L].post_attention_layernorm` |
 | mlp_in L | `blocks.L.mlp.hook_in` | input of `layers[L].mlp` |
 | mlp_out L | `blocks.L.hook_mlp_out`, `.mlp.hook_out` | output of `layers[L].mlp` |
-| attn_out L | `blocks.L.hook_attn_out`, `.attn.hook_out` | output of `layers[L].self_attn` |
+| attn_out L | `blocks.L.hook_attn_out`, `.attn.hook_out` | output of `layers[L].self_attn`, or of `.linear_attn` |
 | resid_post L | `blocks.L.hook_resid_post`, `.hook_out` | output of `layers[L]` |
 
 `blocks.L.ln2.hook_in` is no other name of resid_mid: a TransformerBridge hook there edits a branch of the stream.
@@ -33,11 +33,20 @@ class _Place:
     depth: int  # order inside one block
     whole_stream: bool  # the site is the residual stream itself, so replacing it cuts every path
     alias: str = ""  # the other TransformerLens name, if there is one
+    other_path: str = ""  # the module in blocks of another kind, if there are such
 
 
 _PLACES = {
     "resid_pre": _Place("blocks.{layer}.hook_resid_pre", "", "input", 0, True, "blocks.{layer}.hook_in"),
-    "attn_out": _Place("blocks.{layer}.hook_attn_out", "self_attn", "output", 1, False, "blocks.{layer}.attn.hook_out"),
+    "attn_out": _Place(
+        "blocks.{layer}.hook_attn_out",
+        "self_attn",
+        "output",
+        1,
+        False,
+        "blocks.{layer}.attn.hook_out",
+        "linear_attn",  # where attention is linear: most blocks of a hybrid such as Qwen3.5
+    ),
     "resid_mid": _Place("blocks.{layer}.hook_resid_mid", "post_attention_layernorm", "input", 2, True),
     "mlp_in": _Place("blocks.{layer}.mlp.hook_in", "mlp", "input", 3, False),
     "mlp_out": _Place("blocks.{layer}.hook_mlp_out", "mlp", "output", 4, False, "blocks.{layer}.mlp.hook_out"),
@@ -171,7 +180,11 @@ def from_module(path: str, end: End) -> Site:
         UserError: no site is there; the message lists the known ones.
     """
     match = re.fullmatch(r"(?:model\.)?layers\.(\d{1,6})(?:\.(.+))?", path.strip())
-    known = {(place.path, place.end): site for site, place in _PLACES.items()}
+    known = {
+        (path, place.end): site
+        for site, place in _PLACES.items()
+        for path in dict.fromkeys((place.path, place.other_path or place.path))
+    }
     if not match or (match[2] or "", end) not in known:
         names = ", ".join(f"layers.N{'.' if path else ''}{path} ({end})" for path, end in known)
         raise UserError(f"no site is at the {end} of {path[:80]!r}", expected=names, where="module name")
@@ -218,10 +231,14 @@ def module_at(model: nn.Module, site: Site) -> tuple[nn.Module, End]:
         )
     place = _PLACES[site.name]
     module: Any = layers[site.layer]
-    if place.path and not isinstance(getattr(module, place.path, None), nn.Module):
+    if not place.path:
+        return module, place.end
+    parts = [getattr(module, path, None) for path in (place.path, place.other_path) if path]
+    found = [part for part in parts if isinstance(part, nn.Module)]
+    if not found:
         raise ModelError(
             f"a {type(module).__name__} has no {place.path}, where {site.name} is",
             expected="a pre-norm decoder as in Qwen2, Qwen3 or Llama",
             found=", ".join(name for name, _ in module.named_children()),
         )
-    return (getattr(module, place.path) if place.path else module), place.end
+    return found[0], place.end

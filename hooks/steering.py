@@ -71,6 +71,8 @@ class Setting:
     swap: str | Sequence[int] | None = None
     error: ErrorMode = "live"
     mask: MaskMode = "frozen"
+    positions: Any = None
+    skip: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         stop_strings(self.stop)
@@ -83,7 +85,7 @@ class Setting:
     @property
     def changing(self) -> dict[str, Any]:
         """What says how interventions are carried out."""
-        return {"swap": self.swap, "error": self.error, "mask": self.mask}
+        return {name: getattr(self, name) for name in ("swap", "error", "mask", "positions", "skip")}
 
 
 @dataclass(frozen=True)

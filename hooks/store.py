@@ -86,7 +86,7 @@ class TranscoderStore:
         Args:
             read: the site the set reads, if the files do not say (`resid_pre`, `mlp_in`, ...).
             write: the site it writes, likewise (`resid_pre`, `resid_post`, `mlp_out+1`, ...).
-            k: overrides the number of features TopK keeps.
+            k: overrides the number of features TopK keeps; said aloud where the files state another.
             encoder: `trained`, or `card` for the code on the published set's card (see `hooks.formats.encoders`).
             decoder: which one, from 0, where the files hold decoders for several target layers.
             layers: open only these.

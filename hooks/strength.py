@@ -24,7 +24,7 @@ from hooks.intervene import as_interventions, make_plan
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
-from hooks.recording import SINK
+from hooks.recording import is_sink
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch, Prompt
@@ -280,7 +280,7 @@ def _residual(model: Measurable, batch: Batch, addresses: Sequence[FeatureAddres
 
 def _without_sinks(norms: Float[Tensor, " pos"], here: Bool[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
     """The tokens but for attention sinks; if they are nothing else, all of them."""
-    plain = here & (norms <= SINK * norms.median())
+    plain = here & ~is_sink(norms)
     return plain if bool(plain.any()) else here
 
 

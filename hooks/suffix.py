@@ -8,26 +8,47 @@ rows share and none copies, and the row's own keys from t on:
 
     softmax over [ q · K_clean[:t] , q · K_own ] / sqrt(d_head)
 
+What a query may attend to is what the clean run let it attend to: each block's mask is kept with its keys, so sliding
+windows, in whichever blocks, need no knowledge of the architecture. Whether rows arrive at what the model itself
+computes is measured (`misses`). Where attention is of another kind, or keeps a state and no keys, there are no rows.
+
 Cost against a whole pass per variant: (n_layers − b)(T − t) / (n_layers T) of the work, in large products.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import memory_ran_out
-from hooks.freeze import own_attention, plain_attention
+from hooks.freeze import own_attention, plain_attention, unknown_attention
 from hooks.host import Host, tap
 from hooks.sites import Site
 from hooks.tokens import Batch
 from hooks.types import Edit, Pass
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What rows share of a plain run.
+
+    Attributes:
+        keys, values: of every block, rotated, not repeated over the group.
+        masks: of every block, True where a query may attend to a key; None: to every key up to its own.
+        cos, sin: the rotation at every position.
+    """
+
+    keys: tuple[Float[Tensor, "n_kv pos d_head"], ...]
+    values: tuple[Float[Tensor, "n_kv pos d_head"], ...]
+    masks: tuple[Bool[Tensor, "pos pos"] | None, ...]
+    cos: Float[Tensor, "pos d_head"]
+    sin: Float[Tensor, "pos d_head"]
 
 
 @dataclass(frozen=True)
@@ -37,54 +58,86 @@ class Clean:
     Attributes:
         final: the stream behind the final norm.
         streams: in front of every block, and behind the last.
-        keys, values: of every block, rotated, not repeated over the group.
-        cos, sin: the rotation at every position.
         seen: what stood at further sites.
+        shared: what rows share; a text instead says why they cannot.
     """
 
     batch: Batch
     final: Float[Tensor, "pos d_model"]
     streams: tuple[Float[Tensor, "pos d_model"], ...]
-    keys: tuple[Float[Tensor, "n_kv pos d_head"], ...]
-    values: tuple[Float[Tensor, "n_kv pos d_head"], ...]
-    cos: Float[Tensor, "pos d_head"]
-    sin: Float[Tensor, "pos d_head"]
     seen: dict[Site, Float[Tensor, "pos d_model"]]
+    shared: Shared | str
 
 
 def record_clean(host: Host, batch: Batch, sites: Sequence[Site] = ()) -> Clean:
     """One plain pass over one prompt.
 
-    Memory: n_layers × pos × (d_model + 2 n_kv d_head) numbers, and d_model per position and further site.
+    Memory: n_layers × pos × (d_model + 2 n_kv d_head) numbers, d_model per position and further site, and a byte per
+    pair of positions and mask.
 
     Raises:
-        UserError: the model's attention is not one that can be shared between rows.
+        UserError: the model's attention is held.
     """
     stops = [Site("resid_pre", layer) for layer in range(host.n_layers)]
     stops.append(Site("resid_post", host.n_layers - 1))
-    keys: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
-
-    def watch(layer: int) -> Callable[..., Any]:
-        plain = plain_attention(host, layer)
-
-        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any) -> Any:
-            keys[layer], values[layer] = key[0], value[0]
-            return plain(module, query, key, value, *args, **rest)
-
-        return attend
-
     seen: dict[Site, Tensor] = {}
     edits = [tap(site, seen) for site in dict.fromkeys([*stops, *sites])]
-    with own_attention(host, watch):
+    reason = unknown_attention(host)
+    calls: dict[int, _Call] = {}
+    watching = contextlib.nullcontext() if reason else own_attention(host, partial(_watch, host, calls))
+    with watching:
         final = host.forward_hidden(batch, edits)
-    places = torch.arange(batch.ids.shape[1], device=seen[stops[0]].device)[None]
-    cos, sin = host.decoder.rotary_emb(seen[stops[0]], places)
-    streams, order = tuple(seen[site][0] for site in stops), range(host.n_layers)
-    kept_keys, kept_values = (tuple(table[layer] for layer in order) for table in (keys, values))
-    return Clean(
-        batch, final[0], streams, kept_keys, kept_values, cos[0], sin[0], {site: seen[site][0] for site in sites}
-    )
+    streams = tuple(seen[site][0] for site in stops)
+    shared = reason or _shared(host, streams[0], calls)
+    return Clean(batch, final[0], streams, {site: seen[site][0] for site in sites}, shared)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one block's attention was given."""
+
+    key: Float[Tensor, "1 n_kv pos d_head"]
+    value: Float[Tensor, "1 n_kv pos d_head"]
+    mask: Tensor | None
+
+
+def _watch(host: Host, calls: dict[int, _Call], layer: int) -> Callable[..., Any]:
+    plain = plain_attention(host, layer)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+        calls[layer] = _Call(key, value, mask)
+        return plain(module, query, key, value, mask, **rest)
+
+    return attend
+
+
+def _shared(host: Host, x: Float[Tensor, "pos d_model"], calls: dict[int, _Call]) -> Shared | str:
+    if len(calls) < host.n_layers:
+        return f"only {len(calls)} of {host.n_layers} blocks look their attention up"
+    order = [calls[layer] for layer in range(host.n_layers)]
+    read: dict[int, Bool[Tensor, "pos pos"] | None] = {}  # blocks are handed one and the same mask
+    for call in order:
+        if call.mask is not None and id(call.mask) not in read:
+            read[id(call.mask)] = _attended(call.mask)
+    masks = tuple(None if call.mask is None else read[id(call.mask)] for call in order)
+    if any(mask is None and call.mask is not None for mask, call in zip(masks, order, strict=True)):
+        return "its mask does more than leave keys out"
+    cos, sin = host.decoder.rotary_emb(x[None], torch.arange(len(x), device=x.device)[None])
+    keys, values = tuple(call.key[0] for call in order), tuple(call.value[0] for call in order)
+    return Shared(keys, values, masks, cos[0], sin[0])
+
+
+def _attended(mask: Tensor) -> Bool[Tensor, "pos pos"] | None:
+    """Where a mask lets queries attend to keys; None where it says more, or not the same for every head."""
+    if mask.shape[:2] != (1, 1):
+        return None
+    if mask.dtype == torch.bool:
+        return mask[0, 0]
+    if not mask.is_floating_point():
+        return None
+    allowed = mask == 0
+    left_out = mask <= torch.finfo(mask.dtype).min
+    return allowed[0, 0] if bool((allowed | left_out).all()) else None
 
 
 @dataclass(frozen=True)
@@ -156,9 +209,11 @@ class Walk:
     clean: Clean
     rows: Rows
     layout: Layout = field(init=False)
+    shared: Shared = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = Layout((), self.rows.end)
+        assert isinstance(self.clean.shared, Shared), self.clean.shared
+        self.layout, self.shared = Layout((), self.rows.end), self.clean.shared
 
     @cached_property
     def _entering(self) -> dict[int, list[tuple[int, Int[Tensor, " row"]]]]:
@@ -187,9 +242,18 @@ class Walk:
         last = self.layout.tokens(len(self.rows.start)) + self.rows.lengths - 1
         return x[last.to(x.device)]
 
+    def one_by_one(self, first: int) -> Generator[tuple[int, Float[Tensor, "token d_model"]], None, None]:
+        """What each block from `first` on makes of the clean stream in front of it, on the positions of all rows."""
+        by_start = {int(start): (self.rows.start == start).nonzero()[:, 0] for start in self.rows.start.unique()}
+        self.layout = Layout(tuple(by_start.items()), self.rows.end)
+        with own_attention(self.host, self._attention), torch.no_grad():
+            for block in range(first, self.host.n_layers):
+                stream = self.clean.streams[block]
+                yield block, self._through(stream[self.layout.pos.to(stream.device)], block)
+
     def _through(self, x: Float[Tensor, "token d_model"], block: int) -> Float[Tensor, "token d_model"]:
-        pos = self.layout.pos.to(self.clean.cos.device)
-        rotary = tuple(part[pos][None].to(x.device) for part in (self.clean.cos, self.clean.sin))
+        pos = self.layout.pos.to(self.shared.cos.device)
+        rotary = tuple(part[pos][None].to(x.device) for part in (self.shared.cos, self.shared.sin))
         places = pos[None].to(x.device)
         return self.host.layers[block](
             x[None], attention_mask=None, position_ids=places, position_embeddings=rotary
@@ -222,12 +286,11 @@ class Walk:
         return rearrange((stream.to(added.dtype) + added).to(stream.dtype), "row pos d -> (row pos) d")
 
     def _attention(self, layer: int) -> Callable[..., Any]:
-        return partial(self._attend, self.clean.keys[layer], self.clean.values[layer])
+        return partial(self._attend, layer)
 
     def _attend(
         self,
-        clean_keys: Float[Tensor, "n_kv pos d_head"],
-        clean_values: Float[Tensor, "n_kv pos d_head"],
+        layer: int,
         module: Any,
         query: Float[Tensor, "1 head token d_head"],
         key: Float[Tensor, "1 n_kv token d_head"],
@@ -236,21 +299,32 @@ class Walk:
         scaling: float,
         **__: Any,
     ) -> tuple[Float[Tensor, "1 token head d_head"], None]:
-        parts = []
+        keys, values, mask = self.shared.keys[layer], self.shared.values[layer], self.shared.masks[layer]
+        parts, end = [], self.rows.end
         for (start, rows), here in zip(self.layout.segments, self.layout.slices, strict=True):
-            prefix = clean_keys[:, :start], clean_values[:, :start]
+            prefix = keys[:, :start], values[:, :start]
             own = key[0, :, here], value[0, :, here]
-            parts.append(_shared_attention(query[0, :, here] * scaling, prefix, own, len(rows)))
+            allowed = None if mask is None else mask[start:end, :end]
+            parts.append(_shared_attention(query[0, :, here] * scaling, prefix, own, len(rows), allowed))
         return torch.cat(parts)[None], None
 
 
 Pair = tuple[Tensor, Tensor]
 
 
-def _shared_attention(query: Float[Tensor, "head token d_head"], prefix: Pair, own: Pair, rows: int) -> Tensor:
+def _shared_attention(
+    query: Float[Tensor, "head token d_head"],
+    prefix: Pair,
+    own: Pair,
+    rows: int,
+    allowed: Bool[Tensor, "length pos"] | None = None,
+) -> Tensor:
     """Attention of `rows` rows of the same length to a shared prefix and to themselves: [token head d_head].
 
     Scores and softmax in fp32 at least, as SDPA has them: rounding scores to bf16 costs more than all else here.
+
+    Args:
+        allowed: keys of prefix and row that each position of a row may attend to; all up to its own by default.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     n_kv, before = prefix[0].shape[:2]
@@ -261,12 +335,47 @@ def _shared_attention(query: Float[Tensor, "head token d_head"], prefix: Pair, o
     shared = (flat @ shared_k.mT).view(*q.shape[:-1], before)
     alone = rearrange(q, "kv row group s h -> kv row (group s) h") @ k.mT
     length = q.shape[3]
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if allowed is None:
+        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    else:
+        later = ~allowed[:, before:]
+        shared = shared.masked_fill(~allowed[:, :before], -torch.inf)
     alone = alone.view(*q.shape[:-1], length).masked_fill(later, -torch.inf)
     pattern = torch.cat([shared, alone], dim=-1).softmax(-1)
     z = (rearrange(pattern[..., :before], "kv row group s p -> kv (row group s) p") @ shared_v).view_as(q)
     z = z + (rearrange(pattern[..., before:], "kv row group s r -> kv row (group s) r") @ v).view_as(q)
     return rearrange(z, "kv row group s h -> (row s) (kv group) h").to(query.dtype)
+
+
+# -- measured ------------------------------------------------------------------------------------------------------
+
+
+def misses(host: Host, clean: Clean, starts: Sequence[int], first: int, end: int) -> str:
+    """Where rows in which nothing is changed do not arrive at what the model itself computed; empty if they do.
+
+    One block at a time, each from the clean stream in front of it: what the block adds may be off by rounding, which
+    is fp32's at best, since transformers norms (and eager attention weighs) in fp32 whatever the model's precision.
+    Cost: a pass over the rows.
+
+    Args:
+        starts: first positions of these rows.
+        first: the first block looked at.
+        end: one past their last position.
+    """
+    precision = max(torch.finfo(dtype).eps for dtype in (clean.streams[0].dtype, torch.float32))
+    room = max(precision**0.5, 25 * precision)
+    start = torch.tensor(sorted(set(starts)))
+    rows = Rows(start, torch.full_like(start, first), torch.zeros(0, host.d_model), end)
+    walk = Walk(host, clean, rows)
+    with contextlib.closing(walk.one_by_one(first)) as blocks:
+        for block, made in blocks:
+            before, after = (stream[walk.layout.pos.to(stream.device)] for stream in clean.streams[block : block + 2])
+            made, before = made.to(after.device), before.to(after.device)
+            step, size = (after - before).norm(dim=-1), after.norm(dim=-1)
+            off = (made - after).norm(dim=-1)
+            if not bool((off <= room * step + 4 * precision * size).all()):
+                return f"block {block} adds something else to rows, off by {float((off / step).max()):.1g} of it"
+    return ""
 
 
 @contextlib.contextmanager

@@ -3,18 +3,22 @@
 swapped site = decode(encode(read site)) + error        error: live, frozen (of the clean run), or zero
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.choices import ERROR_MODES, MASK_MODES
+from hooks.choices import ERROR_MODES, MASK_MODES, SKIPS
 from hooks.errors import UserError
-from hooks.recording import LayerRecord, Recording
+from hooks.host import Host
+from hooks.recording import LayerRecord, Recording, sink_tokens
+from hooks.tokens import Batch
 from hooks.transcoder import Transcoder
-from hooks.types import ErrorMode, Pass, SparseActs
+from hooks.types import ErrorMode, Pass, Positions, SparseActs
 
 
 def check_modes(error: str, mask: str, *, swapping: bool) -> None:
@@ -35,8 +39,116 @@ def check_modes(error: str, mask: str, *, swapping: bool) -> None:
 
 
 @dataclass(frozen=True)
+class Places:
+    """At which tokens sites are replaced.
+
+    Attributes:
+        positions: as those of an address.
+        spared: per row, tokens of the prompt that stay as they are all the same; empty: none.
+    """
+
+    positions: Positions = field(default_factory=lambda: Positions("all"))
+    spared: tuple[tuple[int, ...], ...] = ()
+
+    def mask(self, at: Pass, rows: int, count: int) -> Bool[Tensor, "row pos"] | None:
+        """Which tokens of a pass are meant; None: all, padding included, whose streams reach nothing."""
+        if self.positions.kind == "all" and not any(self.spared):
+            return None
+        out = torch.zeros(rows, count, dtype=torch.bool)
+        for row, length in enumerate(at.prompt_lengths):
+            first = at.first - (at.pads[row] if at.pads else 0)
+            out[row] = self.positions.mask(first, count, length)
+            spared = self.spared[row] if self.spared else ()
+            out[row, [pos - first for pos in spared if first <= pos < first + count]] = False
+        return out
+
+    def in_prompt(self, row: int, length: int) -> tuple[int, ...]:
+        """The positions of a row's prompt that are meant."""
+        spared = self.spared[row] if self.spared else ()
+        chosen = self.positions.mask(0, length, length).nonzero()[:, 0].tolist()
+        return tuple(pos for pos in chosen if pos not in spared)
+
+
+@dataclass(frozen=True)
+class Where:
+    """At which tokens sites are replaced, as a person says it.
+
+    Attributes:
+        positions: what a position in an address can be; None and `all`: every token.
+        skip: `special` leaves out the tokenizer's special tokens in the prompt, `sinks` its attention sinks.
+
+    Raises:
+        UserError: there is no such kind of token to skip.
+        AddressError: the positions cannot be read.
+    """
+
+    positions: Any = None
+    skip: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in SKIPS:
+                raise UserError(f"cannot skip {kind!r}", expected=" or ".join(SKIPS), where="skip=")
+        self.chosen  # noqa: B018 (read now, so that what cannot be read is refused before a model runs)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is skipped."""
+        return (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
+
+    @property
+    def chosen(self) -> Positions:
+        """The positions, read."""
+        return Positions("all") if self.positions is None else Positions.of(self.positions)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether no token is left out."""
+        return self.chosen.kind == "all" and not self.kinds
+
+    def check(self, *, swapping: bool) -> None:
+        """Refuse to name tokens where no site is replaced.
+
+        Raises:
+            UserError: they are named.
+        """
+        if not swapping and (self.positions is not None or self.kinds):
+            raise UserError(
+                "positions= and skip= say at which tokens sites are replaced, and no site is replaced",
+                repair='pass swap="all" or a list of layers; an intervention has positions of its own, "L3/118@-1"',
+            )
+
+    def on(self, host: Host, batch: Batch, new_tokens: int = 0) -> Places:
+        """The places in some prompts; to find sinks, the plain model reads them once.
+
+        Raises:
+            AddressError: the positions do not occur.
+            UserError: no token is left.
+        """
+        positions = self.chosen
+        for length in batch.lengths:
+            positions.check(length, new_tokens, "positions=")
+        if not self.kinds:
+            return Places(positions)
+        left_out = torch.zeros_like(batch.mask)
+        if "special" in self.kinds:
+            special = torch.tensor(list(getattr(host.tokenizer, "all_special_ids", ())), dtype=batch.ids.dtype)
+            left_out |= torch.isin(batch.ids, special)
+        if "sinks" in self.kinds:
+            left_out |= sink_tokens(host, batch)
+        spared = [row[:length].nonzero()[:, 0].tolist() for row, length in zip(left_out, batch.lengths, strict=True)]
+        places = Places(positions, tuple(map(tuple, spared)))
+        if not new_tokens and not all(places.in_prompt(row, length) for row, length in enumerate(batch.lengths)):
+            raise UserError("no token is left to replace a site at", found=f"positions {positions}, all skipped")
+        return places
+
+
+EVERYWHERE = Where()
+
+
+@dataclass(frozen=True)
 class Swap:
-    """Which layers' write sites are replaced, and what becomes of the error.
+    """Which layers' write sites are replaced, at which tokens, and what becomes of the error.
 
     `clean_errors` holds the clean run's error per layer; only `frozen` needs it.
     """
@@ -44,6 +156,7 @@ class Swap:
     layers: tuple[int, ...]
     error: ErrorMode
     clean_errors: Mapping[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
 
     def base(
         self,
@@ -98,18 +211,23 @@ class SwapEffect:
     """What replacing sites did to the predictions.
 
     Attributes:
-        kl: mean over real tokens of KL(clean || swapped), nats.
-        top1_agreement: share of real tokens whose most likely next token is unchanged.
+        kl: mean over the measured tokens of KL(clean || swapped), nats.
+        top1_agreement: share of the measured tokens whose most likely next token is unchanged.
     """
 
     kl: float
     top1_agreement: float
 
 
-def site_quality(recording: Recording, layer: int) -> SiteQuality:
-    """Reconstruction quality of one layer over the real tokens of a recording."""
+def marked(positions: Sequence[int], length: int) -> Bool[Tensor, "1 pos"]:
+    """True at some positions of one prompt."""
+    return torch.isin(torch.arange(length), torch.tensor(positions, dtype=torch.int64))[None]
+
+
+def site_quality(recording: Recording, layer: int, chosen: Bool[Tensor, "batch pos"] | None = None) -> SiteQuality:
+    """Reconstruction quality of one layer over the real tokens of a recording, or over some of them."""
     record: LayerRecord = recording.layers[layer]
-    real = recording.batch.mask.to(record.target.device)
+    real = (recording.batch.mask if chosen is None else recording.batch.mask & chosen).to(record.target.device)
     target, error = record.target.to(record.reconstruction.dtype)[real], record.error[real]
     spread = (target - reduce(target, "token d_model -> 1 d_model", "mean")).square().sum()
     active = (record.acts.values[real] > 0).sum(-1).float().mean()
@@ -122,7 +240,7 @@ def swap_effect(
     swapped: Float[Tensor, "batch pos vocab"],
     real: Bool[Tensor, "batch pos"],
 ) -> SwapEffect:
-    """KL and top-1 agreement over the real tokens."""
+    """KL and top-1 agreement over the tokens that `real` marks."""
     before, after = (logits[real.to(logits.device)].float().log_softmax(-1) for logits in (clean, swapped))
     kl = (before.exp() * (before - after)).sum(-1).mean()
     return SwapEffect(float(kl), float((before.argmax(-1) == after.argmax(-1)).float().mean()))

@@ -4,13 +4,19 @@ groups of interventions → a checked plan → rows that join where they first d
 
 A group is run as one variant: one feature, a pair, or any set. Every batch carries rows in which nothing is changed:
 effects are differences to their mean, and their spread is the noise floor.
+
+Whether staggered passes arrive at what the model itself computes is measured before anything is swept, on rows in which
+nothing is changed; where they do not, or the model's attention is not one that rows can share, every group is a whole
+pass over the prompt: the same table, slower.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import psutil
@@ -28,13 +34,17 @@ from hooks.interventions import FeatureIntervention
 from hooks.output import replacing
 from hooks.readout import best_other
 from hooks.store import TranscoderStore
-from hooks.suffix import Clean, out_of_memory, record_clean
+from hooks.suffix import Clean, misses, out_of_memory, record_clean
 from hooks.tokens import Batch
-from hooks.variants import Work, lay_out, live_groups, run_groups
+from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.whole import whole
+
+log = logging.getLogger("hooks")
 
 CONTROLS = 8  # rows in which nothing is changed, in every batch
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
+
+Way = Literal["suffix", "whole"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class Sweep:
         tokens: of the prompt.
         passes: batches that were run.
         precision: in which arithmetic, see `hooks.arithmetic`.
+        way: `suffix`, each group run from where it first differs; or `whole`, each a pass over the whole prompt, where
+            the model's attention is not one that rows can share.
     """
 
     table: pd.DataFrame
@@ -70,6 +82,7 @@ class Sweep:
     tokens: tuple[str, ...]
     passes: int
     precision: str
+    way: Way = "suffix"
 
     def save(self, path: str | Path) -> None:
         """Write the table whole or not at all: parquet, CSV or JSON by the suffix.
@@ -123,7 +136,7 @@ def sweep(
 
     Raises:
         UserError: an address, metric, target or position does not exist, interventions of a group contradict each
-            other, the model's attention is not known, or memory does not hold even one row.
+            other, the model's attention is held, or memory does not hold even one row.
     """
     length = batch.lengths[0]
     question_pos = _checked_position(position, length)
@@ -140,14 +153,15 @@ def sweep(
     question = _question(logits, target, against, question_pos, tuple(metrics))
     dense = _clean_activations(store, clean, plan.tables)
     work = lay_out(host, store, plan.tables, dense, len(groups), question_pos + 1)
-    measured, spreads, passes = _run_all(host, store, clean, logits, work, question, tokens_at_once, progress)
+    runner = _runner(host, store, clean, work, groups)
+    measured, spreads, passes = _run_all(host, runner, clean, logits, work, question, tokens_at_once, progress)
     noise = _noise_floor(spreads, logits, question)
     table = _described(groups, dense, length)
     for name, column in measured.items():
         table[name] = column.tolist()
     table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
     baseline = _baseline(logits, question)
-    return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host))
+    return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------
@@ -235,9 +249,53 @@ def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], ques
 # -- running -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Runner:
+    """How groups are run.
+
+    Attributes:
+        run: streams behind the last block of some groups, then of the unchanged rows.
+        lengths: tokens that each group takes in a pass.
+    """
+
+    way: Way
+    run: Callable[[Int[Tensor, " live"]], Float[Tensor, "row d_model"]]
+    lengths: Int[Tensor, " group"]
+
+
+def _runner(host: Host, store: TranscoderStore, clean: Clean, work: Work, groups: Sequence[Interventions]) -> _Runner:
+    """Staggered passes where they arrive at what the model itself computes, else whole ones."""
+    reason = clean.shared if isinstance(clean.shared, str) else _measured_miss(host, clean, work)
+    if not reason:
+        run = partial(run_groups, host, store, clean, work, controls=CONTROLS)
+        return _Runner("suffix", run, work.end - work.start)
+    log.warning("every group is run as a whole pass over the prompt, which is slower: %s", reason)
+    length = clean.batch.lengths[0]
+
+    def run_chosen(chosen: Int[Tensor, " live"]) -> Float[Tensor, "row d_model"]:
+        return run_whole(host, store, clean.batch, [groups[i] for i in chosen.tolist()], work.end - 1, CONTROLS)
+
+    return _Runner("whole", run_chosen, torch.full_like(work.start, length))
+
+
+def _measured_miss(host: Host, clean: Clean, work: Work) -> str:
+    """At the first, the middle and the last of the positions where groups begin."""
+    live = live_groups(work)
+    if not len(live):
+        return ""
+    starts = work.start[live].sort().values
+    chosen = starts[[0, len(starts) // 2, -1]].tolist()
+    found = ""
+    with out_of_memory() as failed:
+        found = misses(host, clean, chosen, int(work.block[live].min()), work.end)
+    if failed:
+        raise _too_little_memory(int((work.end - torch.tensor(chosen)).sum()))
+    return found
+
+
 def _run_all(
     host: Host,
-    store: TranscoderStore,
+    runner: _Runner,
     clean: Clean,
     logits: Float[Tensor, " vocab"],
     work: Work,
@@ -246,7 +304,6 @@ def _run_all(
     progress: bool,
 ) -> tuple[dict[str, Float[Tensor, " group"]], list[float], int]:
     """Metrics of every group, the variance of `delta` in each batch's unchanged rows, and the number of batches."""
-    end = question.pos + 1
     out = {name: torch.zeros(len(work.start), dtype=torch.float64) for name in question.metrics}
     if "rank" in out:
         out["rank"] += _baseline(logits, question)["rank"]
@@ -256,13 +313,13 @@ def _run_all(
     passes = 0
     with tqdm(total=len(waiting), desc="sweep", unit="run", disable=not progress, leave=False) as bar:
         while len(waiting):
-            count = _rows_that_fit(end - work.start[waiting], budget)
+            count = _rows_that_fit(runner.lengths[waiting], budget)
             chosen = waiting[:count]
             with out_of_memory() as failed:
-                hidden = run_groups(host, store, clean, work, chosen, CONTROLS)
+                hidden = runner.run(chosen)
                 found = _measure(host, hidden, logits, question)
             if failed:
-                budget = _halved(min(budget, int((end - work.start[chosen]).sum())))
+                budget = _halved(min(budget, int(runner.lengths[chosen].sum())))
                 continue
             for name, values in _against_controls(found, len(chosen)).items():
                 out[name][chosen] = values
@@ -279,12 +336,16 @@ def _rows_that_fit(lengths: Int[Tensor, " row"], budget: int) -> int:
 
 def _halved(tokens: int) -> int:
     if tokens <= TOKENS_AT_LEAST:
-        raise UserError(
-            "memory does not hold even a small batch of the sweep",
-            found=f"{tokens} tokens at once did not fit",
-            repair="free memory, shorten the prompt, or load fewer transcoder layers (--budget-gb)",
-        )
+        raise _too_little_memory(tokens)
     return tokens // 2
+
+
+def _too_little_memory(tokens: int) -> UserError:
+    return UserError(
+        "memory does not hold even a small batch of the sweep",
+        found=f"{tokens} tokens at once did not fit",
+        repair="free memory, shorten the prompt, or load fewer transcoder layers (--budget-gb)",
+    )
 
 
 def _tokens_that_fit(host: Host) -> int:

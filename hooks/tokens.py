@@ -84,6 +84,7 @@ class Tokens:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens",
                 expected=f"at most {self.max_positions}, the model's context",
+                repair="shorten it; if the model reads further than its config says: context=N, --context N",
             )
         self._note_unknown(prompt, ids)
         self._note_second_bos(prompt, ids)

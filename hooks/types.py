@@ -62,10 +62,13 @@ class SparseActs:
 
     `indices` ascend along the last axis. A value of 0 means "selected, then cut by ReLU": the feature is inactive.
     Without TopK (plain ReLU), `k` is the largest number of active features of any token in the batch.
+
+    `real` is False at padding, whose features are those of tokens that nobody wrote; None: there is no padding.
     """
 
     values: Float[Tensor, "*token k"]
     indices: Int[Tensor, "*token k"]
+    real: Bool[Tensor, "*token"] | None = None
 
     def dense(self, d_features: int) -> Float[Tensor, "*token feature"]:
         """Scatter into a dense tensor. For tests and tables; never on a hot path at 32B."""
@@ -74,8 +77,9 @@ class SparseActs:
 
     @property
     def l0(self) -> float:
-        """Mean number of active features per token."""
-        return float((self.values > 0).sum(-1).float().mean())
+        """Mean number of active features per token, padding excluded."""
+        active = (self.values > 0).sum(-1).double()
+        return float((active if self.real is None else active[self.real.to(active.device)]).mean())
 
 
 _POSITION = "an index such as 3 or -1, a slice such as 2:5, a mask such as {0,3,5}, `all`, `prompt` or `new`"

@@ -1,11 +1,13 @@
 """Groups of interventions as rows of one pass: where each joins, what it adds there, and what it changes later on.
 
+Where rows cannot share a clean run, `run_whole` gives the same by the whole prompt, once per group.
+
 What the first layer of a group changes is known from the clean run, since nothing below it differs. At its later layers
 the features are encoded on the stream as it arrives. The rules are those of `intervene`: delta form, a → factor · a +
 shift, `when_inactive`, one cast at the end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +15,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.host import Host
-from hooks.intervene import LayerTable
+from hooks.host import Host, tap
+from hooks.intervene import Interventions, LayerTable, make_edits, make_plan
 from hooks.interventions import change
 from hooks.kernels import gather_features
+from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, Rows, Walk
+from hooks.tokens import Batch
 from hooks.types import Edit, Pass, SparseActs
 
 BETWEEN_BLOCKS = ("resid_pre", "resid_post", "mlp_out")  # what is written there is part of the stream of the next block
@@ -168,6 +172,18 @@ def run_groups(
         delta.index_add_(0, at.to(delta.device), _vectors(store, work.tables[layer], layer, here).to(delta))
     walk = Walk(host, clean, replace(rows, delta=delta))
     return walk.run([edit for layer in work.tables for edit in _edits_inside(store, walk, work, layer, place)])
+
+
+def run_whole(
+    host: Host, store: TranscoderStore, batch: Batch, groups: Sequence[Interventions], pos: int, controls: int
+) -> Float[Tensor, "row d_model"]:
+    """The same by whole passes, as `HookedModel.run` makes them: the prompt once per group, then `controls` times as it
+    is; the stream behind the last block at one position."""
+    rows = batch.rows([0] * (len(groups) + controls))
+    end, seen = Site("resid_post", host.n_layers - 1), dict[Site, Tensor]()
+    plan = make_plan(store, [*groups, *[()] * controls], rows.lengths)
+    host.forward_hidden(rows, [*make_edits(store, plan), tap(end, seen)])
+    return seen[end][:, pos]
 
 
 def _vectors(store: TranscoderStore, table: LayerTable, layer: int, hits: Hits) -> Float[Tensor, "hit d_model"]:

@@ -460,6 +460,9 @@ def test_an_avoidable_error_is_what_a_refit_takes_off(tokens: int, features: int
         ("relu", 5.0, 0.45, ("topk", None, "metadata")),  # k only to the rounding of what is stated
         ("relu", 5.0, 0.15, (None, None, "undetermined")),
         ("topk", None, 0.45, (None, None, "undetermined")),
+        ("topk", 9.7, 0.45, ("topk", 1474, "metadata")),  # ReLU behind TopK cut some off
+        ("topk", 2.6, 0.45, ("topk", None, "metadata")),  # far fewer than 12 %: another k
+        ("topk", 2.6, 0.03, (None, None, "undetermined")),
     ],
 )
 def test_what_a_stated_l0_says(described: str, stated: float | None, by_relu: float, named: tuple) -> None:

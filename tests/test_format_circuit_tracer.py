@@ -549,3 +549,67 @@ def test_a_written_topk_set_says_what_circuit_tracer_does_differently(tmp_path, 
     assert "negative" not in caplog.text
     circuit_tracer.save(tmp_path / "topk", [sayable(0)], read=MID, write=OUT)
     assert "circuit-tracer keeps negative ones too" in caplog.text
+
+
+# -- what circuit-tracer itself writes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entries", [{"activation": "topk", "k": K}, {"activation": "topk"}, {}], ids=str)
+def test_the_k_beside_the_weights_is_read(tmp_path, entries):
+    """`SingleLayerTranscoder.to_safetensors` of a TopK transcoder puts a scalar there."""
+    states = {layer: state(layer) | {"k": torch.tensor(K)} for layer in (0, 1)}
+    store = TranscoderStore.open(write(tmp_path / "set", states, **entries))
+    assert [(store.k(layer), store.k_source(layer)) for layer in store.layers] == [(K, "stored")] * 2
+    assert len(store[0].encode(inputs()).indices[0, 0]) == K
+
+
+@pytest.mark.parametrize(
+    ("entries", "k"),
+    [
+        ({"activation": "topk", "k": K + 1}, torch.tensor(K)),
+        ({"activation": "relu"}, torch.tensor(K)),
+        ({}, torch.tensor(0)),
+        ({}, torch.tensor(-3)),
+        ({}, torch.tensor(True)),
+        ({}, torch.tensor(float(K))),
+        ({}, torch.tensor(FEATURES + 1)),
+        ({}, torch.tensor([K])),
+    ],
+    ids=str,
+)
+def test_a_k_that_contradicts_or_is_none_is_refused(tmp_path, entries, k):
+    root = write(tmp_path / "set", {0: state(0) | {"k": k}}, **entries)
+    with pytest.raises(CheckpointError, match=r"k cannot be used|k has the wrong shape"):
+        TranscoderStore.open(root)
+
+
+def test_a_configuration_of_version_0_1_is_opened_and_said(tmp_path, caplog):
+    listed = [{"id": "a", "layer": n, "filepath": f"hf://x/y/layer_{n}.safetensors"} for n in range(3)]
+    root = write(tmp_path / "set", {0: state(0), 2: state(2)}, model_kind=..., transcoders=listed)
+    store = TranscoderStore.open(root)
+    assert (store.layers, store.convention.read.name, store.convention.write.name) == ((0, 2), "mlp_in", "mlp_out")
+    assert "circuit-tracer 0.1" in caplog.text
+    assert "no file for layer 1" in caplog.text
+    with pytest.raises(CheckpointError, match="model_kind cannot be used"):
+        TranscoderStore.open(write(tmp_path / "other", {0: state(0)}, model_kind=..., transcoders=["hf://x/y"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1]\nb: *x",
+        "a: &x 1",
+        "k: 1\nk: 2",
+        "[" * 100,
+        'a: "\\ud800"',
+        "a: b" + " " * (1 << 20),
+        "a: [" + "1," * 30_000 + "]",
+        "".join(f"{chr(97 + n)}: &{chr(97 + n)} [{', '.join(['*' + chr(96 + n)] * 9)}]\n" for n in range(1, 20)),
+    ],
+    ids=["an alias", "an anchor", "a key twice", "depth", "half a character", "a megabyte", "many values", "laughs"],
+)
+def test_hostile_yaml_is_refused_before_it_is_made_into_anything(tmp_path, text):
+    root = write(tmp_path / "set", {0: state(0)})
+    (root / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        TranscoderStore.open(root)

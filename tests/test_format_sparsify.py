@@ -20,7 +20,7 @@ from format_checks import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.errors import UserError
+from hooks.errors import CheckpointError, UserError
 from hooks.formats import recognise
 from hooks.sites import Site, SiteSpec
 from hooks.store import TranscoderStore
@@ -193,7 +193,7 @@ def test_numbers_that_are_no_floats_are_refused(tmp_path):
     [
         ({"signed": True}, "has the option signed"),
         ({"embed_skip": True}, "has the option embed_skip"),
-        ({"n_targets": 3}, "has the option n_targets"),
+        ({"n_targets": 3}, "cross-layer"),
         ({"skip_connection": True}, "copies what it reads"),
         ({"num_latents": 8}, "says num_latents 8"),
         ({"num_latents": 0, "expansion_factor": 3}, "says num_latents 36"),
@@ -226,3 +226,58 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, text):
     error = refused(tmp_path)
     assert error.problem == "cfg.json cannot be read"
     assert error.where == str(path)
+
+
+CLT = {  # SparseCoderConfig of EleutherAI/clt-training with one target
+    "dtype": "none", "tp_output": True, "n_targets": 0, "n_sources": 0, "normalize_io": False,
+    "train_post_encoder": True,
+    "divide_cross_layer": False, "post_encoder_scale": False, "coalesce_topk": "none", "topk_coalesced": True,
+    "matryoshka": False, "matryoshka_k_values": [], "use_fp8": False,
+}  # fmt: skip
+
+
+def test_clt_training_with_one_target_is_opened(tmp_path):
+    tensors = weights(3)
+    folder = tmp_path / "layers.2.mlp"
+    write(folder, tensors | {"post_enc": torch.zeros(FEATURES)}, transcode=True, **CLT)
+    x = inputs()
+    check_formula(TranscoderStore.open(tmp_path)[2], x, dense(x, tensors, transcode=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n_targets": 2}, "cross-layer"),
+        ({"n_sources": 1}, "cross-layer"),
+        ({"coalesce_topk": "concat"}, "cross-layer"),
+        ({"post_encoder_scale": True}, "has the option post_encoder_scale"),
+        ({"normalize_io": True}, "has the option normalize_io"),
+        ({"activation": "batchtopk"}, "the activation batchtopk"),
+    ],
+)
+def test_what_else_clt_training_trains_is_refused_for_what_it_is(tmp_path, change, said):
+    write(tmp_path / "layers.2.mlp", weights(3), transcode=True, **(CLT | change))
+    with pytest.raises(CheckpointError, match=said):
+        TranscoderStore.open(tmp_path)
+
+
+def test_a_bias_behind_topk_is_refused(tmp_path):
+    write(tmp_path / "layers.2.mlp", weights(3) | {"post_enc": torch.full((FEATURES,), 0.1)}, transcode=True, **CLT)
+    with pytest.raises(CheckpointError, match="post_enc is not 0"):
+        TranscoderStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["transcode", "skip_connection"])
+@pytest.mark.parametrize("value", ["false", "true", 0, 1, None, [], 0.0])
+def test_a_truth_value_is_true_or_false_and_nothing_else(tmp_path, key, value):
+    write(tmp_path / "layers.2.mlp", weights(3), **{key: value})
+    with pytest.raises(CheckpointError, match=f"{key} cannot be"):
+        TranscoderStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["false", 1])
+def test_a_truth_value_of_the_run_likewise(tmp_path, value):
+    write(tmp_path / "layers.2.mlp", weights(3), transcode=...)
+    write_json(tmp_path / "config.json", {"transcode": value})
+    with pytest.raises(CheckpointError, match="transcode cannot be"):
+        TranscoderStore.open(tmp_path)

@@ -207,16 +207,29 @@ def test_l0_near_twelve_percent_means_topk(tmp_path, l0_pct, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("l0_pct", [0.8, 8.0, 43.5])
-def test_another_l0_means_plain_relu_and_is_said(tmp_path, l0_pct, caplog):
-    state = state_dict(5)
-    write(tmp_path, 0, wrapped(0, state, l0_pct))
+@pytest.mark.parametrize(
+    ("stated", "k"),
+    [
+        ((9.7, 12.0, 11.8), 12),  # of a real set: ReLU behind TopK can only lower the share
+        ((0.8, 3.0), 12),
+        ((8.0,), 12),
+        ((43.5,), None),
+        ((9.7, 43.5, 12.0), None),  # one run trains all layers: what is above 12 in one was not TopK in the others
+        ((12.0, 12.6), None),
+        ((40.0, None), None),  # a layer that says nothing is taken to be as the others
+        ((9.7, None), 12),
+    ],
+)
+def test_the_stated_l0_of_all_layers_says_how_features_are_selected(tmp_path, stated, k, caplog):
+    for layer, l0_pct in enumerate(stated):
+        write(tmp_path, layer, wrapped(layer, state_dict(layer), l0_pct))
     with caplog.at_level(logging.WARNING, "hooks"):
         store = TranscoderStore.open(tmp_path, read="resid_pre", write="resid_pre")
-    assert store.k(0) is None
-    assert "final_l0_pct" in caplog.text
-    assert "ReLU" in caplog.text
-    check_against_formula(store[0], state, None)
+    assert [store.k(layer) for layer in store.layers] == [k] * len(stated)
+    assert [store.k_source(n) for n in store.layers] == ["assumed" if pct is None else "metadata" for pct in stated]
+    assert "final_l0_pct is" in caplog.text
+    assert ("plain ReLU" in caplog.text) == (k is None)
+    check_against_formula(store[0], state_dict(0), k)
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -238,12 +251,18 @@ def test_the_published_size_keeps_1474():
 
 
 @pytest.mark.parametrize("l0_pct", [12.0, 40.0, None])
-def test_a_given_k_overrides_and_silences(tmp_path, l0_pct, caplog):
+def test_a_given_k_goes_before_what_the_files_state(tmp_path, l0_pct, caplog):
     state = state_dict(6)
     write(tmp_path, 0, wrapped(0, state, l0_pct))
     store = TranscoderStore.open(tmp_path, read="resid_pre", write="resid_pre", k=5)
     assert (store.k(0), store.k_source(0)) == (5, "given")
-    assert not caplog.records
+    if l0_pct is None:
+        assert not caplog.records
+    else:  # a given number goes before a stated one, and that is said
+        (record,) = caplog.records
+        assert (
+            f"--k 5 is taken, and the files state {'topk 12' if l0_pct == 12 else 'relu'} (layers 0)" in record.message
+        )
     check_against_formula(store[0], state, 5)
 
 

@@ -11,6 +11,8 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -35,6 +37,8 @@ from hooks.output import new_folder, write_text
 from hooks.sites import SiteSpec, from_lens, from_module
 from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS as PARTS
+from stress import sets
+from stress.sets import damaged, nested, with_header
 
 WIDTH = json.loads((WEIGHTS / "config.json").read_text())["hidden_size"]
 FEATURES = 96
@@ -163,12 +167,7 @@ class Call:
 
 def archive(pickled: bytes, *, source: object = None, **options: object) -> bytes:
     """A sound archive whose pickle is another."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(packed(source or state_dict()))) as old, zipfile.ZipFile(out, "w") as new:
-        for member in old.infolist():
-            content = pickled if member.filename.endswith("data.pkl") else old.read(member)
-            new.writestr(member.filename, content, **options)
-    return out.getvalue()
+    return sets.archive(pickled, packed(source or state_dict()), **options)
 
 
 def tar(content: bytes) -> bytes:
@@ -245,13 +244,6 @@ def integer(value: int) -> bytes:
     """As torch's pickles have it."""
     stream = pickle.dumps(value, 2)
     return stream[2:-1]
-
-
-def nested(depth: int) -> list[object]:
-    out: list[object] = []
-    for _ in range(depth):
-        out = [out]
-    return out
 
 
 def laughing() -> object:
@@ -442,15 +434,6 @@ def test_an_archive_without_checksums_is_opened(here):
 
 
 # -- safetensors headers -----------------------------------------------------------------------------------------
-
-
-def with_header(raw: bytes, change: Callable[[dict[str, dict[str, object]]], object]) -> bytes:
-    """The same numbers behind another header."""
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    other = change(header)
-    text = other if isinstance(other, bytes) else json.dumps(header if other is None else other).encode()
-    return struct.pack("<Q", len(text)) + text + raw[8 + length :]
 
 
 def replaced(name: str, **entries: object) -> Callable[[dict[str, dict[str, object]]], None]:
@@ -866,13 +849,6 @@ def check_damaged(root: Path) -> None:
 places = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=5)
 
 
-def damaged(raw: bytes, where: list[tuple[float, int]]) -> bytes:
-    out = bytearray(raw)
-    for place, change in where:
-        out[int(place * len(out))] ^= change
-    return bytes(out)
-
-
 @pytest.mark.parametrize("kind", ["published", "legacy", "pickle", "directory", "header", "numbers", "manifest"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=places)
@@ -987,3 +963,105 @@ def test_any_damage_to_the_others_is_refused_or_harmless(write, where, cut, whic
     for coder in coders:
         assert coder.W_enc.shape == coder.W_dec.shape == (24, 8)
         assert all(bool(part.isfinite().all()) for name in PARTS if (part := getattr(coder, name)) is not None)
+
+
+def test_a_twentieth_of_the_stress_script():
+    """200 damaged sets of all formats: refused, or copied with the right numbers; memory and time within bounds."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "stress" / "sets.py"), "--json", "--count", "200", "--processes", "0"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["failed"], found["count"]) == (0, 0, 200), found["failures"]
+    assert min(found["refused"], found["opened"]) > 20  # both happen
+
+
+# -- places and memory -----------------------------------------------------------------------------------------------
+
+NAMES = ["x" * 5000, "x" * 300, "y/" * 3000, "a\0b", "~nobody-at-all/x"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["endless", "long", "deep", "a zero", "no home"])
+def test_a_name_that_no_disk_takes(here, capsys, name):
+    assert main(["features", PROMPT, "--transcoders", name]) == 2
+    assert "Traceback" not in (message := capsys.readouterr().err)
+    assert "error: " in message
+
+
+@pytest.fixture
+def nobody():
+    """Somebody whom permissions bind: for root they do not exist."""
+    me = os.geteuid()
+    if me == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(me)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=["not readable", "not searchable"])
+@pytest.mark.parametrize("below", ["", "set"])
+def test_a_folder_that_nobody_may_look_into(tmp_path, request, mode, below):
+    locked = tmp_path / "locked"
+    own(locked / "set")
+    own(locked)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    locked.chmod(mode)
+    request.getfixturevalue("nobody")
+    with pytest.raises(UserError) as caught:
+        recognise(locked / below)
+    assert "ermission" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_no_memory_for_a_file_is_said_to_be_that(here, monkeypatch, kind):
+    """The system's own words, as torch and safetensors pass them on."""
+
+    def refuse(*_: object, **__: object) -> None:
+        if kind == "pt":
+            raise RuntimeError("unable to mmap 100 bytes from file <x>: Cannot allocate memory (12)")
+        raise OSError(12, "Cannot allocate memory")
+
+    published(here / "set") if kind == "pt" else own(here / "set")
+    monkeypatch.setattr("hooks.files.torch.load" if kind == "pt" else "hooks.files.safe_open", refuse)
+    with pytest.raises(UserError, match="memory ran out while"):
+        TranscoderStore.open("set")[0]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x\udfff"])
+def test_half_a_character_is_refused_wherever_it_stands(here, refused, text):
+    published(here / "set", {"training_metadata": {"note": text}, "state_dict": state_dict()})
+    assert "half a character" in refused(PT)
+
+
+MANY = {
+    "lists": "[" + "[]," * 300_000 + "[]]",
+    "names": "{" + ",".join(f'"{n}":{{}}' for n in range(150_000)) + "}",
+}
+
+
+@pytest.mark.parametrize("text", MANY.values(), ids=MANY.keys())
+def test_values_are_counted_before_they_are_made(here, refused, text):
+    (own(here / "set") / MANIFEST).write_text(text)
+    assert "values" in refused(MANIFEST)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_steps_of_a_pickle_are_counted_before_they_are_taken(here, refused, zipped):
+    flood = b"\x80\x02" + b"]" * 1_000_000 + b"."
+    published(here / "set", raw=archive(flood) if zipped else flood)
+    assert "more than 300,000 steps" in refused(PT)
+
+
+def test_a_pickle_that_asks_for_memory_is_not_opened(here, refused):
+    published(here / "set", raw=archive(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."))
+    assert "builtins.bytearray" in refused(PT)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"d_model": "40"}, {"d_model": 40.0}, {"skip": "false"}, {"skip": 0}, {"version": True}]
+)
+def test_a_manifest_has_numbers_for_numbers_and_truth_values_for_truth_values(here, refused, changes):
+    path = own(here / "set") / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert next(iter(changes)) in refused(MANIFEST)

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
         "version", "lazy", "errors", "whole", "choices", "plugins", "sites", "types", "_tiles", "rows", "kernels",
-        "transcoder", "links", "guard", "output", "files", "formats", "hub", "findings", "convention", "loading",
-        "residency", "store", "convert", "readout", "exclusive", "tokens", "host", "arithmetic", "freeze", "hold",
-        "recording", "swap", "interventions", "intervene", "paths", "observe", "generation_config", "sampling",
-        "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering", "dose",
-        "bridge", "lens", "feature_cache", "demo", "memory", "site_sums", "walk", "refit", "site_fits", "selection",
-        "verdict", "texts", "site_passes", "calibrate", "model", "layer_step", "decode", "quality_report", "quality",
+        "transcoder", "links", "documents", "guard", "output", "files", "formats", "hub", "findings", "convention",
+        "loading", "residency", "store", "convert", "context", "readout", "exclusive", "tokens", "host", "arithmetic",
+        "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe", "generation_config",
+        "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",
+        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "site_sums", "walk", "refit", "site_fits",
+        "selection", "verdict", "texts", "site_passes", "calibrate", "model", "layer_step", "decode",
+        "quality_report", "quality",
     ],
     "circuits": [
         "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence",

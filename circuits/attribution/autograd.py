@@ -50,7 +50,9 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
         yield token_rows(run, number)
 
 
-def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[tuple[int, Rows]]:
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _block(run: LocalRun, numbers: list[int], part: slice) -> list[tuple[int, Rows]]:
     order = [number for number in numbers if len(run.target_rows(number)[part])]
     copies = max(len(run.target_rows(n)[part]) for n in order)
     arriving, leaves = _forward(run, copies)
@@ -63,6 +65,7 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[tuple[int
         feeder: torch.zeros_like(leaves[feeder]) if gradient is None else gradient
         for feeder, gradient in zip(feeders, found, strict=True)
     }
+    out = []
     for number in order:
         value = values[number].detach()
         parts = [
@@ -71,7 +74,9 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> Iterator[tuple[int
         ]
         weights = torch.cat([part.to(parts[-1].device) for part in parts], dim=1)
         weights[:, -1] += constants(run, number, part).to(weights)
-        yield number, Rows(run.target_rows(number)[part], run.source_rows(number), weights, value.to(weights.device))
+        rows = Rows(run.target_rows(number)[part], run.source_rows(number), weights, value.to(weights.device))
+        out.append((number, rows))
+    return out
 
 
 def _forward(run: LocalRun, copies: int) -> tuple[dict[Site | None, Tensor], dict[int | None, Tensor]]:
@@ -108,6 +113,8 @@ def _values(run: LocalRun, number: int, part: slice, out: Float[Tensor, "copy po
     return (stream * rows).sum(-1) + cut.transcoder.b_enc[feature].to(stream.dtype)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradients(
     model: HookedModel,
     recording: Recording,

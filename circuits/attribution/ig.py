@@ -132,6 +132,8 @@ def moved(
     return seen[site][0] - bias.to(seen[site])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def mean_gradient(
     model: HookedModel,
     recording: Recording,

@@ -71,5 +71,6 @@ def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) ->
         device_map=args.device_map,
         precision=args.precision,
         budget_bytes=None if args.budget_gb is None else int(args.budget_gb * 2**30),
+        context=args.context,
         layers=None if layers is None or isinstance(layers, str) else sorted(set(layers)),
     )

@@ -3,7 +3,7 @@
 import argparse
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from hooks.errors import PictureError, UserError, first_line, printable
 from hooks.readout import RankedToken
+from hooks.types import FeatureAddress
 
 Result = dict[str, Any]
 
@@ -36,6 +37,15 @@ def finish(result: Result, path: Path | None, draw: Callable[[Path], None]) -> R
 def say(text: str) -> None:
     """A line of progress on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def say_inactive(addresses: Sequence[FeatureAddress]) -> list[str]:
+    """Features that the prompt does not activate, as text; if there are any, they are named on stderr."""
+    names = [str(address) for address in addresses]
+    if names:
+        be = "is" if len(names) == 1 else "are"
+        say(f"circuits: {', '.join(names)} {be} inactive on this prompt: at the tokens named, the activation is 0")
+    return names
 
 
 def show(args: argparse.Namespace, text: str, end: str = "\n") -> None:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from circuits.commands._options import computes_in, load
-from circuits.commands._output import Result, ranked, show, standing_line
+from circuits.commands._output import Result, ranked, say_inactive, show, standing_line
 from hooks.interventions import INTERVENTIONS
 
 
@@ -12,7 +12,9 @@ def run(args: argparse.Namespace) -> Result:
     """Zero features; logits before and after."""
     plan = [INTERVENTIONS["ablate"].from_text(address, None) for address in args.feature]
     model = load(args)
-    run = model.run(args.prompt, plan, swap=args.swap, error=args.error, mask=args.mask)
+    changing = {"swap": args.swap, "error": args.error, "mask": args.mask}
+    run = model.run(args.prompt, plan, positions=args.positions, skip=args.skip, **changing)
+    inactive = say_inactive(run.inactive)
     effect = run.effect(args.target, args.against)
     before, after = run.top_before(args.top), run.top_after(args.top)
     token, other = model.host.string(effect.target), model.host.string(effect.against)
@@ -35,8 +37,7 @@ def run(args: argparse.Namespace) -> Result:
         "delta": delta,
         "top_before": [asdict(item) for item in before],
         "top_after": [asdict(item) for item in after],
-        "mask": args.mask,
-        "swap": args.swap,
-        "error": args.error,
+        "inactive": inactive,
+        **changing,
         **computes_in(args, model),
     }

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> Result:
     }
     settle(args.model)
     with explained("loading the model", args.device or "cpu"):
-        host = load_host(args.model, dtype=args.dtype, device=args.device, device_map=args.device_map)
+        placed = {"device": args.device, "device_map": args.device_map, "context": args.context}
+        host = load_host(args.model, dtype=args.dtype, **placed)
     chosen = None if args.layers == "all" else args.layers
     n_layers = len(checkpoint.layers if chosen is None else chosen)
     say(f"up to {args.tokens:,} tokens of {texts.name}, {n_layers} layers; the bar's estimate is of the time left")

@@ -12,4 +12,5 @@ def run(args: argparse.Namespace) -> Result:
     tokens = list(model.host.batch([args.prompt]).strings[0])
     frame = model.features(args.prompt, args.top, None if args.layers == "all" else args.layers)
     show(args, table(frame))
-    return {"tokens": tokens, "features": frame.drop(columns="token").to_dict("records")}
+    plain = frame.drop(columns="token").astype(object)  # JSON has no NaN
+    return {"tokens": tokens, "features": plain.where(frame.notna(), None).to_dict("records")}

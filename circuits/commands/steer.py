@@ -13,7 +13,7 @@ from circuits.commands._options import (
     intervention,
     load,
 )
-from circuits.commands._output import Result, finish, show, table
+from circuits.commands._output import Result, finish, say_inactive, show, table
 from circuits.commands._places import check_places
 from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
@@ -22,7 +22,7 @@ from hooks.errors import UserError
 from hooks.model import HookedModel
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
-from hooks.strength import Resolved, Steer
+from hooks.strength import Resolved, Steer, preliminary
 from hooks.tokens import Prompt
 
 
@@ -32,13 +32,16 @@ def run(args: argparse.Namespace) -> Result:
     sampling = Sampling(
         args.temperature, args.top_p, args.seed, args.top_k, args.min_p, repetition_penalty=args.repetition_penalty
     )
-    setting = Setting(args.max_new_tokens, sampling, tuple(args.stop), args.swap, args.error, args.mask)
+    changing = (args.swap, args.error, args.mask, args.positions, tuple(args.skip))
+    setting = Setting(args.max_new_tokens, sampling, tuple(args.stop), *changing)
     _check_sweep(args)
     texts = _texts(args.texts)
     model = load(args)
     ids = model.host.chat(args.prompt) if args.chat else None
     prompt: Prompt = args.prompt if ids is None else ids
+    prepare(model, prompt, [preliminary(plan)], setting)  # what is wrong is said before anything else
     said = {
+        "inactive": say_inactive(model.inactive(prompt, preliminary(plan))),
         "sampling": asdict(sampling) | {"max_new_tokens": args.max_new_tokens, "stop": list(args.stop)},
         "prompt_tokens": list(model.host.batch([prompt]).strings[0]),
         "chat": args.chat,

@@ -1,6 +1,7 @@
 """`circuits swap`: reconstruction quality, and what replacing does to the predictions."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -12,12 +13,28 @@ from circuits.commands._output import Result, show, table
 def run(args: argparse.Namespace) -> Result:
     """Reconstruction quality, and what replacing does to the predictions."""
     model = load(args, args.layers)
-    swapped = model.swap(args.prompt, args.layers, args.error)
+    swapped = model.swap(args.prompt, args.layers, args.error, positions=args.positions, skip=args.skip)
     quality = [asdict(site) for site in swapped.layers]
     effect = swapped.effect
     show(
         args,
         table(pd.DataFrame(quality))
-        + f"\nswapped, error {args.error}: KL {effect.kl:.4f} nats, top-1 agreement {effect.top1_agreement:.1%}",
+        + f"\nswapped at {_named(swapped.positions, swapped.run.batch.lengths[0])}, error {args.error}: KL "
+        f"{effect.kl:.4f} nats, top-1 agreement {effect.top1_agreement:.1%}, over {len(swapped.measured)} tokens",
     )
-    return {"layers": quality, "kl": effect.kl, "top1_agreement": effect.top1_agreement}
+    return {
+        "layers": quality,
+        "kl": effect.kl,
+        "top1_agreement": effect.top1_agreement,
+        "positions": list(swapped.positions),
+        "measured": list(swapped.measured),
+    }
+
+
+def _named(positions: Sequence[int], length: int) -> str:
+    """Which tokens of a prompt, in the shorter of two ways."""
+    left_out = [pos for pos in range(length) if pos not in positions]
+    if not left_out:
+        return f"all {length} tokens"
+    few, word = (left_out, "all positions but") if len(left_out) < len(positions) else (positions, "positions")
+    return f"{word} {', '.join(map(str, few))}"

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from circuits.commands._options import computes_in, load
-from circuits.commands._output import Result, figure, finish, peak_bytes, show, table
+from circuits.commands._output import Result, figure, finish, peak_bytes, say_inactive, show, table
 from circuits.commands._places import check_places
 from circuits.export import export
 from circuits.graph import Graph
@@ -15,6 +15,9 @@ from circuits.scatter import check_suffix
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.trace import check_options, trace
 from hooks.errors import UserError
+from hooks.interventions.ablate import Ablate
+from hooks.model import HookedModel
+from hooks.types import FeatureAddress
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -44,11 +47,13 @@ def run(args: argparse.Namespace) -> Result:
         seed=args.seed,
         progress=True,
     )
+    inactive = say_inactive(_inactive(model, args.prompt, target, graph))
     graph.save(args.out)
     result = {
         "nodes": graph.n_nodes,
         "edges": graph.n_edges,
         "path": str(args.out),
+        "inactive": inactive,
         "target": " + ".join(target["name"] for target in graph.meta["targets"]),
         **{
             key: graph.meta[key]
@@ -61,6 +66,13 @@ def run(args: argparse.Namespace) -> Result:
     }
     show(args, _trace_text(graph, result))
     return finish(result, args.plot, lambda path: export(graph, path, "scatter"))
+
+
+def _inactive(model: HookedModel, prompt: str, target: Any, graph: Graph) -> tuple[FeatureAddress, ...]:
+    """The explained feature, if the prompt does not activate it."""
+    if not isinstance(target, Feature):
+        return ()
+    return model.inactive(prompt, Ablate(graph.meta["targets"][0]["address"]))
 
 
 def _explained(args: argparse.Namespace) -> Any:

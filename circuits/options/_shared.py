@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS
+from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS, SKIPS
 
 
 def command(
@@ -32,6 +32,9 @@ def command(
         group.add_argument("--device-map", metavar="MAP", help="let accelerate place the model, for example auto")
         group.add_argument("--dtype", help="float32, bfloat16, … (default: the checkpoint's)")
         group.add_argument(
+            "--context", type=count, metavar="N", help="tokens the model may be given (default: what its config says)"
+        )
+        group.add_argument(
             "--precision",
             choices=PRECISIONS,
             help="how effects on a half-precision model are measured: exact (fp32 over its weights; default) or native",
@@ -57,10 +60,24 @@ def add_force(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files that hold something else than results")
 
 
+def add_places(parser: argparse._ActionsContainer) -> None:
+    """At which tokens sites are replaced."""
+    parser.add_argument(
+        "--positions", metavar="WHERE", help="tokens where sites are replaced: 1: or 2:5 or {0,3} or -1 (default: all)"
+    )
+    flags = {"special": "the tokenizer's special tokens", "sinks": "attention sinks"}
+    for kind in SKIPS:
+        parser.add_argument(
+            f"--skip-{kind}", dest="skip", action="append_const", const=kind, help=f"but not at {flags[kind]}"
+        )
+    parser.set_defaults(skip=[])
+
+
 def add_changing(parser: argparse.ArgumentParser) -> None:
     """How interventions are carried out."""
     parser.add_argument("--swap", type=layers, metavar="0,1|all", help="replace these layers' sites (default: none)")
     parser.add_argument("--error", choices=ERROR_MODES, default="live", help="the error at replaced sites")
+    add_places(parser)
     parser.add_argument(
         "--mask",
         choices=MASK_MODES,

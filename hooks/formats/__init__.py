@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from hooks.documents import read_json
 from hooks.errors import CheckpointError
-from hooks.guard import read_json
-from hooks.links import check_file, check_links, hub_snapshot
+from hooks.links import check_file, check_links, hub_snapshot, is_folder, what_is
 from hooks.plugins import discover
 from hooks.sites import SiteSpec
 from hooks.transcoder import Activation
@@ -185,11 +185,11 @@ def recognise(root: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no such folder, no format or several formats recognise it, or a file is damaged.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         raise CheckpointError(
             f"there is no folder {root}",
             expected="a folder with transcoder files",
-            found="a file" if root.exists() else "nothing",
+            found=what_is(root),
             where=str(root),
             repair="check the path after --transcoders",
         )
@@ -223,7 +223,7 @@ def recognise(root: Path) -> Checkpoint:
 
 def _unreadable(root: Path) -> str:
     """What is wrong with JSON files that a set could be described by."""
-    for path in sorted(root.glob("*.json")):
+    for path in sorted(root.glob("*.json"))[:8]:
         try:
             read_json(path)
         except CheckpointError as error:

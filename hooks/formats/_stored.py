@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hooks.documents import read_json as read_any_json
+from hooks.documents import shown
 from hooks.errors import CheckpointError
 from hooks.files import npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes
 from hooks.guard import FLOATS
-from hooks.guard import read_json as read_any_json
 from hooks.sites import Site, SiteSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,8 +68,9 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is damaged, or holds something else.
     """
     content = open_pt(path)
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        parts = content.values() if isinstance(content, Mapping) else [content]
+    named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        parts = [*content, *content.values()] if isinstance(content, Mapping) else [content]
         kinds = {type(part).__name__ for part in parts}
         raise CheckpointError(
             f"{path.name} is no state dict",
@@ -77,7 +79,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
             where=str(path),
             repair="download it again, or open the right folder",
         )
-    return {str(key): tensor for key, tensor in content.items()}
+    return dict(content)
 
 
 def matrix(shapes: Shapes, key: str, path: Path) -> tuple[int, int]:
@@ -146,32 +148,14 @@ def check_size(name: str, stated: object, true: int, path: Path) -> None:
     Raises:
         CheckpointError: naming both.
     """
-    if stated is not None and (isinstance(stated, bool) or stated != true):
+    if stated is not None and (type(stated) is not int or stated != true):
         raise CheckpointError(
-            f"{path.name} says {name} {str(stated)[:80]}",
+            f"{path.name} says {name} {shown(stated)}",
             expected=f"{true}, from the files beside it",
-            found=str(stated)[:80],
+            found=shown(stated),
             where=str(path),
             repair="bring configuration and weights of the same training run together",
         )
-
-
-def whole(name: str, value: object, path: Path, most: int | None = None) -> int:
-    """A whole number from 1 (0 for a layer), for example k.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
-    least = 0 if name == "layer" else 1
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise CheckpointError(
-            f"{path.name}: {name} cannot be {str(value)[:80]}",
-            expected=f"a whole number from {least}" + (f" to {most}" if most is not None else ""),
-            found=f"{type(value).__name__} {str(value)[:80]}",
-            where=str(path),
-            repair="correct the configuration",
-        )
-    return value
 
 
 def one_per_layer(found: Iterable[tuple[int, Path]], root: Path) -> None:

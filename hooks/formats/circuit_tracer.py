@@ -1,7 +1,7 @@
 """circuit-tracer's transcoder sets: `config.yaml` and one `layer_{i}.safetensors` per layer.
 
     config.yaml           model_kind: transcoder_set, feature_input_hook, feature_output_hook, model_name, activation, k
-    layer_0.safetensors   W_enc[F,D] b_enc W_dec[F,D] b_dec, activation_function.threshold[F], W_skip[D,D]
+    layer_0.safetensors   W_enc[F,D] b_enc W_dec[F,D] b_dec, activation_function.threshold[F], W_skip[D,D], k
 
 The hooks are TransformerLens names inside a block. Without `activation`, a layer with a threshold is JumpReLU and one
 without is ReLU, as circuit-tracer has it. `ln2.hook_normalized` stores neither weight nor eps: resid_mid divided by its
@@ -15,21 +15,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import yaml
+import torch
 
-from hooks.errors import CheckpointError, UserError, first_line
+from hooks.documents import read_yaml, shown, whole
+from hooks.errors import CheckpointError, UserError
 from hooks.files import safetensors_load
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
 from hooks.formats._circuit_tracer_writer import CONFIG, CONVERSION, KEYS, PARTS, RMS_EPS, TOPK_NOTE
 from hooks.formats._circuit_tracer_writer import save as save
 from hooks.formats._folds import add_norm
 from hooks.formats._stored import check_shapes, float_shapes, matrix, read_json
-from hooks.guard import shown
+from hooks.links import is_file, is_there
 from hooks.sites import SiteSpec, from_lens
 from hooks.transcoder import Activation
 
 _FILE = re.compile(r"layer_(\d{1,6})\.safetensors")
-_LARGEST_CONFIG = 1 << 20
+_K = "k"
 _ACTIVATIONS: dict[str, Activation] = {"topk": "topk", "relu": "relu", "jumprelu": "jumprelu"}
 _ENTRIES = {
     *("model_name", "model_kind", "feature_input_hook", "feature_output_hook", "activation", "k", "transcoders"),
@@ -40,7 +41,7 @@ _ENTRIES = {
 def matches(root: Path) -> bool:
     """Whether there is a `config.yaml` that says what kind of transcoders it belongs to, or belongs to layer files."""
     path = root / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         return False
     try:
         config = _read_config(path)
@@ -71,7 +72,7 @@ def locate(root: Path) -> Checkpoint:
         layers = tuple(replace(source, k_source=rule) for source in layers)
     base_model = config.get("model_name")
     if not isinstance(base_model, str | None):
-        _refuse(path, "model_name", "a name", _said(base_model))
+        _refuse(path, "model_name", "a name", shown(base_model))
     return Checkpoint(
         root,
         "circuit_tracer",
@@ -84,14 +85,14 @@ def locate(root: Path) -> Checkpoint:
         norm="rms" if normed else "none",
         sites_source=known.get("sites_source", "stored"),
         encoder_source=known.get("encoder_source", "assumed" if normed else "stored"),
-        selection_notes=tuple(_selection_notes(activation, layers)),
+        selection_notes=tuple(_selection_notes(layers)),
     )
 
 
 def _known(root: Path) -> dict[str, Source]:
     """How whoever converted the set here knew its facts, from `conversion.json`; nothing beside other sets."""
     path = root / CONVERSION
-    content = read_json(path) if path.exists() or path.is_symlink() else {}
+    content = read_json(path) if is_there(path) else {}
     known: dict[str, Any] = {
         key: content[key] for key in ("sites_source", "encoder_source", "activation_source") if key in content
     }
@@ -102,30 +103,10 @@ def _known(root: Path) -> dict[str, Source]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # yaml raises whatever its constructors stumble over: KeyError, AttributeError, …
-        raise CheckpointError(
-            f"{path.name} cannot be read",
-            expected=f"YAML of plain values, {_LARGEST_CONFIG:,} bytes at most",
-            found=first_line(error)
-            if isinstance(error, yaml.YAMLError | ValueError | OSError)
-            else f"{type(error).__name__}: {first_line(error)}",
-            where=str(path),
-            repair="download it again",
-        ) from None
+    config = read_yaml(path)
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        _refuse(path, "the whole file", "entries such as `model_kind: transcoder_set`", _said(config))
+        _refuse(path, "the whole file", "entries such as `model_kind: transcoder_set`", shown(config))
     return config
-
-
-def _said(value: object) -> str:
-    """A value of a configuration; of a container its type alone, as a few lines of YAML can mean a huge one."""
-    if isinstance(value, int) and abs(value) >= 10**80:  # Python refuses to spell out one of thousands of digits
-        return "a number of more than 80 digits"
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _refuse(path: Path, key: str, expected: str, found: str) -> NoReturn:
@@ -148,8 +129,14 @@ def _check_kind(config: Mapping[str, Any], path: Path) -> None:
             where=str(path),
             repair="use a set of one transcoder per layer",
         )
-    if kind != "transcoder_set":
-        _refuse(path, "model_kind", "transcoder_set", _said(kind))
+    if kind != "transcoder_set" and not _is_first_version(config):
+        _refuse(path, "model_kind", "transcoder_set", shown(kind))
+
+
+def _is_first_version(config: Mapping[str, Any]) -> bool:
+    """circuit-tracer 0.1: no kind, for there was one only, and a list of one transcoder per layer."""
+    listed = config.get("transcoders")
+    return "model_kind" not in config and isinstance(listed, list) and all(isinstance(one, dict) for one in listed)
 
 
 def _layer_files(root: Path) -> list[tuple[int, Path]]:
@@ -183,9 +170,9 @@ def _site(config: Mapping[str, Any], key: str, path: Path) -> tuple[SiteSpec, bo
     try:
         site, normed = from_lens(name if isinstance(name, str) else "")
     except UserError as error:
-        _refuse(path, key, error.expected, _said(name))
+        _refuse(path, key, error.expected, shown(name))
     if not isinstance(site, SiteSpec):
-        _refuse(path, key, "a hook inside a block, without `blocks.LAYER.`", _said(name))
+        _refuse(path, key, "a hook inside a block, without `blocks.LAYER.`", shown(name))
     return site, normed
 
 
@@ -193,19 +180,19 @@ def _rule(config: Mapping[str, Any], path: Path) -> tuple[Activation | None, int
     """What the configuration says of the selection; None: the tensors decide."""
     name, k = config.get("activation"), config.get("k")
     if name is not None and (not isinstance(name, str) or name not in _ACTIVATIONS):
-        _refuse(path, "activation", ", ".join(_ACTIVATIONS), _said(name))
-    if name == "topk" and (type(k) is not int or k < 1):
-        _refuse(path, "k", "a number of features above 0, for activation topk", _said(k))
+        _refuse(path, "activation", ", ".join(_ACTIVATIONS), shown(name))
+    if k is not None:
+        whole("k", k, path)
     if name != "topk" and k is not None:
-        _refuse(path, "k", "activation: topk beside it", f"activation {_said(name)}, k {_said(k)}")
+        _refuse(path, "k", "activation: topk beside it", f"activation {shown(name)}, k {shown(k)}")
     return (None if name is None else _ACTIVATIONS[name]), k
 
 
 def _layer(number: int, path: Path, activation: Activation | None, k: int | None, normed: bool) -> LayerSource:
-    shapes = float_shapes(path)
+    shapes = float_shapes(path, buffers=(_K,))
     f, d = matrix(shapes, "W_enc", path)
     required = {"W_enc": (f, d), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}
-    optional = {KEYS["threshold"]: (f,), "W_skip": (d, d)}
+    optional: dict[str, tuple[int, ...]] = {KEYS["threshold"]: (f,), "W_skip": (d, d), _K: ()}
     check_shapes(shapes, required | {key: shape for key, shape in optional.items() if key in shapes}, path)
     gated = KEYS["threshold"] in shapes
     stored: Activation = "jumprelu" if gated else "relu"
@@ -217,8 +204,12 @@ def _layer(number: int, path: Path, activation: Activation | None, k: int | None
             where=str(path),
             repair=f"correct {CONFIG} if it is wrong, or download the set again",
         )
+    if _K in shapes:
+        activation, k = "topk", _stored_k(path, activation, k)
+    if activation == "topk" and k is None:
+        _refuse(path.parent / CONFIG, "k", "a number of features above 0, for activation topk", "none")
     if k is not None and k > f:
-        _refuse(path.parent / CONFIG, "k", f"{f} at most, the features of {path.name}", _said(k))
+        _refuse(path.parent / CONFIG, "k", f"{f} at most, the features of {path.name}", shown(k))
     if gated:
         _check_thresholds(path)
     tensors = {name: TensorSource(path, (key,)) for name in PARTS if (key := KEYS.get(name, name)) in shapes}
@@ -232,6 +223,16 @@ def _layer(number: int, path: Path, activation: Activation | None, k: int | None
         activation=activation or stored,
         finish=add_norm if normed else None,
     )
+
+
+def _stored_k(path: Path, activation: Activation | None, stated: int | None) -> int:
+    """The number that circuit-tracer's own `to_safetensors` puts beside the weights of a TopK transcoder."""
+    k = safetensors_load(path, _K)
+    if k.dtype.is_floating_point or k.dtype.is_complex or k.dtype == torch.bool or int(k) < 1:
+        _refuse(path, _K, "a whole number above 0", shown(k.item()))
+    if activation not in (None, "topk") or (stated is not None and stated != int(k)):
+        _refuse(path, _K, f"what {CONFIG} says: activation {shown(activation)}, k {shown(stated)}", shown(int(k)))
+    return int(k)
 
 
 def _check_thresholds(path: Path) -> None:
@@ -255,6 +256,8 @@ def _notes(config: Mapping[str, Any], numbers: list[int], normed: bool) -> Itera
             f"what is read is resid_mid divided by its root mean square; eps {RMS_EPS:g} is assumed, as the files do "
             "not store it"
         )
+    if _is_first_version(config):
+        yield f"{CONFIG} is of circuit-tracer 0.1, which names no kind: one transcoder per layer is assumed"
     if listed is not None:
         yield f"the files that {CONFIG} lists are not fetched; those in the folder are taken"
     if missing:
@@ -263,8 +266,8 @@ def _notes(config: Mapping[str, Any], numbers: list[int], normed: bool) -> Itera
         yield f"{CONFIG} has entries that are not read: {', '.join(unknown)[:200]}"
 
 
-def _selection_notes(activation: Activation | None, layers: tuple[LayerSource, ...]) -> Iterable[str]:
-    if activation is None and any(source.activation == "relu" for source in layers):
+def _selection_notes(layers: tuple[LayerSource, ...]) -> Iterable[str]:
+    if any(source.activation == "relu" and source.k_source == "assumed" for source in layers):
         yield f"{CONFIG} names no activation, and there are no thresholds: ReLU is assumed, as in circuit-tracer"
-    if activation == "topk":
+    if any(source.activation == "topk" for source in layers):
         yield TOPK_NOTE

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooks.documents import shown, whole
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, Finish, LayerSource, Source, TensorSource
 from hooks.formats._folds import fold_gate
@@ -33,7 +34,6 @@ from hooks.formats._stored import (
     read_json,
     spread_threshold,
     state_dict,
-    whole,
 )
 from hooks.links import found
 from hooks.sites import Site
@@ -144,11 +144,12 @@ def _config(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             where=str(path),
             repair="take the config.json that the library wrote beside ae.pt",
         )
-    if str(trainer.get("dict_class")) not in _CLASSES:
+    name = trainer.get("dict_class")
+    if not isinstance(name, str) or name not in _CLASSES:
         raise CheckpointError(
-            f"{path.name} names the unknown class {repr(trainer.get('dict_class'))[:80]}",
+            f"{path.name} names the unknown class {shown(name)}",
             expected=f"one of {', '.join(_CLASSES)}",
-            found=repr(trainer.get("dict_class"))[:80],
+            found=shown(name),
             where=str(path),
             repair="save the weights as one of these classes",
         )
@@ -158,7 +159,7 @@ def _config(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 def _number(trainer: Mapping[str, Any], path: Path) -> int:
     match = _SUBMODULE.fullmatch(str(trainer.get("submodule_name")))
     named = int(match[3]) if match and match[3] else None
-    number = named if trainer.get("layer") is None else whole("layer", trainer["layer"], path)
+    number = named if trainer.get("layer") is None else whole("layer", trainer["layer"], path, 0, 999_999)
     if number is None or (named is not None and named != number):
         raise CheckpointError(
             f"{path.name} does not say which layer the dictionary belongs to",

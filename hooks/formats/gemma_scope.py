@@ -28,11 +28,11 @@ from hooks.formats._stored import (
     read_json,
     spread_threshold,
 )
-from hooks.links import found
+from hooks.links import found, is_file
 from hooks.sites import Site, from_module
 
 _FILES, _CONFIG, _SKIP = ("params.npz", "params.safetensors"), "config.json", "affine_skip_connection"
-_LAYER = re.compile(r"layer_(\d+)(_.*)?")
+_LAYER = re.compile(r"layer_(\d{1,6})(_.*)?")
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # the folder of one set, a layer, all layers, all sites
 
 
@@ -107,7 +107,7 @@ def _number(path: Path) -> int:
 
 def _config(path: Path) -> Mapping[str, Any]:
     config = path.with_name(_CONFIG)
-    return read_json(config) if path.suffix == ".safetensors" and config.is_file() else {}
+    return read_json(config) if path.suffix == ".safetensors" and is_file(config) else {}
 
 
 def _sites(config: Mapping[str, Any]) -> Sites:

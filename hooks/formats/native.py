@@ -17,18 +17,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
 )
 
+from hooks.documents import read_json, shown
 from hooks.errors import CheckpointError, UserError
 from hooks.files import safetensors_dtypes, safetensors_shapes, sha256, write_safetensors
 from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
-from hooks.guard import FLOATS, read_json, shown
-from hooks.links import hub_snapshot
+from hooks.guard import FLOATS
+from hooks.links import hub_snapshot, is_file
 from hooks.output import write_json
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
@@ -39,8 +39,12 @@ _NAME: Literal["qwen-circuits"] = "qwen-circuits"
 _KEYS = {name: {"norm_weight": "ln.weight", "norm_bias": "ln.bias"}.get(name, name) for name in WEIGHTS}
 
 
+_MOST_LAYERS = 10_000
+_Layer = Annotated[int, Field(ge=0, lt=1_000_000, strict=False)]  # JSON has texts for keys
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class InputNorm(_Strict):
@@ -95,7 +99,7 @@ class Manifest(_Strict):
     """
 
     format: Literal["qwen-circuits"]
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]  # a Literal would take true for 1
     base_model: str | None = None
     base_revision: str | None = None
     dtype: str | None = None
@@ -109,7 +113,7 @@ class Manifest(_Strict):
     activation: Activation
     activation_source: Source = "stored"
     skip: bool = False
-    layers: Annotated[dict[NonNegativeInt, LayerEntry], Field(min_length=1)]
+    layers: Annotated[dict[_Layer, LayerEntry], Field(min_length=1, max_length=_MOST_LAYERS)]
     calibration: dict[str, Any] | None = None
     source: dict[str, Any] = {}
 
@@ -149,7 +153,7 @@ class Manifest(_Strict):
 def matches(root: Path) -> bool:
     """Whether the folder has a manifest that names this format."""
     path = root / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         return False
     try:
         content = read_json(path)
@@ -166,14 +170,24 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST
     content = read_json(path)
+    if isinstance(content, dict) and (unknown := sorted(content.keys() - Manifest.model_fields)):
+        _refuse(path, f"{shown(unknown[0])}: there is no such entry")  # before each of many is complained about
     try:
         manifest = Manifest.model_validate(content)
         if len(manifest.layers) < len(content["layers"]):
             _refuse(path, "a layer stands there twice")
         return manifest
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}" for fault in error.errors()[:9]]
-        _refuse(path, "; ".join(faults)[:400])
+        _refuse(path, faults(error, "manifest"))
+
+
+def faults(error: ValidationError, whole: str) -> str:
+    """What a validation found, in a line; `whole` names what has no name of its own."""
+    said = (
+        f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}"
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)[:9]
+    )
+    return "; ".join(said)[:400]
 
 
 def _refuse(path: Path, found: str) -> NoReturn:
@@ -224,7 +238,7 @@ def _not_fetched(root: Path, manifest: Manifest) -> set[int]:
     """Of a hub repository only some layers may be in the cache; a local folder has to be complete."""
     if not hub_snapshot(root):
         return set()
-    left = {number for number, entry in manifest.layers.items() if not _file(root, number, entry.file).exists()}
+    left = {number for number, entry in manifest.layers.items() if not is_file(_file(root, number, entry.file))}
     return left if len(left) < len(manifest.layers) else set()
 
 
@@ -243,7 +257,7 @@ def _file(root: Path, number: int, name: str) -> Path:
 def _layer(root: Path, number: int, manifest: Manifest) -> LayerSource:
     entry = manifest.layers[number]
     file = _file(root, number, entry.file)
-    if not file.is_file():
+    if not is_file(file):
         raise CheckpointError(
             f"layer {number} is missing",
             expected=f"the file {entry.file} in the folder of the manifest",

@@ -3,28 +3,32 @@
 Each file is a dict with `state_dict` (or the bare state dict itself), keys with or without the `_orig_mod.` that
 torch.compile leaves. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5 (the training script's; the card's code adds
 `enc.0.bias` instead). `dec` may hold decoders for several target layers, one under the other: one of them is opened,
-the first unless another is asked for. Neither the sites nor k nor the use of TopK are
-stored: `final_l0_pct` near 12 says TopK with k = max(1, int(0.12 F)) (the training script's default); any other
-value says that the set was trained with plain ReLU (the script's other mode). Without it, TopK is assumed.
+the first unless another is asked for. Neither the sites nor k nor the use of TopK are stored. `final_l0_pct` hints at
+the latter, and a set is judged as a whole, for one run trains all its layers: TopK with k = max(1, int(0.12 F)) (the
+training script's default), then ReLU, leaves 12 % or less; a layer above that says that the set was trained with plain
+ReLU (the script's other mode). Where no file states it, TopK is assumed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hooks.documents import bare, shown
 from hooks.errors import CheckpointError
 from hooks.files import open_pt
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
-from hooks.guard import FLOATS, shown
+from hooks.guard import FLOATS
 from hooks.transcoder import Activation
 
-_FILE = re.compile(r"transcoder_L(\d+)\.pt")
+_FILE = re.compile(r"transcoder_L(\d{1,6})\.pt")
 _TOPK_FRACTION = 0.12
 _L0_TOLERANCE_PCT = 0.5
+_L0 = "final_l0_pct"
 _REPAIR = "download it again, or ask whoever made it for another file"
 _KEYS = {  # our name -> (key in the state dict, stored [d_model feature])
     "norm_weight": ("enc.0.weight", False),
@@ -58,7 +62,7 @@ def locate(root: Path) -> Checkpoint:
                 repair="keep one",
             )
     described = [_layer(number, path) for number, path in files]
-    layers, decoders = tuple(source for source, _ in described), {count for _, count in described}
+    layers, decoders = _selected([source for source, _ in described]), {count for _, count in described}
     if len(decoders) > 1:
         raise CheckpointError(
             "the layers have different numbers of decoders",
@@ -67,18 +71,13 @@ def locate(root: Path) -> Checkpoint:
             where=str(root),
             repair="open layers of one kind alone",
         )
-    notes = []
-    if any(source.k_source == "assumed" for source in layers):
-        notes.append("the files do not say how features are selected: TopK at 12 % (the card) is assumed")
-    if any(source.k is None for source in layers):
-        notes.append("final_l0_pct is not near 12, so plain ReLU without TopK is assumed; --k N says otherwise")
     return Checkpoint(
         root,
         "published",
         layers,
         read=None,
         write=None,
-        selection_notes=tuple(notes),
+        selection_notes=tuple(_notes(layers)),
         sites_source="unknown",
         encoder_source="assumed",
         decoders=decoders.pop(),
@@ -96,12 +95,11 @@ def _layer(number: int, path: Path) -> tuple[LayerSource, int]:
     _check_wrapper(wrapper, {"layer": number, "hidden_dim": d_model, "feature_dim": d_features}, path)
     metadata = wrapper.get("training_metadata")
     metadata = {} if metadata is None else metadata
-    k, k_source = _selection(metadata, d_features, path)
+    _check_stated(metadata, path)
     nested = ("state_dict",) if wrapper else ()
     tensors = {name: TensorSource(path, (*nested, *source.key), source.transposed) for name, source in sources.items()}
-    activation: Activation = "topk" if k else "relu"
-    source = LayerSource(number, d_model, d_features, tensors, k, k_source, dict(metadata), activation=activation)
-    return source, decoders
+    k = max(1, int(d_features * _TOPK_FRACTION))
+    return LayerSource(number, d_model, d_features, tensors, k, "assumed", dict(metadata)), decoders
 
 
 def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
@@ -121,7 +119,7 @@ def _state_dict(content: Any, path: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 def _names(state: Mapping[Any, object]) -> str:
-    return ", ".join(shown(key).strip("'") for key in list(state)[:12])
+    return ", ".join(bare(key) for key in list(state)[:12])
 
 
 def _source(state: Mapping[str, Tensor], prefix: str, key: str, flip: bool, path: Path) -> TensorSource:
@@ -183,7 +181,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[in
 def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: Path) -> None:
     for key, fact in facts.items():
         stated = wrapper.get(key, fact)
-        if not isinstance(stated, int) or stated != fact:
+        if type(stated) is not int or stated != fact:
             said = shown(stated)
             raise CheckpointError(
                 f"{path.name} says {key} {said}" if key != "layer" else f"{path.name} says it is layer {said}",
@@ -194,21 +192,57 @@ def _check_wrapper(wrapper: Mapping[str, Any], facts: Mapping[str, int], path: P
             )
 
 
-def _selection(metadata: Any, d_features: int, path: Path) -> tuple[int | None, Source]:
-    """k from what the metadata says of the density; see the module's head."""
-    k = max(1, int(d_features * _TOPK_FRACTION))
+def _check_stated(metadata: Any, path: Path) -> None:
     usable = isinstance(metadata, Mapping)
-    l0_pct = metadata.get("final_l0_pct") if usable else metadata
+    l0_pct = metadata.get(_L0) if usable else metadata
     if usable and l0_pct is None:
-        return k, "assumed"
+        return
     if not usable or isinstance(l0_pct, bool) or not isinstance(l0_pct, int | float) or not 0 <= l0_pct <= 100:
         raise CheckpointError(
             f"{path.name}: the training metadata cannot be used",
-            expected="final_l0_pct, a percentage",
+            expected=f"{_L0}, a percentage",
             found=shown(l0_pct),
             where=str(path),
             repair=_REPAIR,
         )
-    exact = 100 * k / d_features  # small dictionaries: int() makes the true share fall short of 12 %
-    near = min(abs(l0_pct - 100 * _TOPK_FRACTION), abs(l0_pct - exact)) <= _L0_TOLERANCE_PCT
-    return (k if near else None), "metadata"
+
+
+def _selected(layers: list[LayerSource]) -> tuple[LayerSource, ...]:
+    """The same layers with the selection rule that the densities of all of them say; see the module's head."""
+    stated = [source for source in layers if source.metadata.get(_L0) is not None]
+    by_relu = any(_excess(source) > _L0_TOLERANCE_PCT for source in stated)
+    activation: Activation = "relu" if by_relu else "topk"
+
+    def ruled(source: LayerSource) -> LayerSource:
+        origin: Source = "metadata" if source in stated else "assumed"
+        return replace(source, activation=activation, k=None if by_relu else source.k, k_source=origin)
+
+    return tuple(ruled(source) for source in layers)
+
+
+def _excess(source: LayerSource) -> float:
+    """Percentage points by which a layer's stated density is above that of TopK; below 0 where ReLU cut some off."""
+    k = max(1, int(source.d_features * _TOPK_FRACTION))
+    nominal = max(100 * k / source.d_features, 100 * _TOPK_FRACTION)  # of a small dictionary int() makes less than 12 %
+    l0_pct: Any = source.metadata[_L0]
+    return float(l0_pct) - nominal
+
+
+def _notes(layers: tuple[LayerSource, ...]) -> Iterator[str]:
+    stated = [source for source in layers if source.metadata.get(_L0) is not None]
+    if not stated:
+        yield "the files do not say how features are selected: TopK at 12 % (the card) is assumed"
+        return
+    if silent := [source.layer for source in layers if source not in stated]:
+        yield f"no {_L0} at layers {', '.join(map(str, silent))[:200]}: taken to be selected as in the others"
+    most, least = max(stated, key=_excess), min(stated, key=_excess)
+    if layers[0].activation == "relu":
+        yield (
+            f"{_L0} is {most.metadata[_L0]:.4g} at layer {most.layer}, more than TopK at 12 % leaves, so plain ReLU is "
+            "assumed for the whole set; --k N says otherwise"
+        )
+    elif _excess(least) < -_L0_TOLERANCE_PCT:
+        yield (
+            f"{_L0} is {least.metadata[_L0]:.4g} at layer {least.layer} and nowhere above 12, so TopK at 12 % is taken "
+            "for the whole set (ReLU behind it can only lower the share); --k N says otherwise"
+        )

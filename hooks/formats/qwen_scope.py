@@ -13,7 +13,7 @@ from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import check_shapes, float_shapes, matrix, one_per_layer
 from hooks.sites import SiteSpec
 
-_FILE = re.compile(r"layer(\d+)\.sae\.pt")
+_FILE = re.compile(r"layer(\d{1,6})\.sae\.pt")
 _IN_THE_NAME = re.compile(r"SAE-Res-.+?-L0_(\d+)")
 _RESID_POST = SiteSpec("resid_post")
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from hooks.documents import bare, flag, shown, whole
 from hooks.errors import CheckpointError, UserError
 from hooks.files import safetensors_load
 from hooks.formats import Checkpoint, Finish, LayerSource, TensorSource
@@ -27,7 +28,6 @@ from hooks.formats._stored import (
     one_convention,
     one_per_layer,
     read_json,
-    whole,
 )
 from hooks.links import found
 from hooks.sites import Site, from_lens
@@ -167,7 +167,7 @@ def _refuse(path: Path, key: str, expected: str, found: object) -> NoReturn:
     raise CheckpointError(
         f"{path.name}: {key} cannot be used",
         expected=expected,
-        found=repr(found)[:160],
+        found=shown(found, 160),
         where=str(path),
         repair="correct the entry if it is wrong; otherwise this set cannot be opened",
     ) from None
@@ -186,15 +186,17 @@ def _member(folder: Path) -> _Member:
         _refuse(config.path, "hook_name_out", f"layer {read.layer} or later", config.about["hook_name_out"])
     normalize = config.computed.get("normalize_activations")
     kwargs = config.about.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        _refuse(config.path, "model_from_pretrained_kwargs", "names and values", kwargs)
     base_model = config.about.get("model_name")
     return _Member(
         _source(config, file, name, architecture, read.layer, normed),
         read,
         write,
         normed,
-        scaled=normalize in (True, "expected_average_only_in"),
+        scaled=normalize is True or normalize == "expected_average_only_in",
         base_model=base_model if isinstance(base_model, str) else None,
-        processed=isinstance(kwargs, dict) and any(kwargs.get(key) for key in ("fold_ln", "center_writing_weights")),
+        processed=flag(kwargs, "fold_ln", config.path) or flag(kwargs, "center_writing_weights", config.path),
     )
 
 
@@ -204,9 +206,9 @@ def _architecture(config: _Config) -> tuple[str, _Architecture]:
     function = config.computed.get("activation_fn", "relu")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{config.path.name}: the architecture {str(name)[:80]} is not known here",
+            f"{config.path.name}: the architecture {bare(name)} is not known here",
             expected=", ".join(_ARCHITECTURES),
-            found=repr(name)[:80],
+            found=shown(name),
             where=str(config.path),
             repair="use a set of one of these",
         )
@@ -220,16 +222,17 @@ def _architecture(config: _Config) -> tuple[str, _Architecture]:
 def _check_settings(config: _Config, architecture: _Architecture) -> None:
     """Refuse settings that change what is computed, and that `Transcoder` has no field for."""
     computed, about, path = config.computed, config.about, config.path
-    if computed.get("normalize_activations") not in (None, False, True, "none", "expected_average_only_in"):
+    normalize = computed.get("normalize_activations")
+    if not isinstance(normalize, bool | None) and normalize not in ("none", "expected_average_only_in"):
         _refuse(path, "normalize_activations", "none or expected_average_only_in", computed["normalize_activations"])
     if computed.get("reshape_activations") not in (None, "none"):
         _refuse(path, "reshape_activations", "none: heads are no site", computed["reshape_activations"])
     for key in ("hook_head_index", "hook_head_index_out"):
         if about.get(key) is not None:
             _refuse(path, key, "none: heads are no site", about[key])
-    if architecture.transcoder and computed.get("apply_b_dec_to_input"):
+    if architecture.transcoder and flag(computed, "apply_b_dec_to_input", path):
         _refuse(path, "apply_b_dec_to_input", "false for a transcoder", True)
-    if computed.get("rescale_acts_by_decoder_norm") and architecture.activation != "topk":
+    if flag(computed, "rescale_acts_by_decoder_norm", path) and architecture.activation != "topk":
         _refuse(path, "rescale_acts_by_decoder_norm", "false for everything but topk", True)
 
 
@@ -259,11 +262,11 @@ def _source(
     if "scaling_factor" in shapes:
         _check_unscaled(file)
     tensors = {key: TensorSource(file, (key,), key == "W_enc") for key in expected if key != "scaling_factor"}
-    if not architecture.transcoder and config.computed.get("apply_b_dec_to_input", True):
+    if not architecture.transcoder and flag(config.computed, "apply_b_dec_to_input", config.path, True):
         tensors["shift"] = TensorSource(file, ("b_dec",))
     k = _k(config, f) if architecture.activation == "topk" else None
     about = {**config.about, "architecture": name}
-    rescaled = bool(config.computed.get("rescale_acts_by_decoder_norm"))
+    rescaled = flag(config.computed, "rescale_acts_by_decoder_norm", config.path)
     finish = _finish(file, architecture, rescaled, normed)
     return LayerSource(layer, d, f, tensors, k, "stored", about, activation=architecture.activation, finish=finish)
 

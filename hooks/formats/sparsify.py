@@ -5,8 +5,9 @@
     layers.5.mlp/sae.safetensors     encoder.weight[F,D] encoder.bias W_dec[F,D] b_dec, and with a skip W_skip[D,D]
 
 A transcoder (`transcode: true`) reads the module's input and writes its output; an autoencoder reads and writes the
-output, and subtracts b_dec from what it reads. The skip connection is x @ W_skip.T. Sources: `sparse_coder.py`,
-`fused_encoder.py` and the trainer's hook in EleutherAI/sparsify.
+output, and subtracts b_dec from what it reads. The skip connection is x @ W_skip.T. EleutherAI's clt-training writes
+the same files with more options; a set of one target layer is opened. Sources: `sparse_coder.py`, `fused_encoder.py`
+and the trainer's hook in EleutherAI/sparsify; `config.py` and `sparse_coder.py` in EleutherAI/clt-training.
 """
 
 import re
@@ -14,7 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hooks.documents import bare, flag, shown, whole
 from hooks.errors import CheckpointError
+from hooks.files import safetensors_load
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import (
     Sites,
@@ -25,15 +28,19 @@ from hooks.formats._stored import (
     one_convention,
     one_per_layer,
     read_json,
-    whole,
 )
-from hooks.links import check_file, found, hub_snapshot
+from hooks.links import check_file, found, hub_snapshot, is_file, is_there
 from hooks.sites import from_module
 
 _WEIGHTS, _CFG, _RUN = "sae.safetensors", "cfg.json", "config.json"
 _KEYS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 _USED = {"activation", "k", "num_latents", "expansion_factor", "transcode", "skip_connection", "d_in"}
-_OF_TRAINING = {"normalize_decoder", "multi_topk", "lookup_max_order"}  # at inference they change nothing
+_OF_TRAINING = {  # at inference they change nothing; the last four are clt-training's
+    *("normalize_decoder", "multi_topk", "lookup_max_order"),
+    *("dtype", "tp_output", "train_post_encoder", "topk_coalesced"),
+}
+_ACROSS_LAYERS = {"n_targets", "n_sources", "coalesce_topk", "per_source_tied", "secondary_target_tied"}
+_POST = "post_enc"  # clt-training: added to what TopK kept
 
 
 def matches(root: Path) -> bool:
@@ -82,9 +89,9 @@ def _folders(root: Path) -> list[Path]:
 
 def _run(root: Path) -> Mapping[str, Any]:
     """The configuration of the run, beside the folders of the hookpoints; of a single one, beside its own."""
-    single = (root / _WEIGHTS).exists()
+    single = is_there(root / _WEIGHTS)
     path = (root.absolute().parent if single else root) / _RUN
-    if single and (path.exists() or path.is_symlink()):
+    if single and is_there(path):
         check_file(path, path.parent)  # the folder itself has been checked
         if path.is_symlink() and not hub_snapshot(path.parent):
             raise CheckpointError(
@@ -94,21 +101,29 @@ def _run(root: Path) -> Mapping[str, Any]:
                 where=str(path),
                 repair="open the folder above, or put a copy of the file in its place",
             )
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_file(path) else {}
 
 
 def _transcodes(cfg: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> bool:
-    unknown = sorted(key for key, value in cfg.items() if value and key not in _USED | _OF_TRAINING)
-    if unknown:
+    options = sorted(key for key, value in cfg.items() if value and value != "none" and key not in _USED | _OF_TRAINING)
+    if across := [key for key in options if key in _ACROSS_LAYERS]:
         raise CheckpointError(
-            f"{path.name} has the option {unknown[0]}",
+            f"{path.name} is of a cross-layer transcoder, which cannot be opened",
+            expected="features that write to one layer: no " + ", ".join(sorted(_ACROSS_LAYERS)),
+            found=f"{across[0]}: {shown(cfg[across[0]])}",
+            where=str(path),
+            repair="use a set of one transcoder per layer",
+        )
+    if options:
+        raise CheckpointError(
+            f"{path.name} has the option {options[0][:80]}",
             expected=f"only {', '.join(sorted(_USED))}: another may change what is computed",
-            found=f"{unknown[0]}: {str(cfg[unknown[0]])[:80]}",
+            found=f"{options[0][:80]}: {shown(cfg[options[0]])}",
             where=str(path),
             repair="open it with the version of sparsify that wrote it",
         )
-    transcode = bool(cfg.get("transcode", run.get("transcode", False)))
-    if cfg.get("skip_connection") and not transcode:
+    transcode = flag(cfg, "transcode", path, flag(run, "transcode", path.with_name(_RUN)))
+    if flag(cfg, "skip_connection", path) and not transcode:
         raise CheckpointError(
             f"{path.name}: an autoencoder with a skip connection copies what it reads",
             expected="transcode: true, or no skip_connection",
@@ -135,11 +150,14 @@ def _layer(number: int, folder: Path, cfg: Mapping[str, Any], transcode: bool) -
     file, path = folder / _WEIGHTS, folder / _CFG
     shapes = float_shapes(file)
     f, d = matrix(shapes, "encoder.weight", file)
-    keys = _KEYS | ({"W_skip": "W_skip"} if cfg.get("skip_connection") else {})
+    keys = _KEYS | ({"W_skip": "W_skip"} if flag(cfg, "skip_connection", path) else {})
     sizes = {"W_enc": (f, d), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "W_skip": (d, d)}
-    check_shapes(shapes, {key: sizes[name] for name, key in keys.items()}, file)
+    expected = {key: sizes[name] for name, key in keys.items()} | ({_POST: (f,)} if _POST in shapes else {})
+    check_shapes(shapes, expected, file)
+    if _POST in shapes:
+        _check_post(file)
     check_size("d_in", cfg.get("d_in"), d, path)
-    if cfg.get("num_latents"):
+    if cfg.get("num_latents") not in (None, 0):
         check_size("num_latents", cfg["num_latents"], f, path)
     elif cfg.get("expansion_factor") is not None:
         check_size("num_latents", whole("expansion_factor", cfg["expansion_factor"], path) * d, f, path)
@@ -149,7 +167,7 @@ def _layer(number: int, folder: Path, cfg: Mapping[str, Any], transcode: bool) -
     kind, k = cfg.get("activation", "topk"), whole("k", cfg.get("k"), path, most=f)
     if kind not in ("topk", "groupmax") or (kind == "groupmax" and f % k):
         raise CheckpointError(
-            f"{path.name}: the activation {str(kind)[:40]} with k {k} cannot be used",
+            f"{path.name}: the activation {bare(kind, 40)} with k {k} cannot be used",
             expected="topk, or groupmax with as many groups of equal size",
             found=f"{f} features",
             where=str(path),
@@ -167,3 +185,15 @@ def _layer(number: int, folder: Path, cfg: Mapping[str, Any], transcode: bool) -
         activation="topk" if topk else "groupmax",
         groups=None if topk else k,
     )
+
+
+def _check_post(file: Path) -> None:
+    """clt-training adds a trained number to every feature that TopK kept; before training it is 0."""
+    if bool((safetensors_load(file, _POST) != 0).any()):
+        raise CheckpointError(
+            f"{file.name}: {_POST} is not 0 everywhere",
+            expected="features as TopK leaves them: nothing is added behind it",
+            found="a bias behind TopK",
+            where=str(file),
+            repair="train with train_post_encoder=False; this set cannot be opened",
+        )

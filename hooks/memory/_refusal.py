@@ -100,7 +100,7 @@ def explained(
     """Turn an allocation that fails, on either kind of device, into a message with the plan that would fit.
 
     Args:
-        ask: called only then.
+        ask: called only then; where it cannot plan, the message has no plan.
 
     Raises:
         ModelError: memory ran out inside.
@@ -109,4 +109,7 @@ def explained(
         yield
     if failed:
         place = torch.device(device)
-        refuse(doing, ask(), task, capacity_of(place), str(place))
+        wanted: Ask | None = None
+        with contextlib.suppress(ModelError):
+            wanted = ask()
+        refuse(doing, wanted, task, capacity_of(place), str(place))

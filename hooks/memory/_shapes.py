@@ -97,8 +97,10 @@ class ModelShape:
         """The sizes that a `config.json` states.
 
         Raises:
-            ModelError: one of them is missing or no positive number.
+            ModelError: one of them is missing or no positive number, or blocks are of a kind whose weights are not
+                counted here.
         """
+        _check_blocks(config, where)
 
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key, default)
@@ -127,6 +129,19 @@ class ModelShape:
             head_norms=family.startswith("qwen3"),
             dtype=dtype if dtype in ITEM else "float32",
             bits=_bits(config.get("quantization_config")),
+        )
+
+
+def _check_blocks(config: Mapping[str, Any], where: str) -> None:
+    """A plan that counts one MLP of many, or attention in place of a state, would be wrong."""
+    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
+    linear = "linear_attention" in (config.get("layer_types") or ())
+    if experts or linear:
+        raise ModelError(
+            "memory is not planned for models of this kind",
+            expected="blocks of full or windowed attention and one MLP",
+            found=f"{experts}: {config[experts]}" if experts else "linear attention",
+            where=where,
         )
 
 
