@@ -1,8 +1,8 @@
 """What exact arithmetic over bf16 weights costs, and what an ablation costs against a plain forward of transformers.
 
-Two blocks of the shape of Qwen2.5-1.5B with its vocabulary of 152,000, random bf16 weights, 2 threads. In each round all
-ways run one after the other; ratios are medians over the rounds. `forward` is a whole pass with the logits of the last
-position: the model's own code against ours, native and exact. `run`, `ablate` and `record` go through the public API.
+Two blocks of the shape of Qwen2.5-1.5B with its vocabulary of 152,000, random bf16 weights. In each round all ways run
+one after the other; ratios are medians over the rounds. `forward` is a whole pass with the logits of the last position,
+native and exact; `transformers` is the model's own code. `run`, `ablate` and `record` go through the public API.
 """
 
 import argparse

@@ -72,7 +72,7 @@ class Run:
     interventions: tuple[Any, ...] = ()
 
     @cached_property
-    @exclusive
+    @measured
     def inactive(self) -> tuple[FeatureAddress, ...]:
         """Addresses of interventions whose feature the clean run activates at none of the tokens they name: to ablate
         or scale it does nothing. Found by one more pass, when it is asked for."""
@@ -107,7 +107,7 @@ class Run:
     def __repr__(self) -> str:
         """One line: how long the prompt is, and the answer before and after."""
         before, after = (token_name(top.token, top.id) for (top,) in (self.top_before(1), self.top_after(1)))
-        return f"Run({len(self.logits)} tokens, answer {before} → {after})"
+        return f"Run({len(self.before)} tokens, answer {before} → {after})"
 
     def _repr_html_(self) -> str:
         """For notebooks: the likeliest next tokens before and after."""
