@@ -348,7 +348,7 @@ def test_graphs_need_a_site_that_joins_the_stream(here, refused):
         (["--explain", "L9/3"], "layer 9 has no transcoder"),
         (["--explain", "L3/99999"], "feature 99999 does not exist in layer 3"),
         (["--mass", "2"], "mass 2.0 of at most 10 tokens holds nothing"),
-        (["--position", "99"], "position 99 does not occur"),
+        (["--at", "99"], "position 99 does not occur"),
         (["--plot", "check.bmp"], "unknown picture format '.bmp'"),
     ],
 )

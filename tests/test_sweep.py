@@ -298,7 +298,7 @@ PROMPT = "fact: the capital of the state containing Dallas is"
 
 def test_the_command_gives_what_the_method_gives(demo, tmp_path, capsys):
     out, plot = tmp_path / "effects.csv", tmp_path / "effects.png"
-    arguments = ["--layer", "3", "--position", "-1", "8", "--out", str(out), "--plot", str(plot)]
+    arguments = ["--layers", "3", "--positions", "-1", "8", "--out", str(out), "--plot", str(plot)]
     assert main(["sweep", PROMPT, "--json", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     table = demo.sweep(PROMPT, layers=[3], positions=[-1, 8]).table
@@ -328,13 +328,13 @@ BAD = [
     (["--dose", "L3/99@8", "--values", "1:2"], "cannot read the grid"),
     (["--dose", "L3/99@8", "--values", "x1,x2"], "are no activations"),
     (["--dose", "L3/99@8", "--values", "1,2", "--pairs"], "says all"),
-    (["--group", "L3/99@8", "--layer", "3"], "each say"),
+    (["--group", "L3/99@8", "--layers", "3"], "each say"),
     (["--pairs"], "needs --group"),
     (["--group", "L3/99@88"], "does not occur"),
     (["--group", "L9/99@8"], "no transcoder"),
     (["--group", "L3/99@8+L3/99@8"], "two interventions meet"),
-    (["--layer", "9"], "no transcoder"),
-    (["--position", "40"], "does not occur"),
+    (["--layers", "9"], "no transcoder"),
+    (["--positions", "40"], "does not occur"),
     (["--at", "40"], "does not occur"),
     (["--change", "set"], "takes a value"),
     (["--change", "zero", "--value", "1"], "takes no value"),

@@ -88,10 +88,9 @@ def _explained(args: argparse.Namespace) -> Any:
         return Feature(args.explain)
     if args.answer is not None:
         return Answer(args.answer)
-    pos = -1 if args.position is None else args.position
     if args.mass is not None:
-        return Mass(args.mass, pos=pos)
-    return Logit(args.target, args.against, pos)
+        return Mass(args.mass, pos=args.at)
+    return Logit(args.target, args.against, args.at)
 
 
 def _trace_text(graph: Graph, result: Result) -> str:
