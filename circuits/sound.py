@@ -298,7 +298,7 @@ def _check_target(where: str, target: dict[str, Any]) -> None:
         try:
             FeatureAddress.parse(target["address"])
         except ValueError as error:
-            _refuse(f"{where}: address", "such as L3/118@7", first_line(error))
+            _refuse(f"{where}: address", "such as L3/99@8", first_line(error))
 
 
 def _check_sample(sample: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def listed(interventions: Interventions) -> list[Any]:
 def _no_intervention(item: object) -> InterventionError:
     return InterventionError(
         f"{shortened(repr(item))} is not an intervention",
-        expected='Ablate("L3/118"), Clamp("L3/118", 8.0), … or (layer, position, feature, value)',
+        expected='Ablate("L3/383"), Clamp("L3/383", 8.0), … or (layer, position, feature, value)',
     )
 
 

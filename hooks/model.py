@@ -34,6 +34,7 @@ from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, effect, token_name
 from hooks.recording import Recording, record
+from hooks.renamed import keywords
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
@@ -71,15 +72,16 @@ class Run:
         or scale it does nothing. Found by one more pass, when it is asked for."""
         return inactive(self.host, self.store, self.batch, self.interventions)
 
+    @keywords(position="pos")
     def effect(
-        self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, position: int = -1
+        self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, pos: int = -1
     ) -> Effect:
         """What happened to a target token at one position; by default the clean run's answer at the last token.
 
         Raises:
             TargetError: target or against is not one token, or the position does not occur.
         """
-        place = self._place(position)
+        place = self._place(pos)
         before, after = self.baseline[place], self.logits[place]
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
@@ -102,17 +104,19 @@ class Run:
         )
         return f"<table><tr><th colspan='2'>plain</th><th colspan='2'>with interventions</th></tr>{body}</table>"
 
-    def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+    @keywords(position="pos")
+    def top_before(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
-        return self.host.top(self.baseline[self._place(position)], n)
+        return self.host.top(self.baseline[self._place(pos)], n)
 
-    def top_after(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+    @keywords(position="pos")
+    def top_after(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The edited run's most likely next tokens."""
-        return self.host.top(self.logits[self._place(position)], n)
+        return self.host.top(self.logits[self._place(pos)], n)
 
-    def _place(self, position: int) -> int:
+    def _place(self, pos: int) -> int:
         length = len(self.logits)
-        return whole(position, "position", least=-length, most=length - 1)
+        return whole(pos, "position", least=-length, most=length - 1)
 
 
 @dataclass(frozen=True)
@@ -488,7 +492,7 @@ class HookedModel:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
         Example:
-            for token in model.stream(prompt, [Clamp("L3/118", 8.0)]):
+            for token in model.stream(prompt, [Clamp("L3/383", 8.0)]):
                 print(token.text, end="", flush=True)
 
         Raises:
@@ -596,6 +600,7 @@ class HookedModel:
             texts=texts,
         )
 
+    @keywords(position="pos")
     @exclusive
     def effects(
         self,
@@ -606,7 +611,7 @@ class HookedModel:
         **options: Any,
     ) -> Effects:
         """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
-        options and errors as in `hooks.paths.effects`: position, hold, receivers.
+        options and errors as in `hooks.paths.effects`: pos, hold, receivers.
 
         Example:
             model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
@@ -614,6 +619,7 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return effects(self.host, self.store, batch, interventions, target, against, **options)
 
+    @keywords(position="pos")
     @exclusive
     def sweep(
         self,
@@ -646,6 +652,7 @@ class HookedModel:
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
         return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
 
+    @keywords(position="pos")
     @exclusive
     def path_effect(
         self,

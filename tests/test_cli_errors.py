@@ -135,7 +135,7 @@ WRONG = {
     ),
     "against without target": ([*TRACE, "--against", "Austin"], ["--against needs --target"]),
     # addresses
-    "no address": ([*ABLATE, "--feature", "118"], ["cannot read the feature address '118'", "L3/118@-1"]),
+    "no address": ([*ABLATE, "--feature", "118"], ["cannot read the feature address '118'", "L3/383@-1"]),
     "address without feature": ([*ABLATE, "--feature", "L3"], ["'L3'", "L{layer}/{feature}"]),
     "address with a negative layer": ([*ABLATE, "--feature", "L-1/3"], ["'L-1/3'", "expected"]),
     "address without position": ([*ABLATE, "--feature", "L0/1@"], ["'L0/1@'", "expected"]),

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Result:
         groups,
         target=args.target,
         against=args.against,
-        position=args.at,
+        pos=args.at,
         metrics=args.metrics,
         tokens_at_once=args.tokens_at_once,
         progress=not args.json,
@@ -124,7 +124,7 @@ def _text(args: argparse.Namespace, model: HookedModel, found: Sweep) -> str:
     lines = [
         f"logit({own!r}) − logit({other!r}) behind {found.tokens[question.pos]!r}: {base['metric']:.3f}, "
         f"probability {base['prob']:.3f}, rank {base['rank']:.0f}",
-        table(shown.drop(columns=["layer", "pos", "feature"])),
+        table(shown.drop(columns=["layer", "pos", "feature"]).assign(role=shown["role"].fillna("–"))),
         f"{len(found.table)} effects in {found.passes} batches; noise floor {found.noise_floor:.1e} logits, "
         f"{unresolved} below it",
     ]

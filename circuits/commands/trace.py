@@ -96,7 +96,7 @@ def _explained(args: argparse.Namespace) -> Any:
 def _trace_text(graph: Graph, result: Result) -> str:
     lines = [f"{result['target']}: {graph.n_nodes} nodes, {graph.n_edges} edges, saved to {result['path']}"]
     strongest = graph.nodes_frame().query("kind == 'feature'").head(10)
-    lines.append(table(strongest[["id", "token", "activation", "score", "influence"]]))
+    lines.append(table(strongest[["name", "token", "activation", "score", "influence"]]))
     shares = {name: figure(value) for name, value in graph.meta["scores"].items()}
     lines.append(f"replacement {shares['replacement']}, completeness {shares['completeness']} (before pruning)")
     lines += [_agreement(graph.meta["verification"])] if "verification" in graph.meta else []
