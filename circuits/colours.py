@@ -5,7 +5,7 @@ the target; ablating such a feature lowers the metric, so its effect is negative
 """
 
 SUPPORTS, OPPOSES = "#1f6f8b", "#c8553d"  # blue, red
-AS_PREDICTED, OTHER_SIGN = "#588157", "#7b5ea7"  # green, purple
+AS_PREDICTED, OTHER_SIGN = "#3f8f4f", "#9c2f9c"  # green, purple
 FIRST, SECOND = AS_PREDICTED, OTHER_SIGN  # two lines of a picture in which nothing supports or opposes
 QUIET, INK, MUTED = "#9a9a9a", "#2b2b2b", "#555555"
 ROLE = {"supports": SUPPORTS, "opposes": OPPOSES}  # by the words of a sweep's column `role`
