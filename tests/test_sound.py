@@ -200,7 +200,7 @@ def test_targets_whose_tokens_read_the_same_are_told_apart(bytewise, tmp_path):
         graph = trace(bytewise, "京都", targets, sample=0, max_nodes=20)
         rows = graph.index.rows(TARGET)
         assert len(rows) == len({graph.names[row] for row in rows}) == count
-        assert len(set(graph.nodes_frame()["id"])) == graph.n_nodes == len(graph.to_networkx())
+        assert len(set(graph.nodes_frame()["name"])) == graph.n_nodes == len(graph.to_networkx())
         graph.save(tmp_path / "a")
         assert Graph.load(tmp_path / "a").names == graph.names
     assert f"#{beyond[0]}" in trace(bytewise, "京都", beyond, sample=0, max_nodes=20).target_names[0]
