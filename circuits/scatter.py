@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -218,3 +218,18 @@ def _figures(found: Agreement) -> str:
         f"{found.n} items{left_out}   Pearson {number(found.pearson)}   Spearman {number(found.spearman)}\n"
         f"slope {number(found.slope)}   signs {share(found.sign)}   strongest tenth {share(found.top_tenth)}"
     )
+
+
+def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
+    """Draw a stored sample.
+
+    Raises:
+        UserError: the file cannot be written, or its suffix is another.
+    """
+    nodes, edges, noise = sample["nodes"], sample["edges"], sample["noise_floor"]
+    panels = [
+        Panel("features ablated", nodes["score"], nodes["effect"], noise),
+        Panel("features doubled", nodes["score"], nodes["doubled"], noise),
+        Panel("edges, source ablated", edges["weight"], edges["effect"], sample["edge_noise_floor"], "target's units"),
+    ]
+    scatter_plot(panels, path)

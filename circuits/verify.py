@@ -7,7 +7,7 @@ spread over strength, layer and position, not taken from the top only (that woul
 the noise floor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from circuits.assemble import Setting, recorded, score_setting
 from circuits.graph import Graph
 from circuits.held import Removal, feature_values, run_held
 from circuits.nodes import FEATURE, TARGET
-from circuits.scatter import Panel, scatter_plot
+from circuits.scatter import plot_sample
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
 from hooks.errors import UserError
@@ -110,21 +110,6 @@ class Verification:
             UserError: the file cannot be written, or its suffix is another.
         """
         plot_sample(self.sample(), Path(path))
-
-
-def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
-    """Draw a stored sample.
-
-    Raises:
-        UserError: the file cannot be written, or its suffix is another.
-    """
-    nodes, edges, noise = sample["nodes"], sample["edges"], sample["noise_floor"]
-    panels = [
-        Panel("features ablated", nodes["score"], nodes["effect"], noise),
-        Panel("features doubled", nodes["score"], nodes["doubled"], noise),
-        Panel("edges, source ablated", edges["weight"], edges["effect"], sample["edge_noise_floor"], "target's units"),
-    ]
-    scatter_plot(panels, path)
 
 
 @exclusive

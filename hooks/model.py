@@ -2,7 +2,6 @@
 
 import functools
 import html
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from transformers import AutoConfig
 
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
-from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.demo import WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
 from hooks.exclusive import exclusive
@@ -26,10 +25,10 @@ from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Host, fingerprint, tap
-from hooks.hub import Resolved, resolve
 from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
+from hooks.names import precision, transcoder_folder
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, effect, token_name
@@ -47,8 +46,6 @@ from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
-
-log = logging.getLogger("hooks")
 
 Transcoders = str | Path | TranscoderStore | Sequence[Transcoder]
 ROWS_PER_PASS = 256
@@ -906,39 +903,6 @@ def load_host(
     if chosen:
         host.model.to(chosen)
     return host
-
-
-def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
-    """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
-
-    Raises:
-        CheckpointError: see `hooks.hub.resolve`.
-    """
-    if name in TRANSCODERS:
-        return Resolved(TRANSCODERS[name])
-    found = resolve(name, layers=layers, embedded=TRANSCODERS)
-    for note in found.notes:
-        log.warning("%s", note)
-    return found
-
-
-def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name; None stays None.
-
-    Raises:
-        UserError: it is none that weights are held in.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    known = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float64": torch.float64,
-    }
-    if dtype not in known:
-        raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
-    return known[dtype]
 
 
 def _placement(device: str | None, device_map: str | None) -> torch.device | None:

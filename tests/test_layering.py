@@ -15,9 +15,9 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "findings", "convention", "loading", "residency", "store", "convert",
         "context", "readout", "exclusive", "tokens", "host", "freeze", "hold", "recording", "swap", "interventions",
         "intervene", "paths", "observe", "generation_config", "sampling", "suffix", "variants", "sweep", "candidates",
-        "generation", "session", "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "memory",
-        "site_sums", "walk", "refit", "site_fits", "selection", "verdict", "texts", "site_passes", "calibrate",
-        "model", "layer_step",
+        "generation", "session", "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "names",
+        "memory", "site_sums", "walk", "refit", "site_fits", "selection", "verdict", "texts", "site_passes",
+        "calibrate", "model", "layer_step",
         "decode", "quality_report", "quality",
     ],
     "circuits": [

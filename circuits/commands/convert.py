@@ -6,7 +6,7 @@ import pandas as pd
 
 from circuits.commands._output import Result, say, show, table
 from hooks.convert import convert
-from hooks.model import precision, transcoder_folder
+from hooks.names import precision, transcoder_folder
 
 
 def run(args: argparse.Namespace) -> Result:
