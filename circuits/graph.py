@@ -222,7 +222,7 @@ class Graph:
         try:
             meta = _facts(path)
             parts = {name: _column(tensor) for name, tensor in safetensors_tensors(path).items()}
-            check_parts(parts, meta)
+            facts = check_parts(parts, meta)
         except CheckpointError:
             raise
         except UserError as error:
@@ -234,7 +234,7 @@ class Graph:
                 repair="the file is damaged, or was not written by `circuits trace`: trace it again",
             ) from None
         index = NodeIndex(*(parts.pop(name) for name in NODE_NUMBERS))
-        return cls(index=index, meta=plain(meta), **parts)
+        return cls(index=index, meta=facts, **parts)
 
 
 def check_graph(graph: Graph) -> None:
