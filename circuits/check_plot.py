@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from circuits.colours import FIRST, INK, QUIET, SECOND
+from circuits.scatter import picture
 from circuits.shown import drawn
 from hooks.calibrate import Calibration
 from hooks.findings import Findings
@@ -76,7 +77,7 @@ def _map(
 ) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("fvu", [RIGHT, "#cfe3ea", "#f4efe9"]).with_extremes(bad="#ffffff")
+    colours = LinearSegmentedColormap.from_list("fvu", [FIRST, "#dbe8d3", "#f4efe9"]).with_extremes(bad="#ffffff")
     drawn = axes.imshow(np.minimum(cells, WORST), aspect="auto", cmap=colours, vmin=0, vmax=WORST)
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
@@ -99,7 +100,7 @@ def _frame(axes: Any, findings: Findings, reads: list[SiteSpec], writes: list[Si
     best = findings.best
     if best.encoder == encoder:
         place = writes.index(findings.write) - 0.5, reads.index(findings.read) - 0.5
-        colour = WRONG if findings.verdict == "clear" else QUIET
+        colour = SECOND if findings.verdict == "clear" else QUIET
         axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=colour, linewidth=1.8))
 
 
@@ -114,8 +115,8 @@ def _curve(axes: Any, findings: Findings) -> None:
     selection = findings.selection
     topk = [point for point in selection.curve if point.k is not None]
     relu = [point for point in selection.curve if point.k is None]
-    axes.plot([p.l0 for p in topk], [p.fvu for p in topk], color=RIGHT, marker="o", markersize=3, linewidth=1)
-    axes.plot([p.l0 for p in relu], [p.fvu for p in relu], color=WRONG, marker="s", markersize=4, linestyle="none")
+    axes.plot([p.l0 for p in topk], [p.fvu for p in topk], color=FIRST, marker="o", markersize=3, linewidth=1)
+    axes.plot([p.l0 for p in relu], [p.fvu for p in relu], color=SECOND, marker="s", markersize=4, linestyle="none")
     if selection.k is not None:
         axes.axvline(selection.k, color=QUIET, linewidth=0.8, linestyle="--")
     for point in relu:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from circuits import shown
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from circuits.colours import FIRST, INK, QUIET, SECOND
+from circuits.scatter import picture
 from hooks.dose import DoseResponse
 
 WIDTH, HEIGHT = 8.6, 3.7  # inches
@@ -33,7 +34,7 @@ def _effect(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None
     metric = [dose.effect.metric_after for dose in response.doses]
     axes.axhline(0, color="#dddddd", linewidth=0.6, zorder=1)
     axes.axhline(response.metric, color=QUIET, linewidth=0.9, dashes=(4, 3), zorder=2)
-    _line(axes, amounts, metric, RIGHT)
+    _line(axes, amounts, metric, FIRST)
     _frame(
         axes,
         response.unit,
@@ -60,7 +61,7 @@ def _effect(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None
 
 def _fluency(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None:
     axes.axhline(response.baseline.mean_plain, color=QUIET, linewidth=0.9, dashes=(4, 3), zorder=2)
-    _line(axes, amounts, [dose.scored.mean_plain for dose in response.doses], WRONG)
+    _line(axes, amounts, [dose.scored.mean_plain for dose in response.doses], SECOND)
     _frame(axes, response.unit, "mean log-probability (nats)", "the steered text under the plain model")
     axes.margins(x=0.12, y=0.18)
 

@@ -27,6 +27,7 @@ from hooks.documents import shown
 from hooks.errors import CheckpointError, UserError, first_line
 from hooks.files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
 from hooks.guard import Stored, check_safetensors
+from hooks.renamed import Table
 
 _VERSION = 1
 _KEY = "qwen-circuits-graph"
@@ -82,7 +83,7 @@ class Graph:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """A unique id per node; a feature's id is its address, such as `L3/118@7`."""
+        """A unique name per node; a feature's is its address, such as `L3/99@8`."""
         return unique([self.index.name(row, self.target_names) for row in range(self.n_nodes)])
 
     @cached_property
@@ -126,12 +127,12 @@ class Graph:
         """The nodes as a table, strongest influence first."""
         tokens = self.tokens
         labels = self.meta.get("labels", {})
-        frame = pd.DataFrame(
+        frame = Table(
             {
-                "id": self.names,
+                "name": self.names,
                 "kind": [KINDS[kind] for kind in self.index.kind],
                 "layer": self.index.layer,
-                "position": self.index.pos,
+                "pos": self.index.pos,
                 "token": [tokens[pos] if 0 <= pos < len(tokens) else "" for pos in self.index.pos],
                 "feature": np.where(self.index.kind == FEATURE, self.index.feature, NONE),
                 "activation": self.activation,
@@ -141,7 +142,7 @@ class Graph:
                 "label": [labels.get(name, "") for name in self.names],
             }
         )
-        return frame.sort_values(["influence", "id"], ascending=[False, True], ignore_index=True)
+        return frame.sort_values(["influence", "name"], ascending=[False, True], ignore_index=True)
 
     def edges_frame(self) -> pd.DataFrame:
         """The edges as a table, strongest effect first."""
@@ -157,15 +158,16 @@ class Graph:
         return frame.loc[order].reset_index(drop=True)
 
     def to_networkx(self) -> nx.DiGraph:
-        """A `networkx.DiGraph`: nodes by id with the columns of `nodes_frame`, edges with `weight` and `effect`.
+        """A `networkx.DiGraph`: nodes by name with the columns of `nodes_frame`, edges with `weight` and `effect`.
 
-        Absent numbers (a token's layer, a bias's position) are left out rather than filled with a stand-in.
+        A node's `pos` is `position` here: Graphviz reads `pos` as a place on the page. Absent numbers (a token's layer,
+        a bias's position) are left out rather than filled with a stand-in.
         """
         graph = nx.DiGraph(prompt=self.meta.get("prompt", ""), rule=self.meta.get("rule", ""))
-        for row in self.nodes_frame().to_dict("records"):
+        for row in self.nodes_frame().rename(columns={"pos": "position"}).to_dict("records"):
             absent = [key for key in ("layer", "position", "feature") if row[key] == NONE]
             absent += [key for key, value in row.items() if isinstance(value, float) and np.isnan(value)]
-            graph.add_node(row["id"], **{k: v for k, v in row.items() if k != "id" and k not in absent})
+            graph.add_node(row["name"], **{k: v for k, v in row.items() if k != "name" and k not in absent})
         graph.add_edges_from(
             (self.names[s], self.names[t], {"weight": float(w), "effect": float(e)})
             for s, t, w, e in zip(self.source, self.target, self.weight, self.effect, strict=True)
@@ -183,7 +185,9 @@ class Graph:
     def _repr_html_(self) -> str:
         """For notebooks: the line, and the strongest features."""
         frame = self.nodes_frame()
-        shown = frame[frame["kind"] == "feature"].head(10)[["id", "token", "activation", "score", "influence", "label"]]
+        shown = frame[frame["kind"] == "feature"].head(10)[
+            ["name", "token", "activation", "score", "influence", "label"]
+        ]
         return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, float_format='{:.4g}'.format)}"
 
     def save(self, path: str | Path) -> None:
@@ -218,7 +222,7 @@ class Graph:
         try:
             meta = _facts(path)
             parts = {name: _column(tensor) for name, tensor in safetensors_tensors(path).items()}
-            check_parts(parts, meta)
+            facts = check_parts(parts, meta)
         except CheckpointError:
             raise
         except UserError as error:
@@ -230,7 +234,7 @@ class Graph:
                 repair="the file is damaged, or was not written by `circuits trace`: trace it again",
             ) from None
         index = NodeIndex(*(parts.pop(name) for name in NODE_NUMBERS))
-        return cls(index=index, meta=plain(meta), **parts)
+        return cls(index=index, meta=facts, **parts)
 
 
 def check_graph(graph: Graph) -> None:

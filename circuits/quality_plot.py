@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from circuits.colours import FIRST, INK, QUIET, SECOND
+from circuits.scatter import picture
 from hooks.quality_report import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches
 LINES = (  # dashes, because without sinks in the text the two lines are one
-    ("fvu", "all tokens", RIGHT, "-"),
+    ("fvu", "all tokens", FIRST, "-"),
     ("fvu_calm", "without sinks", QUIET, "--"),
-    ("fvu_normed", "norm space", WRONG, "-"),
+    ("fvu_normed", "norm space", SECOND, "-"),
 )
 
 
@@ -43,7 +44,7 @@ def _unexplained(axes: Any, report: QualityReport) -> None:
 
 def _active(axes: Any, report: QualityReport) -> None:
     layers = [layer.layer for layer in report.layers]
-    _line(axes, layers, [layer.l0 for layer in report.layers], RIGHT)
+    _line(axes, layers, [layer.l0 for layer in report.layers], FIRST)
     axes.set_ylim(0, 1.15 * max(layer.l0 for layer in report.layers) or 1.0)
     dead, always, size = (
         sum(getattr(layer, name) for layer in report.layers) for name in ("dead", "always_on", "features")
@@ -55,7 +56,7 @@ def _active(axes: Any, report: QualityReport) -> None:
 def _cost(axes: Any, report: QualityReport) -> None:
     layers, replaced = list(report.one), list(report.one.values())
     axes.axhline(0, color="#dddddd", linewidth=0.6, zorder=1)
-    _line(axes, layers, [item.delta_ce for item in replaced], RIGHT)
+    _line(axes, layers, [item.delta_ce for item in replaced], FIRST)
     every = report.together["all"]
     least = min(item.ablated.ce for item in replaced) - report.clean_ce
     note = f"all sites together {every.delta_ce:+.3g}; one site at its mean {least:+.3g} or more".replace("-", "−")

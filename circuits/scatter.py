@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.agreement import Agreement, Values, agree
+from circuits.colours import AS_PREDICTED, INK, MUTED, OTHER_SIGN, QUIET
 from circuits.shown import drawn
 from hooks.errors import OutputError
 from hooks.output import check_writable, replacing
@@ -25,10 +26,9 @@ from hooks.output import check_writable, replacing
 SUFFIXES = (".png", ".svg")
 COLUMNS = 3  # panels side by side
 SIDE, HEAD, MARGIN, FOOT = 3.3, 0.65, 0.75, 0.3  # inches: a panel; the space for its title, its labels, the legend
-RIGHT, WRONG, QUIET, INK = "#1f6f8b", "#c8553d", "#9a9a9a", "#2b2b2b"
 TINY = 1e-30  # what is smaller is drawn as nothing
 DECADES = 4  # below the largest effect; what is smaller is drawn linearly
-LEGEND = "dashed: as predicted; grey: within the noise floor; red: the other sign"
+LEGEND = "dashed: as predicted; green: of the predicted sign; purple: of the other sign; grey: within the noise floor"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
             left, bottom = column * (SIDE + MARGIN) + MARGIN, height - (row + 1) * (SIDE + HEAD + MARGIN) + MARGIN
             axes = figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height))
             _draw(axes, panel)
-        figure.text(MARGIN / width, 0.12 / height, LEGEND, fontsize=7.5, color="#555555")
+        figure.text(MARGIN / width, 0.12 / height, LEGEND, fontsize=7.5, color=MUTED)
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -180,13 +180,13 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.axvline(0, color="#dddddd", linewidth=0.6, zorder=1)
     axes.plot([-limit, limit], [-limit, limit], color=INK, linewidth=0.8, dashes=(4, 3), zorder=2)
     quiet, right = np.abs(y) <= panel.noise_floor, np.sign(x) == np.sign(y)
-    for shown, colour in ((quiet, QUIET), (~quiet & right, RIGHT), (~quiet & ~right, WRONG)):
+    for shown, colour in ((quiet, QUIET), (~quiet & right, AS_PREDICTED), (~quiet & ~right, OTHER_SIGN)):
         axes.scatter(x[shown], y[shown], s=9, color=colour, alpha=0.55, linewidths=0, zorder=3)
     axes.set_xlabel(f"predicted ({drawn(panel.unit)})", fontsize=8, color=INK)
     axes.set_ylabel(f"measured ({drawn(panel.unit)})", fontsize=8, color=INK, labelpad=2)
     axes.tick_params(labelsize=7, colors=INK)
     axes.set_title(f"{drawn(panel.name)}\n", fontsize=10, color=INK, loc="left", pad=14)
-    axes.text(0, 1.02, _figures(panel.agreement), transform=axes.transAxes, fontsize=7.5, color="#555555", va="bottom")
+    axes.text(0, 1.02, _figures(panel.agreement), transform=axes.transAxes, fontsize=7.5, color=MUTED, va="bottom")
 
 
 def _scale(axes: Any, size: Float[np.ndarray, " item"], noise_floor: float) -> float:
@@ -218,3 +218,18 @@ def _figures(found: Agreement) -> str:
         f"{found.n} items{left_out}   Pearson {number(found.pearson)}   Spearman {number(found.spearman)}\n"
         f"slope {number(found.slope)}   signs {share(found.sign)}   strongest tenth {share(found.top_tenth)}"
     )
+
+
+def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
+    """Draw a stored sample.
+
+    Raises:
+        UserError: the file cannot be written, or its suffix is another.
+    """
+    nodes, edges, noise = sample["nodes"], sample["edges"], sample["noise_floor"]
+    panels = [
+        Panel("features ablated", nodes["score"], nodes["effect"], noise),
+        Panel("features doubled", nodes["score"], nodes["doubled"], noise),
+        Panel("edges, source ablated", edges["weight"], edges["effect"], sample["edge_noise_floor"], "target's units"),
+    ]
+    scatter_plot(panels, path)

@@ -28,8 +28,11 @@ DEPTH = 32  # containers within containers
 TEXT_LIMIT, VALUE_LIMIT = 8 << 20, 1_000_000  # of the facts as JSON: bytes, and values; each takes up to 100 bytes read
 
 
-def check_parts(parts: Mapping[str, Any], meta: Any) -> None:
+def check_parts(parts: Mapping[str, Any], meta: Any) -> dict[str, Any]:
     """Refuse what is no graph.
+
+    Returns:
+        The facts in plain data.
 
     Raises:
         UserError: a column is missing or unknown, has another shape, type or range; a node or edge occurs twice; an
@@ -43,6 +46,7 @@ def check_parts(parts: Mapping[str, Any], meta: Any) -> None:
     facts = plain(meta)
     check_meta(facts)
     _check_fit(parts, facts)
+    return facts
 
 
 def check_size(text: bytes) -> None:
@@ -298,7 +302,7 @@ def _check_target(where: str, target: dict[str, Any]) -> None:
         try:
             FeatureAddress.parse(target["address"])
         except ValueError as error:
-            _refuse(f"{where}: address", "such as L3/118@7", first_line(error))
+            _refuse(f"{where}: address", "such as L3/99@8", first_line(error))
 
 
 def _check_sample(sample: dict[str, Any]) -> None:

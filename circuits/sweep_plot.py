@@ -1,7 +1,8 @@
 """A sweep as a picture: where the strong effects are, by layer and position, and which features they belong to.
 
-A cell holds the effect of largest magnitude among the features at that layer and position, with its sign; a cell in
-which none rises above the noise floor stays grey. The bars beside it are the strongest single effects.
+A cell holds the effect of largest magnitude among the features at that layer and position; a cell in which none rises
+above the noise floor stays grey. The bars beside it are the strongest single effects. Colours say what a feature does
+for the target, `circuits.colours`; the bars' direction says what the change did to the metric.
 """
 
 from pathlib import Path
@@ -12,13 +13,15 @@ import pandas as pd
 from jaxtyping import Float
 
 from circuits import shown
-from circuits.scatter import INK, QUIET, RIGHT, WRONG, picture
+from circuits.colours import INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SUPPORTS
+from circuits.scatter import picture
 from hooks.errors import UserError
 from hooks.sweep import Sweep
 
 BARS = 15  # of the ranking
 LONGEST = 12  # characters of a token that are written
-CELL, BAR_SIDE, LEAST = 0.34, 3.6, 3.4  # inches
+CELL, BAR_SIDE, LEAST, FOOT = 0.34, 3.6, 3.4, 0.25  # inches
+LEGEND = f"{ROLES}; bars: change of logit(target) − logit(against)"
 
 
 def sweep_plot(sweep: Sweep, path: str | Path) -> None:
@@ -34,28 +37,29 @@ def sweep_plot(sweep: Sweep, path: str | Path) -> None:
         raise UserError("there is no map of this sweep", expected="groups of one feature at one position")
     layers, cells = _cells(single, len(sweep.tokens))
     width, height = max(LEAST, CELL * cells.shape[1] + 1.6), max(LEAST, CELL * len(layers) + 1.6)
-    with picture(path, (width + BAR_SIDE, height), layout="constrained") as figure:
+    with picture(path, (width + BAR_SIDE, height + FOOT), layout="constrained") as figure:
         left, right = figure.subplots(1, 2, width_ratios=(width, BAR_SIDE))
         _map(figure, left, cells, layers, sweep)
         _ranking(right, sweep)
+        figure.supxlabel(LEGEND, x=0.01, ha="left", fontsize=7, color=MUTED)
 
 
 def _cells(table: pd.DataFrame, length: int) -> tuple[list[int], Float[np.ndarray, "layer pos"]]:
-    """The effect of largest magnitude in each cell; NaN where none is resolved or none was swept."""
+    """The size of the largest effect in each cell, negative where it opposes the target; NaN where none has a role."""
     layers = sorted({int(layer) for layer in table["layer"]})
     cells = np.full((len(layers), length), np.nan)
-    drawn = table[table["resolved"] & (table["delta"] != 0)]
-    for layer, pos, delta in zip(drawn["layer"], drawn["pos"], drawn["delta"], strict=True):
+    drawn = table[table["role"].notna()]
+    for layer, pos, delta, role in zip(drawn["layer"], drawn["pos"], drawn["delta"], drawn["role"], strict=True):
         at = layers.index(int(layer)), int(pos)
         if not abs(cells[at]) >= abs(delta):
-            cells[at] = delta
+            cells[at] = abs(delta) if role == "supports" else -abs(delta)
     return layers, cells
 
 
 def _map(figure: Any, axes: Any, cells: Float[np.ndarray, "layer pos"], layers: list[int], sweep: Sweep) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("effect", [WRONG, "#ffffff", RIGHT]).with_extremes(bad="#e6e6e6")
+    colours = LinearSegmentedColormap.from_list("effect", [OPPOSES, "#ffffff", SUPPORTS]).with_extremes(bad="#e6e6e6")
     most = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
     drawn = axes.imshow(cells, origin="lower", aspect="auto", cmap=colours, vmin=-most, vmax=most)
     tokens = [shown.token(text, LONGEST) for text in sweep.tokens]
@@ -64,7 +68,8 @@ def _map(figure: Any, axes: Any, cells: Float[np.ndarray, "layer pos"], layers: 
     axes.set_title("strongest single effect", fontsize=8, color=INK, loc="left")
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.015)
     bar.ax.tick_params(labelsize=6.5, colors=INK)
-    bar.set_label("change of the logit difference", fontsize=7, color=INK)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    bar.set_label("size of the change (logits)", fontsize=7, color=INK)
     bar.outline.set_visible(False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -75,7 +80,7 @@ def _ranking(axes: Any, sweep: Sweep) -> None:
     top = sweep.ranked().head(BARS)
     values = top["delta"].to_numpy()
     places = np.arange(len(top))[::-1]
-    axes.barh(places, values, height=0.66, color=[RIGHT if value >= 0 else WRONG for value in values])
+    axes.barh(places, values, height=0.66, color=[ROLE.get(role, QUIET) for role in top["role"]])
     axes.axvspan(-sweep.noise_floor, sweep.noise_floor, color=QUIET, alpha=0.35, linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.6)
     names = [shown.drawn(name, 29) for name in top["name"]]

@@ -129,7 +129,7 @@ class Feature:
     """The pre-activation of a feature at one position: w_j · LayerNorm(x) + b_j.
 
     Attributes:
-        address: such as `L3/118@7`; a negative position counts from the end of the prompt, none means the last.
+        address: such as `L3/99@8`; a negative position counts from the end of the prompt, none means the last.
     """
 
     address: FeatureAddress
@@ -320,6 +320,17 @@ def resolve_targets(
     return tuple(found)
 
 
+def either(targets: Any, target: Any) -> Any:
+    """What is explained, given by one of its two names.
+
+    Raises:
+        TargetError: by both.
+    """
+    if targets is not None and target is not None:
+        raise TargetError("target= and targets= are one argument", expected="one of them")
+    return target if targets is None else targets
+
+
 def against_token(targets: Any, against: str | int | None) -> Any:
     """A token and what it is measured against, as one target; without `against`, the targets as they are.
 
@@ -464,7 +475,7 @@ def _feature(target: Feature, length: int, store: TranscoderStore | None) -> Fea
             expected=f"0 to {store.d_features(address.layer) - 1}",
         )
     if address.positions.kind not in ("all", "index"):
-        raise TargetError(f"the target {target.name} is at several positions", expected="one, such as L3/118@7")
+        raise TargetError(f"the target {target.name} is at several positions", expected="one, such as L3/99@8")
     start = -1 if address.positions.kind == "all" else address.positions.start
     pos = _position(int(start or 0), length)
     placed = FeatureAddress(address.layer, address.feature, Positions("index", pos))

@@ -11,7 +11,7 @@ from circuits.attribution._stack import WRITABLE
 from circuits.graph import Graph
 from circuits.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select
-from circuits.targets import TargetLike, against_token
+from circuits.targets import TargetLike, against_token, either
 from circuits.verify import verify_in
 from hooks.arithmetic import measured
 from hooks.errors import UserError
@@ -33,6 +33,7 @@ def trace(
     prompt: Prompt,
     targets: TargetLike | Sequence[TargetLike] | None = None,
     *,
+    target: TargetLike | Sequence[TargetLike] | None = None,
     against: str | int | None = None,
     counterfactual: Prompt | None = None,
     max_nodes: int | None = 10_000,
@@ -53,6 +54,7 @@ def trace(
             `circuits.targets` offers: `Logit` (against a named token, at any position), `Mass` (next tokens by mass),
             `Answer` (several tokens), `Feature`, `Direction`, `Target`; or a list or tuple, explained in equal shares.
             A tuple of two tokens is still read as `Logit(answer, against)`, with a DeprecationWarning.
+        target: the same as `targets`, as other functions call it.
         against: the token that one answer is measured against, instead of the best other one.
         counterfactual: the other prompt of a pair, of the same length. Nodes then carry the *difference* between the
             two, and the default target is this prompt's answer against the other's.
@@ -79,9 +81,10 @@ def trace(
         True
     """
     check_options(rule, max_nodes, max_in_edges, node_threshold, edge_threshold, sample, seed, select_by)
+    asked = against_token(either(targets, target), against)
     _check_convention(model)
     with explained("tracing", model.host.device_of(0), lambda: model.request(prompt), "trace"):
-        setting = _settled(model, prompt, against_token(targets, against), counterfactual, rule)
+        setting = _settled(model, prompt, asked, counterfactual, rule)
         chosen = select(setting, max_nodes, select_by)
         run = make_run(setting, by_layer(setting, chosen))
         rows = sum(len(run.target_rows(number)) for number in run.groups)
@@ -105,6 +108,7 @@ def prepare(
     prompt: Prompt,
     targets: TargetLike | Sequence[TargetLike] | None = None,
     *,
+    target: TargetLike | Sequence[TargetLike] | None = None,
     against: str | int | None = None,
     counterfactual: Prompt | None = None,
     max_nodes: int | None = 10_000,
@@ -120,7 +124,8 @@ def prepare(
     """
     check_options(rule, max_nodes, 1, 1.0, 1.0, 0, 0, select_by)
     _check_convention(model)
-    setting = _settled(model, prompt, against_token(targets, against), counterfactual, rule)
+    asked = against_token(either(targets, target), against)
+    setting = _settled(model, prompt, asked, counterfactual, rule)
     return make_run(setting, by_layer(setting, select(setting, max_nodes, select_by)))
 
 

@@ -7,7 +7,7 @@ spread over strength, layer and position, not taken from the top only (that woul
 the noise floor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from circuits.assemble import Setting, recorded, score_setting
 from circuits.graph import Graph
 from circuits.held import Removal, feature_values, run_held
 from circuits.nodes import FEATURE, TARGET
-from circuits.scatter import Panel, scatter_plot
+from circuits.scatter import plot_sample
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
 from hooks.arithmetic import measured
@@ -112,6 +112,7 @@ class Verification:
         plot_sample(self.sample(), Path(path))
 
 
+<<<<<<< HEAD
 def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
     """Draw a stored sample.
 
@@ -128,6 +129,9 @@ def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
 
 
 @measured
+=======
+@exclusive
+>>>>>>> main
 def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> Verification:
     """Measure a sample of nodes and edges of a graph by really taking features out.
 

@@ -2,7 +2,7 @@
 
 from hooks import HookedModel, Ablate
 model = HookedModel.load("demo")
-run = model.run("fact: the capital of the state containing Dallas is", [Ablate("L3/118@-1")])
+run = model.run("fact: the capital of the state containing Dallas is", [Ablate("L3/383@-1")])
 """
 
 from typing import TYPE_CHECKING

@@ -37,7 +37,7 @@ class FastDecoder:
     """Decode one prompt token by token, steered, observed or replaced.
 
         fast = FastDecoder(model, layers=[3, 5], max_length=512)
-        fast.set([Clamp("L3/118", 8.0)])
+        fast.set([Clamp("L3/383", 8.0)])
         fast.prefill("fact: the capital of the state containing Dallas is")
         fast.generate(32).text
         fast.set([])                      # from the next token on; the cache keeps what it holds

@@ -14,6 +14,7 @@ from hooks.exclusive import Exclusive
 from hooks.generation import Generated
 from hooks.intervene import Interventions, listed
 from hooks.readout import Effect, effect
+from hooks.renamed import Table
 from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
 from hooks.strength import UNITS, Resolved, Steer, Strength
 from hooks.tokens import Prompt
@@ -62,7 +63,7 @@ class DoseResponse:
 
     def frame(self) -> pd.DataFrame:
         """One row per dose: strength, the number it came to at each address that took it, effect, fluency, text."""
-        return pd.DataFrame([_row(dose) for dose in self.doses])
+        return Table([_row(dose) for dose in self.doses])
 
 
 def _row(dose: Dose) -> dict[str, object]:
@@ -74,8 +75,8 @@ def _row(dose: Dose) -> dict[str, object]:
         "prob": dose.effect.edited.prob,
         "rank": dose.effect.edited.rank,
         "metric": dose.effect.metric_after,
+        "delta": dose.effect.delta,
         "delta_logit": dose.effect.delta_logit,
-        "delta_metric": dose.effect.delta_metric,
         "mean_plain": dose.scored.mean_plain,
         "perplexity": dose.scored.perplexity,
         "text": dose.scored.text,

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooks.errors import CheckpointError, first_line, memory_ran_out
-from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, foreign, open_zip, plain
+from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, open_zip, plain, refuse_foreign
 from hooks.links import is_file
 from hooks.output import replacing
 
@@ -65,9 +65,9 @@ def _unpickled(path: Path) -> Any:
     except Exception as error:  # torch.load raises whatever its parser stumbles over
         unsafe = _UNSAFE.search(str(error))
         if unsafe:
-            raise foreign(path, unsafe[0][:160]) from None
+            refuse_foreign(path, unsafe[0][:160])
         if memory_ran_out(error):
-            raise too_large(path) from None
+            _refuse_size(path)
         raise CheckpointError(
             f"{path.name} is damaged or incomplete",
             expected="a file written by torch.save",
@@ -77,15 +77,15 @@ def _unpickled(path: Path) -> Any:
         ) from None
 
 
-def too_large(path: Path) -> CheckpointError:
-    """The error where there is no memory for a file, or no room to map it."""
-    return CheckpointError(
+def _refuse_size(path: Path) -> NoReturn:
+    """Where there is no memory for a file, or no room to map it."""
+    raise CheckpointError(
         f"memory ran out while {path.name} was read",
         expected=f"room for {path.stat().st_size:,} bytes",
         found="an allocation that the system refused",
         where=str(path),
         repair="close other programs, lower --budget-gb, or raise the limit on address space (ulimit -v)",
-    )
+    ) from None
 
 
 def _load_pt(path: Path) -> Any:
@@ -234,7 +234,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         if memory_ran_out(error):
-            raise too_large(path) from None
+            _refuse_size(path)
         if isinstance(error, RuntimeError):
             raise
         raise CheckpointError(
@@ -293,7 +293,7 @@ def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
         if isinstance(error, CheckpointError):
             raise
         if memory_ran_out(error):
-            raise too_large(path) from None
+            _refuse_size(path)
         raise CheckpointError(
             f"{path.name} is not a readable npz file",
             expected="an archive of plain float arrays, as numpy.savez writes it",

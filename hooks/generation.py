@@ -22,6 +22,7 @@ from hooks.errors import ModelError, PromptError, UserError
 from hooks.generation_config import Processing
 from hooks.host import Host
 from hooks.observe import Observer
+from hooks.renamed import deprecated
 from hooks.sampling import Sampling, TextPieces
 from hooks.tokens import Batch
 from hooks.types import Edit, SparseActs
@@ -38,15 +39,21 @@ class Token:
         text: what can be shown now. Empty while a character is incomplete or a stop string may have begun; the pieces
             of a generation join to its text.
         logprob: log-probability that the edited model gave it, in nats, at temperature 1.
-        position: its place behind the row's first token.
+        pos: its place behind the row's first token.
         reason: why it is the last one; None if it is not.
     """
 
     id: int
     text: str
     logprob: float
-    position: int
+    pos: int
     reason: Reason | None
+
+    @property
+    def position(self) -> int:
+        """The earlier name of `pos`."""
+        deprecated("position", "pos")
+        return self.pos
 
 
 @dataclass(frozen=True)

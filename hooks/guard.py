@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ def check_archive(path: Path) -> Archive:
             members = archive.infolist()
             broken = _fault(members, size) or _damaged_text(archive, members)
     except _Foreign as error:
-        raise foreign(path, str(error)) from None
+        refuse_foreign(path, str(error))
     except UNREADABLE as error:
         raise _damaged(path, first_line(error)) from None
     if broken:
@@ -254,15 +254,19 @@ class _Foreign(ValueError):  # noqa: N818
     """A pickle that holds more than tensors and containers."""
 
 
-def foreign(path: Path, found: str) -> CheckpointError:
-    """The error for a pickle that holds more than tensors and containers."""
-    return CheckpointError(
+def refuse_foreign(path: Path, found: str) -> NoReturn:
+    """Refuse a pickle that holds more than tensors and containers.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
         f"{path.name} holds more than tensors and was not opened: unpickling it could run code",
         expected="tensors, numbers and texts in plain containers",
         where=str(path),
         found=found,
         repair="save it again as a plain dict of tensors, or use another source",
-    )
+    ) from None
 
 
 def plain(content: object, path: Path, archive: Archive) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -101,7 +101,7 @@ def as_interventions(items: Interventions) -> list[FeatureIntervention]:
         elif isinstance(item, KNOWN):
             out.append(item)
         else:
-            raise _no_intervention(item)
+            _refuse(item)
     return out
 
 
@@ -116,14 +116,14 @@ def listed(interventions: Interventions) -> list[Any]:
     if interventions is None:
         return []
     if isinstance(interventions, str) or not isinstance(interventions, Iterable):
-        raise _no_intervention(interventions)
+        _refuse(interventions)
     return list(interventions)
 
 
-def _no_intervention(item: object) -> InterventionError:
-    return InterventionError(
+def _refuse(item: object) -> NoReturn:
+    raise InterventionError(
         f"{shortened(repr(item))} is not an intervention",
-        expected='Ablate("L3/118"), Clamp("L3/118", 8.0), … or (layer, position, feature, value)',
+        expected='Ablate("L3/383"), Clamp("L3/383", 8.0), … or (layer, position, feature, value)',
     )
 
 

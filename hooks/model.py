@@ -2,7 +2,6 @@
 
 import functools
 import html
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from transformers import AutoConfig
 from hooks.arithmetic import Precision, choose_precision, computing, is_half, measured
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
-from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.demo import WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
 from hooks.exclusive import Exclusive, exclusive
@@ -27,14 +26,15 @@ from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
 from hooks.hold import Hold, HoldLike, check_hold, holding
 from hooks.host import Host, fingerprint, tap
-from hooks.hub import Resolved, resolve
 from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
+from hooks.names import precision, transcoder_folder
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.recording import Recording, record
+from hooks.renamed import keywords
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
@@ -47,8 +47,6 @@ from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
-
-log = logging.getLogger("hooks")
 
 Transcoders = str | Path | TranscoderStore | Sequence[Transcoder]
 ROWS_PER_PASS = 256
@@ -78,6 +76,7 @@ class Run:
         or scale it does nothing. Found by one more pass, when it is asked for."""
         return inactive(self.host, self.store, self.batch, self.interventions)
 
+<<<<<<< HEAD
     @cached_property
     def baseline(self) -> Float[Tensor, "pos vocab"]:
         """Logits of the plain run, at every position."""
@@ -88,16 +87,24 @@ class Run:
         """Logits of the edited run, at every position."""
         return self.baseline if self.after is self.before else self.host.unembed(self.after)
 
+=======
+    @keywords(position="pos")
+>>>>>>> main
     def effect(
-        self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, position: int = -1
+        self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, pos: int = -1
     ) -> Effect:
         """What happened to a target token at one position; by default the clean run's answer at the last token.
 
         Raises:
             TargetError: target or against is not one token, or the position does not occur.
         """
+<<<<<<< HEAD
         place = self._place(position)
         before, after = (self.host.unembed(stream[place]) for stream in (self.before, self.after))
+=======
+        place = self._place(pos)
+        before, after = self.baseline[place], self.logits[place]
+>>>>>>> main
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
         if token == other:
@@ -119,17 +126,31 @@ class Run:
         )
         return f"<table><tr><th colspan='2'>plain</th><th colspan='2'>with interventions</th></tr>{body}</table>"
 
-    def top_before(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+    @keywords(position="pos")
+    def top_before(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
+<<<<<<< HEAD
         return self.host.top(self.host.unembed(self.before[self._place(position)]), n)
+=======
+        return self.host.top(self.baseline[self._place(pos)], n)
+>>>>>>> main
 
-    def top_after(self, n: int = 5, position: int = -1) -> list[RankedToken]:
+    @keywords(position="pos")
+    def top_after(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The edited run's most likely next tokens."""
+<<<<<<< HEAD
         return self.host.top(self.host.unembed(self.after[self._place(position)]), n)
 
     def _place(self, position: int) -> int:
         length = len(self.before)
         return whole(position, "position", least=-length, most=length - 1)
+=======
+        return self.host.top(self.logits[self._place(pos)], n)
+
+    def _place(self, pos: int) -> int:
+        length = len(self.logits)
+        return whole(pos, "position", least=-length, most=length - 1)
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -532,7 +553,7 @@ class HookedModel:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
         Example:
-            for token in model.stream(prompt, [Clamp("L3/118", 8.0)]):
+            for token in model.stream(prompt, [Clamp("L3/383", 8.0)]):
                 print(token.text, end="", flush=True)
 
         Raises:
@@ -643,7 +664,12 @@ class HookedModel:
             texts=texts,
         )
 
+<<<<<<< HEAD
     @measured
+=======
+    @keywords(position="pos")
+    @exclusive
+>>>>>>> main
     def effects(
         self,
         prompt: Prompt,
@@ -653,7 +679,7 @@ class HookedModel:
         **options: Any,
     ) -> Effects:
         """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
-        options and errors as in `hooks.paths.effects`: position, hold, receivers.
+        options and errors as in `hooks.paths.effects`: pos, hold, receivers.
 
         Example:
             model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
@@ -661,7 +687,12 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return effects(self.host, self.store, batch, interventions, target, against, **options)
 
+<<<<<<< HEAD
     @measured
+=======
+    @keywords(position="pos")
+    @exclusive
+>>>>>>> main
     def sweep(
         self,
         prompt: Prompt,
@@ -693,7 +724,12 @@ class HookedModel:
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
         return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
 
+<<<<<<< HEAD
     @measured
+=======
+    @keywords(position="pos")
+    @exclusive
+>>>>>>> main
     def path_effect(
         self,
         prompt: Prompt,
@@ -949,6 +985,7 @@ def load_host(
     return host
 
 
+<<<<<<< HEAD
 def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
     """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
 
@@ -982,6 +1019,8 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return known[dtype]
 
 
+=======
+>>>>>>> main
 def _placement(device: str | None, device_map: str | None) -> torch.device | None:
     """The one device to move a model to; None: it stays, or accelerate places it."""
     if device and device_map:

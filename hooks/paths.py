@@ -28,6 +28,7 @@ from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
 from hooks.kernels import gather_features
 from hooks.readout import Effect, effect
+from hooks.renamed import deprecated
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.tokens import Batch
@@ -81,7 +82,7 @@ def effects(
     target: Any = None,
     against: Any = None,
     *,
-    position: int = -1,
+    pos: int = -1,
     hold: HoldLike = "nothing",
     receivers: str | Sequence[str | Site] = (),
 ) -> Effects:
@@ -107,15 +108,15 @@ def effects(
     opened = behind if receivers == "all" else [module(site) for site in listed]
     for site in opened:
         _check_open(site, behind, base, host.n_layers)
-    metric = _Metric.of(host, target, against, position, batch)
+    metric = _Metric.of(host, target, against, pos, batch)
     rows = [_Row(items, base), _Row(items, frozenset(every))]
     rows += [_Row(items, frozenset(every) - {site}) for site in opened]
-    run = _Rows(host, store, batch, metric.position)
+    run = _Rows(host, store, batch, metric.pos)
     run.check(rows)
     with parts_held(host, batch, chosen):
         total, direct, *others = metric.read(run.logits(rows))
-    through = {site: one.delta_metric - direct.delta_metric for site, one in zip(opened, others, strict=True)}
-    return Effects(total.target, total.against, total.delta_metric, direct.delta_metric, through)
+    through = {site: one.delta - direct.delta for site, one in zip(opened, others, strict=True)}
+    return Effects(total.target, total.against, total.delta, direct.delta, through)
 
 
 # -- from one feature to another ------------------------------------------------------------------------------------
@@ -153,9 +154,15 @@ class PathEffect:
         return self.activation_after - self.activation_before
 
     @property
-    def delta_metric(self) -> float:
+    def delta(self) -> float:
         """Change of logit(target) − logit(against) in the second run."""
-        return self.effect.delta_metric
+        return self.effect.delta
+
+    @property
+    def delta_metric(self) -> float:
+        """The earlier name of `delta`."""
+        deprecated("delta_metric", "delta")
+        return self.delta
 
 
 def path_effects(
@@ -168,7 +175,7 @@ def path_effects(
     *,
     target: Any = None,
     against: Any = None,
-    position: int = -1,
+    pos: int = -1,
     hold: HoldLike = "nothing",
 ) -> tuple[PathEffect, ...]:
     """Path patching between features, for every sender with every receiver, senders outermost.
@@ -203,8 +210,8 @@ def path_effects(
     edits = [as_interventions(sender) for sender in listed(senders)]
     one = isinstance(receivers, str | FeatureAddress)
     addresses = [FeatureAddress.of(receiver) for receiver in ([receivers] if one else receivers)]
-    metric = _Metric.of(host, target, against, position, batch)
-    run = _Rows(host, store, batch, metric.position)
+    metric = _Metric.of(host, target, against, pos, batch)
+    run = _Rows(host, store, batch, metric.pos)
     run.check([_Row([Ablate(address)], base) for address in addresses] + [_Row(items, base) for items in edits])
     named = _paths(through)
     for items, address in product(edits, addresses):
@@ -302,20 +309,20 @@ class _Metric:
 
     target: int | None
     against: int | None
-    position: int
+    pos: int
     string: Callable[[int], str]
 
     @classmethod
-    def of(cls, host: Host, target: Any, against: Any, position: int, batch: Batch) -> "_Metric":
+    def of(cls, host: Host, target: Any, against: Any, pos: int, batch: Batch) -> "_Metric":
         if len(batch.lengths) != 1:
             raise UserError("effects are measured on one prompt", found=f"{len(batch.lengths)} prompts")
         token, other = (None if given is None else host.token_id(given) for given in (target, against))
         if token is not None and token == other:
             raise TargetError("target and against are the same token", found=repr(host.string(token)))
-        length, position = batch.lengths[0], whole(position, "position")
-        if not -length <= position < length:
-            raise TargetError(f"position {position} does not occur", expected=f"-{length} to {length - 1}")
-        return cls(token, other, position % length, host.string)
+        length, pos = batch.lengths[0], whole(pos, "position")
+        if not -length <= pos < length:
+            raise TargetError(f"position {pos} does not occur", expected=f"-{length} to {length - 1}")
+        return cls(token, other, pos % length, host.string)
 
     def read(self, pairs: Sequence[tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]]) -> list[Effect]:
         if not pairs:

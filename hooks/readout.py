@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.renamed import deprecated
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -62,9 +64,15 @@ class Effect:
         return self.edited.prob - self.baseline.prob
 
     @property
-    def delta_metric(self) -> float:
-        """Change of logit(target) − logit(against)."""
+    def delta(self) -> float:
+        """Change of the metric, logit(target) − logit(against): negative where what was removed supports the target."""
         return self.metric_after - self.metric_before
+
+    @property
+    def delta_metric(self) -> float:
+        """The earlier name of `delta`."""
+        deprecated("delta_metric", "delta")
+        return self.delta
 
     @property
     def name(self) -> str:
@@ -78,7 +86,7 @@ class Effect:
         """One line: the metric, then the target's logit, probability and rank, each before and after."""
         a, b = self.baseline, self.edited
         return (
-            f"Effect({self.name}: {self.metric_before:.4g} → {self.metric_after:.4g} ({self.delta_metric:+.4g}); logit "
+            f"Effect({self.name}: {self.metric_before:.4g} → {self.metric_after:.4g} ({self.delta:+.4g}); logit "
             f"{a.logit:.4g} → {b.logit:.4g}, probability {a.prob:.3g} → {b.prob:.3g}, rank {a.rank} → {b.rank})"
         )
 

@@ -104,7 +104,7 @@ def check_how(value: str, where: str) -> How:
 class Steer:
     """A clamp or an add whose strength may be relative, or left open for a sweep (`None`).
 
-    `Steer("L3/118@new", "x2")` holds a feature at twice its typical activation; `Steer("L3/118", "0.1r", "add")` adds a
+    `Steer("L3/383@new", "x2")` holds a feature at twice its typical activation; `Steer("L3/383", "0.1r", "add")` adds a
     tenth of the residual norm along its decoder row.
     """
 

@@ -115,7 +115,7 @@ class Where:
         if not swapping and (self.positions is not None or self.kinds):
             raise UserError(
                 "positions= and skip= say at which tokens sites are replaced, and no site is replaced",
-                repair='pass swap="all" or a list of layers; an intervention has positions of its own, "L3/118@-1"',
+                repair='pass swap="all" or a list of layers; an intervention has positions of its own, "L3/383@-1"',
             )
 
     def on(self, host: Host, batch: Batch, new_tokens: int = 0) -> Places:

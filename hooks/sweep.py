@@ -30,7 +30,7 @@ from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.host import Host, execution_device
 from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
-from hooks.interventions import FeatureIntervention
+from hooks.interventions import FeatureIntervention, change
 from hooks.output import replacing
 from hooks.readout import best_other
 from hooks.store import TranscoderStore
@@ -64,7 +64,9 @@ class Sweep:
     Attributes:
         table: one row per group, in the order given: `name`; `layer`, `pos`, `feature`, `activation` of groups of one
             feature (its clean activation, or its largest where the group spans positions); a column per metric;
-            `resolved`.
+            `resolved`; `role`: `supports` if the target's
+            metric goes the way the features' activations went, `opposes` if it goes the other way, None if that is not
+            known (not resolved, or some activations rose and some fell). An ablated feature supports where `delta` < 0.
         noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
             two logits can make of it.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
@@ -119,7 +121,7 @@ def sweep(
     *,
     target: int | None = None,
     against: int | None = None,
-    position: int = -1,
+    pos: int = -1,
     metrics: Sequence[str] = ("delta", "delta_logit"),
     tokens_at_once: int | None = None,
     progress: bool = False,
@@ -139,7 +141,7 @@ def sweep(
             other, the model's attention is held, or memory does not hold even one row.
     """
     length = batch.lengths[0]
-    question_pos = _checked_position(position, length)
+    question_pos = _checked_position(pos, length)
     if tokens_at_once is not None:
         tokens_at_once = whole(tokens_at_once, "tokens_at_once", least=1)
     _check_metrics(metrics)
@@ -160,8 +162,15 @@ def sweep(
     for name, column in measured.items():
         table[name] = column.tolist()
     table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
+<<<<<<< HEAD
     baseline = _baseline(logits, question)
     return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
+=======
+    moved = [_moved(as_interventions(group), dense, length) for group in groups]
+    table["role"] = [_role(*row) for row in zip(moved, table["delta"], table["resolved"], strict=True)]
+    baseline = _baseline(clean.logits[question_pos], question)
+    return Sweep(table, noise, baseline, question, batch.strings[0], passes, runner.way)
+>>>>>>> main
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------
@@ -237,6 +246,22 @@ def _described(groups: Sequence[Interventions], dense: Mapping[int, Tensor], len
         rows.append(row)
     table = pd.DataFrame(rows, columns=["name", "layer", "pos", "feature", "activation"])
     return table.astype({"layer": "Int64", "pos": "Int64", "feature": "Int64", "activation": "Float64"})
+
+
+def _moved(items: Sequence[FeatureIntervention], dense: Mapping[int, Tensor], length: int) -> int:
+    """1 if activations rise and none falls, −1 if they fall and none rises, else 0."""
+    ways = set[float]()
+    for item in items:
+        for span in item.address.positions.spans(length):
+            old = dense[item.address.layer][slice(*span), item.address.feature]
+            factor, shift = (torch.full_like(old, number) for number in item.affine)
+            ways |= set(change(old, factor, shift, torch.full(old.shape, item.when_inactive == "skip")).sign().tolist())
+    return {frozenset({1.0}): 1, frozenset({-1.0}): -1}.get(frozenset(ways - {0.0}), 0)
+
+
+def _role(moved: int, delta: float, resolved: bool) -> str | None:
+    sign = moved * delta if resolved else 0
+    return "supports" if sign > 0 else "opposes" if sign < 0 else None
 
 
 def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], question: Question) -> float:

@@ -241,7 +241,7 @@ class Positions:
         return self.kind
 
 
-_ADDRESS = "L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/118 or L3/118@-1"
+_ADDRESS = "L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/383 or L3/383@-1"
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ class FeatureAddress:
     """`L{layer}/{feature}` with optional `@{position}`; no position means every token.
 
     Example:
-        >>> str(FeatureAddress.parse("L3/118@-1"))
-        'L3/118@-1'
+        >>> str(FeatureAddress.parse("L3/383@-1"))
+        'L3/383@-1'
     """
 
     layer: int
@@ -292,7 +292,7 @@ class FeatureAddress:
         if row is None or len(row) != 3:
             raise AddressError(
                 f"cannot read the feature {shortened(repr(value))}",
-                expected="(layer, position, feature), or text such as L3/118 or L3/118@-1",
+                expected="(layer, position, feature), or text such as L3/383 or L3/383@-1",
             )
         layer, positions, feature = row
         return cls(whole_number(layer, "layer"), whole_number(feature, "feature"), Positions.of(positions))

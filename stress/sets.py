@@ -340,6 +340,8 @@ def _retyped(draw: random.Random, tensor: Tensor) -> Tensor:
 
 
 def _filled(draw: random.Random, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor + draw.choice([1, -100, 10**9])
     out = tensor.clone().reshape(-1)
     out[draw.randrange(max(1, len(out)))] = draw.choice([math.nan, math.inf, -math.inf, 3e38, -1.0, 1e-40])
     return out.reshape(tensor.shape)

@@ -16,7 +16,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from circuits.agreement import Agreement, agree, correlation, rank_correlation, slope, top_precision
-from circuits.scatter import QUIET, RIGHT, WRONG, Panel, _draw, scatter_plot
+from circuits.colours import AS_PREDICTED, OTHER_SIGN, QUIET
+from circuits.scatter import Panel, _draw, scatter_plot
 from hooks.errors import OutputError
 
 NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False, width=32)
@@ -247,7 +248,7 @@ def test_each_item_is_drawn_once_at_its_place_in_its_colour():
         to_hex(points.get_facecolor()[0]): [tuple(at) for at in points.get_offsets().tolist()]
         for points in axes.collections
     }
-    assert drawn == {RIGHT: [(1.0, 2.0)], WRONG: [(-1.0, 1.0)], QUIET: [(0.3, 0.05), (0.2, -0.1)]}
+    assert drawn == {AS_PREDICTED: [(1.0, 2.0)], OTHER_SIGN: [(-1.0, 1.0)], QUIET: [(0.3, 0.05), (0.2, -0.1)]}
     assert axes.get_xlim() == axes.get_ylim() == (-3.2, 3.2)
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.y0, band.y1) == pytest.approx((-0.1, 0.1))

@@ -135,7 +135,7 @@ WRONG = {
     ),
     "against without target": ([*TRACE, "--against", "Austin"], ["--against needs --target"]),
     # addresses
-    "no address": ([*ABLATE, "--feature", "118"], ["cannot read the feature address '118'", "L3/118@-1"]),
+    "no address": ([*ABLATE, "--feature", "118"], ["cannot read the feature address '118'", "L3/383@-1"]),
     "address without feature": ([*ABLATE, "--feature", "L3"], ["'L3'", "L{layer}/{feature}"]),
     "address with a negative layer": ([*ABLATE, "--feature", "L-1/3"], ["'L-1/3'", "expected"]),
     "address without position": ([*ABLATE, "--feature", "L0/1@"], ["'L0/1@'", "expected"]),
@@ -348,7 +348,7 @@ def test_graphs_need_a_site_that_joins_the_stream(here, refused):
         (["--explain", "L9/3"], "layer 9 has no transcoder"),
         (["--explain", "L3/99999"], "feature 99999 does not exist in layer 3"),
         (["--mass", "2"], "mass 2.0 of at most 10 tokens holds nothing"),
-        (["--position", "99"], "position 99 does not occur"),
+        (["--at", "99"], "position 99 does not occur"),
         (["--plot", "check.bmp"], "unknown picture format '.bmp'"),
     ],
 )

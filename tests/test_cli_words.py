@@ -50,7 +50,7 @@ def test_a_value_may_begin_with_a_dash(values):
     assert parsed("steer", "--strengths", values, PROMPT).prompt == PROMPT
     assert parsed("sweep", PROMPT, "--dose", "L0/1", "--values", values).values == values
     assert parsed("ablate", PROMPT, "--feature", "L0/1", "--target", "-").target == "-"
-    assert parsed("sweep", PROMPT, "--position", "-1", "-2").position == [-1, -2]
+    assert parsed("sweep", PROMPT, "--positions", "-1", "-2").positions == [-1, -2]
 
 
 @pytest.mark.parametrize("module", [steer, sweep])
@@ -90,7 +90,7 @@ MISTYPED = {
     ),
     "a long number": (["features", "x", "--top", NINES], ["--top", "5000 digits"]),
     "a long list": (["features", "x", "--layers", f"1,{NINES}"], ["--layers", "0,1,5", "…"]),
-    "a long layer": (["sweep", "x", "--layer", NINES], ["--layer", "5000 digits"]),
+    "a long layer": (["sweep", "x", "--layers", NINES], ["--layers", "…"]),
     "more than 64 bits": (["trace", "x", "--out", "g", "--seed", str(2**63)], ["--seed", "64 bits"]),
     "no number": (["trace", "x", "--out", "g", "--seed", "٣x"], ["--seed", "not a whole number"]),
 }
@@ -216,7 +216,7 @@ PLAIN = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "MPLBACKEND": "nonsense"}
 def test_a_terminal_of_ascii_and_a_backend_that_is_not_there(tmp_path):
     """A token of the minus sign and of an accent, as text and as JSON; a picture beside it."""
     plot = str(tmp_path / "p.svg")
-    words = ["sweep", "fact: the capital of Texas is", "--layer", "3", "--position", "-1", "--plot", plot]
+    words = ["sweep", "fact: the capital of Texas is", "--layers", "3", "--positions", "-1", "--plot", plot]
     done = run(*words, capture_output=True, text=True, env=PLAIN)
     assert done.returncode == 0, done.stderr
     assert "\\u2212" in done.stdout  # logit − logit

@@ -257,7 +257,7 @@ def test_a_stream_is_what_generate_gives(model, start, stop):
     tokens = list(model.stream(start, plan, max_new_tokens=8, sampling=hot, stop=stop))
     assert tuple(token.id for token in tokens) == whole.ids
     assert "".join(token.text for token in tokens) == whole.text
-    assert [token.position for token in tokens] == [len(whole.prompt) + i for i in range(len(tokens))]
+    assert [token.pos for token in tokens] == [len(whole.prompt) + i for i in range(len(tokens))]
     assert [token.reason for token in tokens] == [None] * (len(tokens) - 1) + [whole.reason]
     torch.testing.assert_close([token.logprob for token in tokens], whole.logprobs.tolist())
     if not stop:

@@ -300,7 +300,7 @@ def test_half_precision_transcoders_lose_nothing_but_their_own_rounding():
         coders = [coder.to("cpu", torch.float32) for coder in coders] if upcast else coders
         model = HookedModel.from_model(random_qwen2(), word_tokenizer(), coders)
         graphs.append(trace(model, TEXT, sample=0, node_threshold=1.0, edge_threshold=1.0))
-    nodes = [graph.nodes_frame().query("kind == 'feature'").set_index("id").sort_index() for graph in graphs]
+    nodes = [graph.nodes_frame().query("kind == 'feature'").set_index("name").sort_index() for graph in graphs]
     assert list(nodes[0].index) == list(nodes[1].index)
     for column in ("activation", "score"):
         np.testing.assert_allclose(nodes[0][column], nodes[1][column], rtol=1e-3, atol=1e-4)

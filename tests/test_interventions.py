@@ -309,7 +309,7 @@ def test_a_row_of_the_prompt_s_own_lists_may_be_of_rows_too(odd):
     "plan", ["L1/7", 7, Site("resid_pre", 1), [(1, 2, 3)], [[1, 2, 3, 4, 5]], {"L1/7": 3.0}, [None]]
 )
 def test_what_is_no_intervention_is_refused_with_the_repair(odd, plan):
-    with pytest.raises(InterventionError, match=r'is not an intervention\n  expected: Ablate\("L3/118"\)'):
+    with pytest.raises(InterventionError, match=r'is not an intervention\n  expected: Ablate\("L3/383"\)'):
         odd.run("w1 w2 w3", plan)
 
 

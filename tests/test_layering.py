@@ -10,20 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = {  # lowest first: a module imports only what stands before it
     "hooks": [
-        "version", "lazy", "errors", "whole", "choices", "plugins", "sites", "types", "_tiles", "rows", "kernels",
-        "transcoder", "links", "documents", "guard", "output", "files", "formats", "hub", "findings", "convention",
-        "loading", "residency", "store", "convert", "context", "readout", "exclusive", "tokens", "host", "arithmetic",
-        "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe", "generation_config",
-        "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session", "strength", "steering",
-        "dose", "bridge", "lens", "feature_cache", "demo", "memory", "site_sums", "walk", "refit", "site_fits",
-        "selection", "verdict", "texts", "site_passes", "calibrate", "model", "layer_step", "decode",
-        "quality_report", "quality",
+        "version", "lazy", "errors", "whole", "choices", "renamed", "plugins", "sites", "types", "_tiles", "rows",
+        "kernels", "transcoder", "links", "documents", "guard", "output", "files", "formats", "hub", "findings",
+        "convention", "loading", "residency", "store", "convert", "context", "readout", "exclusive", "tokens", "host",
+        "arithmetic", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
+        "generation_config", "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session",
+        "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "names", "memory", "site_sums",
+        "walk", "refit", "site_fits", "selection", "verdict", "texts", "site_passes", "calibrate", "model",
+        "layer_step", "decode", "quality_report", "quality",
     ],
     "circuits": [
-        "nodes", "shown", "sound", "graph", "targets", "held", "blocks", "attribution", "scores", "influence",
-        "prune", "measures", "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot", "check_plot",
-        "quality_plot", "verify", "supernodes", "decompose", "trace", "cases", "curves", "rankings", "evaluate",
-        "export", "demo", "options", "commands", "cli", "__main__",
+        "nodes", "shown", "colours", "sound", "graph", "targets", "held", "blocks", "attribution", "scores",
+        "influence", "prune", "measures", "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot",
+        "check_plot", "quality_plot", "verify", "supernodes", "decompose", "trace", "cases", "curves", "rankings",
+        "evaluate", "export", "demo", "options", "commands", "cli", "__main__",
     ],
 }  # fmt: skip
 RANK = {f"{package}.{m}": (p, i) for p, package in enumerate(ORDER) for i, m in enumerate(ORDER[package])}

@@ -84,7 +84,7 @@ def test_a_graph_is_that_of_the_chosen_layers(model, missing, demo):
     two = trace(part, PROMPT, max_nodes=12, sample=4)
     assert one.n_nodes == two.n_nodes > 0
     nodes, expected = one.nodes_frame(), two.nodes_frame()
-    columns = ["layer", "position", "feature"]
+    columns = ["layer", "pos", "feature"]
     assert nodes[columns].equals(expected[columns])
     features = nodes[nodes.feature >= 0]
     assert set(features.layer) <= set(chosen)

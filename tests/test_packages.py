@@ -88,3 +88,9 @@ def test_python_m_runs_the_command():
     )
     assert done.returncode == 0
     assert done.stdout.startswith("usage: circuits ")
+
+
+@pytest.mark.parametrize("command", ["export", "convert"])
+def test_commands_without_a_model_need_no_transformers(command: str):
+    code = f"import sys, circuits.commands.{command}; print([m for m in sys.modules if m.startswith('transformers')])"
+    assert fresh(code).strip() == "[]"

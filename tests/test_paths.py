@@ -171,9 +171,9 @@ def test_what_is_not_held_is_what_run_measures(model, prompt):
     truth = model.run(prompt, plan).effect()
     out = model.effects(prompt, plan)
     assert (out.target, out.against) == (truth.target, truth.against)
-    assert out.total == pytest.approx(truth.delta_metric, abs=1e-4)
+    assert out.total == pytest.approx(truth.delta, abs=1e-4)
     direct = model.run(prompt, plan, hold=Hold(attn_out="all", mlp_out="all")).effect()
-    assert out.direct == pytest.approx(direct.delta_metric, abs=1e-4)
+    assert out.direct == pytest.approx(direct.delta, abs=1e-4)
 
 
 # -- one head ---------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_a_path_through_the_one_head_that_writes():
     assert abs(opened.delta_preactivation) > 1e-2
     for through in ("direct", ["mlp_out 0"], []):
         closed = model.path_effect(TEXT, Add((0, pos, 5), amount), receiver, through, hold="norms")
-        assert closed.delta_preactivation == closed.delta_activation == closed.delta_metric == 0
+        assert closed.delta_preactivation == closed.delta_activation == closed.delta == 0
     every = model.path_effect(TEXT, Add((0, pos, 5), amount), receiver, "all", hold="norms")
     assert every.preactivation_after == pytest.approx(opened.preactivation_after, abs=1e-12)
 
@@ -260,7 +260,7 @@ def test_all_paths_are_the_run_itself_and_the_second_run_sets_the_receiver_alone
         assert act == pytest.approx(float(coder.encode(x).dense(96)[7]), abs=1e-5)
     assert abs(out.delta_preactivation) > 1e-2
     alone = odd.run(TEXT, [Clamp(receiver, out.activation_after)]).effect(TARGET, AGAINST)
-    assert out.delta_metric == pytest.approx(alone.delta_metric, abs=1e-5)
+    assert out.delta == pytest.approx(alone.delta, abs=1e-5)
 
 
 def test_a_receiver_that_moves_moves_the_logits(odd):
@@ -271,9 +271,9 @@ def test_a_receiver_that_moves_moves_the_logits(odd):
     assert len(moved) > 3
     for one in moved[:4]:
         alone = odd.run(TEXT, [Clamp(one.receiver, one.activation_after)]).effect(one.effect.target, one.effect.against)
-        assert one.delta_metric == pytest.approx(alone.delta_metric, abs=1e-5)
-        assert one.delta_metric != 0
-    assert all(one.delta_metric == 0 for one in grid if not one.delta_activation)
+        assert one.delta == pytest.approx(alone.delta, abs=1e-5)
+        assert one.delta != 0
+    assert all(one.delta == 0 for one in grid if not one.delta_activation)
 
 
 def test_paths_to_a_feature_add_up_in_front_of_its_encoder(affine):
@@ -308,7 +308,7 @@ def test_a_grid_is_its_single_pairs(odd):
         alone = odd.path_effect(TEXT, sender, receiver, **options)
         assert (one.sender, one.receiver) == (alone.sender, alone.receiver)
         assert one.preactivation_after == pytest.approx(alone.preactivation_after, abs=1e-5)
-        assert one.delta_metric == pytest.approx(alone.delta_metric, abs=1e-5)
+        assert one.delta == pytest.approx(alone.delta, abs=1e-5)
     assert path_effects(odd.host, odd.store, batch, [], receivers) == ()
 
 
@@ -318,7 +318,7 @@ def test_more_rows_than_fit_one_pass(odd):
     assert many[0].delta_preactivation == 0
     alone = odd.path_effect(TEXT, Add("L0/5@2", 69.0), "L1/7@-1", target=TARGET, against=AGAINST)
     assert many[69].preactivation_after == pytest.approx(alone.preactivation_after, abs=1e-5)
-    assert many[69].delta_metric == pytest.approx(alone.delta_metric, abs=1e-5)
+    assert many[69].delta == pytest.approx(alone.delta, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ REFUSED = {
     "layer 2 has no transcoder": lambda m: m.path_effect(TEXT, SENDER, "L2/7@-1"),
     "no feature 96": lambda m: m.effects(TEXT, [Ablate("L1/96")]),
     "the same token": lambda m: m.effects(TEXT, [SENDER], TARGET, TARGET),
-    "position 5 does not occur": lambda m: m.effects(TEXT, [SENDER], position=5),
+    "position 5 does not occur": lambda m: m.effects(TEXT, [SENDER], pos=5),
 }
 
 

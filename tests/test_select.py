@@ -181,7 +181,7 @@ def test_ose_looks_at_the_candidates_of_the_highest_score():
 def test_influence_is_that_in_the_complete_graph(sites, rule):
     found = strengths(sites, "influence", rule=rule)
     graph = trace(hooked(*sites), TEXT, rule=rule, max_nodes=None, max_in_edges=10**6, **WHOLE)
-    nodes = graph.nodes_frame().query("kind == 'feature'").set_index(["layer", "position", "feature"])["influence"]
+    nodes = graph.nodes_frame().query("kind == 'feature'").set_index(["layer", "pos", "feature"])["influence"]
     np.testing.assert_allclose(nodes.reindex(found.index, fill_value=0.0), found, rtol=1e-9, atol=1e-12)
     assert (found > 0).sum() > 0.3 * len(found)
 
@@ -192,7 +192,7 @@ def test_influence_starts_at_the_targets_with_their_weights():
     assert len({target.weight for target in setting.targets}) > 1
     table = ORDERS["influence"](setting, setting.scores.frame, 10).set_index(KEYS)["order"]
     graph = trace(model, TEXT, explained, max_nodes=None, max_in_edges=10**6, **WHOLE)
-    nodes = graph.nodes_frame().query("kind == 'feature'").set_index(["layer", "position", "feature"])["influence"]
+    nodes = graph.nodes_frame().query("kind == 'feature'").set_index(["layer", "pos", "feature"])["influence"]
     np.testing.assert_allclose(nodes.reindex(table.index, fill_value=0.0), table, rtol=1e-9, atol=1e-12)
 
 

@@ -25,8 +25,9 @@ from circuits.shown import clean, drawn, unique
 from circuits.sound import plain
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel, Site
+from hooks.documents import parse_json
 from hooks.errors import OutputError, TargetError, UserError
-from stress.graphs import DAMAGES, bounded, by_command, damage
+from stress.graphs import DAMAGES, File, bounded, by_command, damage, resident
 
 TEXT = "w1 w2 w3 w4"
 NASTY = '$a_$ \\frac{ \x01\x1b[31m\n\t<&>" $ 京 \ufffe'
@@ -166,6 +167,21 @@ def test_what_is_not_known_is_null_and_never_nan(graph, tmp_path):
     assert plain({"a": (float("nan"), np.float64(1.5))}) == {"a": [None, 1.5]}
 
 
+def test_too_many_facts_are_refused_before_they_are_read(saved, tmp_path):
+    file = File(saved)
+    file.head["meta"]["note"] = [[]] * 600_000
+    (tmp_path / "more").write_bytes(file.raw())
+    assert bounded(tmp_path / "more", tmp_path, ())[:2] == ("refused", "")
+
+
+def test_counting_the_values_of_a_header_takes_no_memory_for_the_text_in_it():
+    """A million escaped quotes: a pattern that could go back to each of them took 400 MB."""
+    raw = json.dumps({"a": '"' * 1_000_000, "b": "," * 300_000}).encode()
+    before = resident(anew=True)
+    assert len(parse_json(raw)["a"]) == 1_000_000
+    assert resident() - before < 30 << 20
+
+
 # ---- names
 
 
@@ -200,7 +216,7 @@ def test_targets_whose_tokens_read_the_same_are_told_apart(bytewise, tmp_path):
         graph = trace(bytewise, "京都", targets, sample=0, max_nodes=20)
         rows = graph.index.rows(TARGET)
         assert len(rows) == len({graph.names[row] for row in rows}) == count
-        assert len(set(graph.nodes_frame()["id"])) == graph.n_nodes == len(graph.to_networkx())
+        assert len(set(graph.nodes_frame()["name"])) == graph.n_nodes == len(graph.to_networkx())
         graph.save(tmp_path / "a")
         assert Graph.load(tmp_path / "a").names == graph.names
     assert f"#{beyond[0]}" in trace(bytewise, "京都", beyond, sample=0, max_nodes=20).target_names[0]

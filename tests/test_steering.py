@@ -326,7 +326,7 @@ def test_a_sweep_is_one_experiment_per_strength(model, start):
         torch.testing.assert_close(dose.scored.plain, alone.steered.plain, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dose.scored.steered, alone.steered.steered, rtol=1e-4, atol=1e-4)
         effect = model.run(start, [Clamp("L1/7", dose.strength.amount), Add("L0/2", 1.5)]).effect()
-        assert dose.effect.delta_metric == pytest.approx(effect.delta_metric, abs=1e-3)
+        assert dose.effect.delta == pytest.approx(effect.delta, abs=1e-3)
         assert (dose.effect.target, dose.effect.against) == (effect.target, effect.against)
     assert found.baseline.ids == model.generate(start, max_new_tokens=4).ids
 

@@ -26,7 +26,7 @@ EXACT = 1e-4  # of logits of order 10 in fp32: other products, other order of su
 
 def one_by_one(model: HookedModel, prompt, groups, position: int = -1) -> list[float]:
     """One whole pass per group, the metric held at the clean run's two best tokens."""
-    return [model.run(prompt, group).effect(position=position).delta_metric for group in groups]
+    return [model.run(prompt, group).effect(pos=position).delta for group in groups]
 
 
 def close(found, expected) -> None:
@@ -92,16 +92,16 @@ def test_any_groups_under_any_convention(read, write, drawn):
 @pytest.mark.parametrize("position", [0, 2, -1])
 def test_every_metric_at_any_position(model, prompt, position):
     groups = [[Clamp("L1/7", 3.0)], [Clamp("L0/5@2", 3.0)], [Ablate(f"L1/{strongest(model, prompt, 1, 0)[0]}@0")]]
-    found = model.sweep(prompt, groups, position=position, metrics=["delta_logit", "delta_prob", "kl", "rank"])
+    found = model.sweep(prompt, groups, pos=position, metrics=["delta_logit", "delta_prob", "kl", "rank"])
     for row, group in zip(found.table.to_dict("records"), groups, strict=True):
         run = model.run(prompt, group)
-        effect = run.effect(position=position)
+        effect = run.effect(pos=position)
         before, after = (logits[position].double().log_softmax(-1) for logits in (run.baseline, run.logits))
         assert row["delta_logit"] == pytest.approx(effect.delta_logit, abs=EXACT)
         assert row["delta_prob"] == pytest.approx(effect.delta_prob, abs=1e-5)
         assert row["kl"] == pytest.approx(float((before.exp() * (before - after)).sum()), rel=1e-3, abs=1e-6)
         assert row["rank"] == effect.edited.rank
-    standing = model.run(prompt).effect(position=position)
+    standing = model.run(prompt).effect(pos=position)
     assert found.baseline["logit"] == pytest.approx(standing.baseline.logit, abs=1e-6)
     assert found.baseline["metric"] == pytest.approx(standing.metric_before, abs=1e-6)
 
@@ -111,7 +111,7 @@ def test_target_and_against_are_the_users(demo):
     feature = strongest(demo, prompt, 3, 8)[0]
     found = demo.sweep(prompt, [[Ablate(f"L3/{feature}@8")]], target="Austin", against="Albany")
     effect = demo.run(prompt, [Ablate(f"L3/{feature}@8")]).effect("Austin", "Albany")
-    assert found.table["delta"][0] == pytest.approx(effect.delta_metric, abs=EXACT)
+    assert found.table["delta"][0] == pytest.approx(effect.delta, abs=EXACT)
 
 
 def test_what_left_padding_gives_the_plain_model(odd):
@@ -187,7 +187,7 @@ def test_what_a_feature_is_changed_to(odd):
 
 def test_inactive_features_and_later_positions_have_no_effect_and_cost_no_run(odd):
     groups = [[Ablate(f"L1/{inactive(odd, TEXT, 1, 2)}@2")], [Clamp("L1/7@4", 3.0)]]
-    found = odd.sweep(TEXT, groups, position=3)
+    found = odd.sweep(TEXT, groups, pos=3)
     assert found.table["delta"].tolist() == [0.0, 0.0]
     assert found.passes == 0
     assert found.table["resolved"].all()
@@ -298,7 +298,7 @@ PROMPT = "fact: the capital of the state containing Dallas is"
 
 def test_the_command_gives_what_the_method_gives(demo, tmp_path, capsys):
     out, plot = tmp_path / "effects.csv", tmp_path / "effects.png"
-    arguments = ["--layer", "3", "--position", "-1", "8", "--out", str(out), "--plot", str(plot)]
+    arguments = ["--layers", "3", "--positions", "-1", "8", "--out", str(out), "--plot", str(plot)]
     assert main(["sweep", PROMPT, "--json", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     table = demo.sweep(PROMPT, layers=[3], positions=[-1, 8]).table
@@ -328,13 +328,13 @@ BAD = [
     (["--dose", "L3/99@8", "--values", "1:2"], "cannot read the grid"),
     (["--dose", "L3/99@8", "--values", "x1,x2"], "are no activations"),
     (["--dose", "L3/99@8", "--values", "1,2", "--pairs"], "says all"),
-    (["--group", "L3/99@8", "--layer", "3"], "each say"),
+    (["--group", "L3/99@8", "--layers", "3"], "each say"),
     (["--pairs"], "needs --group"),
     (["--group", "L3/99@88"], "does not occur"),
     (["--group", "L9/99@8"], "no transcoder"),
     (["--group", "L3/99@8+L3/99@8"], "two interventions meet"),
-    (["--layer", "9"], "no transcoder"),
-    (["--position", "40"], "does not occur"),
+    (["--layers", "9"], "no transcoder"),
+    (["--positions", "40"], "does not occur"),
     (["--at", "40"], "does not occur"),
     (["--change", "set"], "takes a value"),
     (["--change", "zero", "--value", "1"], "takes no value"),

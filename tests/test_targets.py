@@ -288,7 +288,7 @@ def test_a_list_is_explained_in_equal_shares(same):
     parts = [Logit("w5"), Logit("w6", "w7", pos=2)]
     both, *apart = (trace(same, TEXT, target, max_nodes=None, **WHOLE) for target in (parts, *parts))
     assert [target["weight"] for target in both.meta["targets"]] == [0.5, 0.5]
-    tables = [graph.nodes_frame().set_index("id") for graph in (both, *apart)]
+    tables = [graph.nodes_frame().set_index("name") for graph in (both, *apart)]
     inner = tables[0].query("kind != 'target' and kind != 'remainder'").index
     for column in ("score", "influence"):
         columns = [table[column].reindex(inner, fill_value=0) for table in tables]
@@ -367,7 +367,7 @@ def test_in_a_pair_nodes_are_all_that_is_active_in_either(same, pair, paired):
     assert any(after == 0 for _, after in expected.values())
     frame = paired.nodes_frame().query("kind == 'feature'")
     for row in frame.itertuples():
-        before, after = expected[row.layer, row.position, row.feature]
+        before, after = expected[row.layer, row.pos, row.feature]
         assert (row.baseline, row.activation) == (pytest.approx(before), pytest.approx(after))
     only_other = frame.query("activation == 0 and baseline > 0")
     assert len(only_other) > 0

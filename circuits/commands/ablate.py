@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> Result:
         f"              {'logit':>9} {'prob':>8} {'rank':>6} {'logit − other':>14}",
         standing_line("baseline", effect.baseline, effect.metric_before),
         standing_line("ablated", effect.edited, effect.metric_after),
-        f"change        {effect.delta_logit:+9.3f} {effect.delta_prob:+8.4f} {'':>6} {effect.delta_metric:+14.3f}",
+        f"change        {effect.delta_logit:+9.3f} {effect.delta_prob:+8.4f} {'':>6} {effect.delta:+14.3f}",
         "before: " + ranked(before),
         "after:  " + ranked(after),
     ]
     show(args, "\n".join(lines))
-    delta = {"logit": effect.delta_logit, "prob": effect.delta_prob, "metric": effect.delta_metric}
+    delta = {"logit": effect.delta_logit, "prob": effect.delta_prob, "metric": effect.delta}
     return {
         "target": {"token": token, "id": effect.target},
         "against": {"token": other, "id": effect.against},

@@ -18,7 +18,8 @@ from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.findings import FILE, Findings, save
 from hooks.formats import Checkpoint, recognise
 from hooks.memory import explained
-from hooks.model import load_host, transcoder_folder
+from hooks.model import load_host
+from hooks.names import transcoder_folder
 from hooks.output import check_writable
 from hooks.sites import SiteSpec
 from hooks.texts import Texts

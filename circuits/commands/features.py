@@ -10,7 +10,7 @@ def run(args: argparse.Namespace) -> Result:
     """The strongest features per token."""
     model = load(args, args.layers)
     tokens = list(model.host.batch([args.prompt]).strings[0])
-    frame = model.features(args.prompt, args.top, None if args.layers == "all" else args.layers)
+    frame = model.features(args.prompt, args.top, None if isinstance(args.layers, str) else args.layers)
     show(args, table(frame))
     plain = frame.drop(columns="token").astype(object)  # JSON has no NaN
     return {"tokens": tokens, "features": plain.where(frame.notna(), None).to_dict("records")}

@@ -20,6 +20,7 @@ from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
 from hooks.model import HookedModel
+from hooks.readout import Effect
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer, preliminary
@@ -128,9 +129,7 @@ def _sweep(
             {
                 "strength": str(dose.strength),
                 "values": dict(dose.values),
-                "effect": {"delta_logit": dose.effect.delta_logit, "delta_metric": dose.effect.delta_metric}
-                | asdict(dose.effect.edited)
-                | {"metric": dose.effect.metric_after},
+                "effect": _effect(dose.effect) | asdict(dose.effect.edited) | {"metric": dose.effect.metric_after},
                 **_json(dose.scored),
             }
             for dose in found.doses
@@ -139,6 +138,11 @@ def _sweep(
         "plot": None if args.plot is None else str(args.plot),
     }
     return finish(result, args.plot, lambda path: dose_plot(found, path))
+
+
+def _effect(effect: Effect) -> dict[str, float]:
+    """`delta_metric` is the earlier name of `delta`."""
+    return {"delta": effect.delta, "delta_logit": effect.delta_logit, "delta_metric": effect.delta}
 
 
 def _sweep_text(found: DoseResponse) -> str:

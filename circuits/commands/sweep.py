@@ -20,6 +20,9 @@ from hooks.dose import grid
 from hooks.errors import OutputError, UserError
 from hooks.model import HookedModel
 from hooks.sweep import Sweep
+from hooks.types import Positions
+
+SHOWN = 20  # effects, unless told otherwise
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> Result:
         groups,
         target=args.target,
         against=args.against,
-        position=args.at,
+        pos=args.at,
         metrics=args.metrics,
         tokens_at_once=args.tokens_at_once,
         progress=not args.json,
@@ -43,7 +46,11 @@ def run(args: argparse.Namespace) -> Result:
     if args.out:
         found.save(args.out)
     show(args, _text(args, model, found))
+<<<<<<< HEAD
     return finish(_result(model, found) | computes_in(args, model), args.plot, lambda path: sweep_plot(found, path))
+=======
+    return finish(_result(args, model, found), args.plot, lambda path: sweep_plot(found, path))
+>>>>>>> main
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -55,13 +62,13 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _check_contradictions(args: argparse.Namespace) -> None:
-    every = args.layer or args.position
+    every = args.layers != "all" or args.positions is not None
     if args.dose and (args.group or every or args.pairs or args.reference or args.change != "zero"):
         raise UserError("--dose says all that is changed", expected="--dose ADDR --values A,B,… and nothing beside")
     if (args.dose is None) != (args.values is None):
         raise UserError("--dose and --values belong together", expected="--dose ADDR --values A,B,…")
     if args.group and every:
-        raise UserError("--group and --layer or --position each say what is changed", expected="one of them")
+        raise UserError("--group and --layers or --positions each say what is changed", expected="one of them")
     if args.pairs and not args.group:
         raise UserError("--pairs needs --group", repair="name the features to pair; all active ones would be millions")
 
@@ -71,12 +78,24 @@ def _groups(args: argparse.Namespace, model: HookedModel, values: list[float] | 
         return doses(args.dose, values)
     reference = model.record(args.reference) if args.reference else None
     change = Change(args.change, args.value, reference)
-    recording = model.record([args.prompt], args.layer)
+    layers = None if args.layers == "all" else args.layers
+    recording = model.record([args.prompt], layers)
     if not args.group:
-        return changed(active_features(recording, args.layer, args.position), change, recording)
+        return changed(
+            active_features(recording, layers, _positions(args.positions, recording.batch.lengths[0])),
+            change,
+            recording,
+        )
     named = [[intervention(f"ablate:{text}").address for text in group.split("+")] for group in args.group]
     groups = [[item for [item] in changed(addresses, change, recording)] for addresses in named]
     return [*groups, *pairs(groups)] if args.pairs else groups
+
+
+def _positions(named: str | list[int] | None, length: int) -> list[int] | None:
+    if not isinstance(named, str):
+        return named
+    spans = Positions.parse(named).spans(length)
+    return [pos for start, stop in spans for pos in range(start, length if stop is None else stop)]
 
 
 def _grid(text: str) -> list[float]:
@@ -86,10 +105,10 @@ def _grid(text: str) -> list[float]:
     return [strength.amount for strength in strengths]
 
 
-def _result(model: HookedModel, found: Sweep) -> Result:
+def _result(args: argparse.Namespace, model: HookedModel, found: Sweep) -> Result:
+    table = found.table if args.top is None else found.ranked().head(args.top)
     rows = [
-        {name: None if pd.isna(value) else value for name, value in row.items()}
-        for row in found.table.to_dict("records")
+        {name: None if pd.isna(value) else value for name, value in row.items()} for row in table.to_dict("records")
     ]
     question = found.question
     return {
@@ -105,12 +124,12 @@ def _result(model: HookedModel, found: Sweep) -> Result:
 def _text(args: argparse.Namespace, model: HookedModel, found: Sweep) -> str:
     question, base = found.question, found.baseline
     own, other = model.host.string(question.target), model.host.string(question.against)
-    shown = found.table if args.dose else found.ranked().head(args.top)
+    shown = found.table if args.dose and args.top is None else found.ranked().head(args.top or SHOWN)
     unresolved = int((~found.table["resolved"]).sum())
     lines = [
         f"logit({own!r}) − logit({other!r}) behind {found.tokens[question.pos]!r}: {base['metric']:.3f}, "
         f"probability {base['prob']:.3f}, rank {base['rank']:.0f}",
-        table(shown.drop(columns=["layer", "pos", "feature"])),
+        table(shown.drop(columns=["layer", "pos", "feature"]).assign(role=shown["role"].fillna("–"))),
         f"{len(found.table)} effects in {found.passes} batches; noise floor {found.noise_floor:.1e} logits, "
         f"{unresolved} below it",
     ]

@@ -89,16 +89,15 @@ def _explained(args: argparse.Namespace) -> Any:
         return Feature(args.explain)
     if args.answer is not None:
         return Answer(args.answer)
-    pos = -1 if args.position is None else args.position
     if args.mass is not None:
-        return Mass(args.mass, pos=pos)
-    return Logit(args.target, args.against, pos)
+        return Mass(args.mass, pos=args.at)
+    return Logit(args.target, args.against, args.at)
 
 
 def _trace_text(graph: Graph, result: Result) -> str:
     lines = [f"{result['target']}: {graph.n_nodes} nodes, {graph.n_edges} edges, saved to {result['path']}"]
     strongest = graph.nodes_frame().query("kind == 'feature'").head(10)
-    lines.append(table(strongest[["id", "token", "activation", "score", "influence"]]))
+    lines.append(table(strongest[["name", "token", "activation", "score", "influence"]]))
     shares = {name: figure(value) for name, value in graph.meta["scores"].items()}
     lines.append(f"replacement {shares['replacement']}, completeness {shares['completeness']} (before pruning)")
     lines += [_agreement(graph.meta["verification"])] if "verification" in graph.meta else []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from circuits.colours import INK, MUTED, OPPOSES, ROLES, SUPPORTS
 from circuits.graph import Graph
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
 from circuits.scatter import picture
@@ -26,7 +27,6 @@ ABREAST = 4  # nodes of one layer and token side by side; more go into a second 
 SLOT, NARROW, LINE, GAP, HEIGHT = 0.98, 0.72, 0.52, 0.55, 0.4  # inches
 BOTTOM, LEFT = 1.0, 0.85
 LONGEST = 24  # characters of a token
-POSITIVE, NEGATIVE, INK = "#1f6f8b", "#c8553d", "#2b2b2b"
 FILL = {
     TOKEN: "#efe9dc",
     FEATURE: "#ffffff",
@@ -165,7 +165,7 @@ def _draw_edges(
                 arrowstyle="-|>",
                 mutation_scale=5 + 5 * share,
                 linewidth=0.5 + 3.0 * share**0.6,
-                color=POSITIVE if graph.effect[edge] > 0 else NEGATIVE,
+                color=SUPPORTS if graph.effect[edge] > 0 else OPPOSES,
                 alpha=0.35 + 0.6 * share**0.5,
                 shrinkA=0,
                 shrinkB=0,
@@ -182,7 +182,7 @@ def _draw_nodes(axes: Any, graph: Graph, places: dict[int, tuple[float, float]])
         kind = int(graph.index.kind[row])
         title, detail = _caption(graph, row, labels.get(graph.names[row], ""))
         width = {TOKEN: _token_width(title), TARGET: 0.1 * len(title) + 0.1}.get(kind, SLOT - 0.1)
-        edge = INK if kind in (TOKEN, TARGET) else POSITIVE if graph.score[row] > 0 else NEGATIVE
+        edge = INK if kind in (TOKEN, TARGET) else SUPPORTS if graph.score[row] > 0 else OPPOSES
         box = FancyBboxPatch(
             (x - width / 2, y - HEIGHT / 2),
             width,
@@ -233,11 +233,11 @@ def _draw_captions(axes: Any, graph: Graph, nodes: int, edges: int, size: tuple[
             + (f"; edges against {check['n_edges']}: {check['edge_spearman']:.2f}" if check["edge_spearman"] else "")
         )
     title = drawn(graph.meta.get("prompt", "").strip())
-    legend = "blue: raises the target, red: lowers it; width: effect in logits; numbers: score in logits"
+    legend = f"{ROLES}; width: effect in logits; numbers: score in logits, above 0 where a node supports"
     if "counterfactual" in graph.meta:
         title += f"    (and not: {drawn(graph.meta['counterfactual']['prompt'].strip())})"
         legend += "; dotted: active in the other prompt alone"
     axes.text(0.1, size[1] - 0.28, title, fontsize=12, color=INK, va="center")
     left_out = f"{nodes} of {graph.n_nodes} nodes and {edges} of {graph.n_edges} edges drawn"
-    axes.text(0.1, 0.42, "; ".join(figures), fontsize=8, color="#555555", va="center")
-    axes.text(0.1, 0.2, f"{legend}. {left_out}.", fontsize=8, color="#555555", va="center")
+    axes.text(0.1, 0.42, "; ".join(figures), fontsize=8, color=MUTED, va="center")
+    axes.text(0.1, 0.2, f"{legend}. {left_out}.", fontsize=8, color=MUTED, va="center")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from circuits.graph import Graph
-from circuits.verify import plot_sample
+from circuits.scatter import plot_sample
 from hooks.errors import OutputError
 
 

@@ -9,6 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 _LONGEST = 120  # characters of one value in a message
+_NUMBERS = re.compile(r"all|,?[-+]?\d[-+,\d]*")  # a word that can belong to a list of numbers
+
+
+class NumberList(argparse.Action):
+    """An option that takes a list of numbers, in one word or several; given again, the lists are joined."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Keep the numbers."""
+        earlier = getattr(namespace, self.dest)
+        lists = isinstance(earlier, list) and isinstance(values, list)
+        setattr(namespace, self.dest, [*earlier, *values] if lists else values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         # what begins with one dash is a value, as in --strengths -2,0,2; the only short option is -h
         self._negative_number_matcher = re.compile(r"-[^-]")
         self.words: list[str] = []
+        self.renamed: dict[str, str] = {}  # earlier names of options, which this version still takes
 
     @property
     def commands(self) -> dict[str, "Parser"]:
@@ -35,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         first = self.words[0] if self.words else ""
         if first.startswith("--") and not self.knows(first) and any(sub.knows(first) for sub in self.commands.values()):
             self._fail(f"{first} stands in front of the command; options follow it: circuits features PROMPT {first}")
-        found, rest = super().parse_known_args(self.words, namespace)
+        found, rest = super().parse_known_args(self._joined(self._by_new_names(self.words)), namespace)
         if rest:
             self._refuse(found, rest)
         return found, rest
@@ -50,7 +62,35 @@ class Parser(argparse.ArgumentParser):
 
     def knows(self, word: str) -> bool:
         """Whether a word names an option, shortened or not."""
-        return any(option.startswith(word.partition("=")[0]) for option in self._option_string_actions)
+        known = (*self._option_string_actions, *self.renamed)
+        return any(option.startswith(word.partition("=")[0]) for option in known)
+
+    def _by_new_names(self, words: Sequence[str]) -> list[str]:
+        """The words with options by their new names; for each that has an earlier one, a line on stderr."""
+        end = words.index("--") if "--" in words else len(words)
+        said, out = dict.fromkeys(words[:0]), []
+        for word in words[:end]:
+            name, equals, value = word.partition("=")
+            new = self.renamed.get(name)
+            if new:
+                said[f"{self.prog}: {name} is deprecated; it is {new} now"] = None
+            out.append(f"{new or name}{equals}{value}")
+        for line in said:
+            self._print_message(line + "\n")
+        return [*out, *words[end:]]
+
+    def _joined(self, words: Sequence[str]) -> list[str]:
+        """The words with lists of numbers as one: `--layers 2 3` as `--layers 2,3`. The prompt may then follow."""
+        out: list[str] = []
+        joins = False
+        for word in words:
+            if joins and _NUMBERS.fullmatch(word) and out[-1] not in self._option_string_actions:
+                out[-1] = f"{out[-1].rstrip(',')},{word.lstrip(',')}"
+                continue
+            joins = joins and out[-1] in self._option_string_actions and bool(_NUMBERS.fullmatch(word))
+            joins = joins or isinstance(self._option_string_actions.get(word), NumberList)
+            out.append(word)
+        return out
 
     def _fail(self, message: str, hints: Iterable[str] = ()) -> NoReturn:
         message = re.sub(rf"\S{{{_LONGEST},}}", lambda long: f"{long[0][: _LONGEST // 2]}…", message)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from circuits.options._shared import add_changing, add_many, add_prompt, add_target, command
+from circuits.options._shared import add_changing, add_many, add_prompt, add_target, add_top, command
 
 EXAMPLES = (
     "ablate 'fact: the capital of the state containing Dallas is' --feature L3/383@-1",
@@ -14,6 +14,7 @@ def add(commands: Any) -> None:
     """Its options."""
     ablate = command(commands, "ablate", "zero features and measure the change of a target's logit", examples=EXAMPLES)
     add_prompt(ablate)
-    add_many(ablate, "--feature", "ADDR", "L{layer}/{feature}[@{position}], for example L3/118@-1", required=True)
+    add_many(ablate, "--feature", "ADDR", "L{layer}/{feature}[@{position}], for example L3/383@-1", required=True)
     add_target(ablate)
+    add_top(ablate, 5, "the most likely tokens (default 5)")
     add_changing(ablate)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.options import _plan, _quality
-from circuits.options._shared import add_force, command, count, layers
+from circuits.options._shared import add_force, add_layers, add_plot, command, count
 from hooks.choices import CHECK_TOKENS
 
 EXAMPLES = (
@@ -22,11 +22,11 @@ def add(commands: Any) -> None:
     group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
     how_much = f"how much of it (default {CHECK_TOKENS})"
     group.add_argument("--tokens", type=count, default=CHECK_TOKENS, metavar="N", help=how_much)
-    group.add_argument("--layers", type=layers, default="all", metavar="0,1|all", help="which (default all)")
+    add_layers(group)
     group.add_argument(
         "--save", action="store_true", help="write the findings beside the set, where loading finds them"
     )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="a map of all candidates, png or svg")
+    add_plot(group, "all candidates, or with --quality the figures by layer")
     add_force(check)
     _quality.add(check)
     _plan.add(check)

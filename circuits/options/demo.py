@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_force, command
+from circuits.options._shared import add_force, add_out, command
 from hooks.demo import TRANSCODERS
 
 EXAMPLES = (
@@ -15,6 +15,8 @@ EXAMPLES = (
 def add(commands: Any) -> None:
     """Its options."""
     demo = command(commands, "demo", "the whole story on the embedded model", model=False, examples=EXAMPLES)
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the report and the circuit")
-    demo.add_argument("--transcoders", choices=sorted(TRANSCODERS), default="demo", help="embedded set")
+    add_out(demo, "a folder, for the report and the circuit (default demo-out)", default=Path("demo-out"))
+    demo.add_argument(
+        "--transcoders", choices=sorted(TRANSCODERS), default="demo", metavar="SET", help="demo or demo-dense"
+    )
     add_force(demo)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_force, command
+from circuits.options._shared import add_force, add_out, command
 from hooks.plugins import names
 
 EXPORTERS = names("circuits.export", "write")
@@ -15,5 +15,5 @@ def add(commands: Any) -> None:
     exporter = command(commands, "export", "write a saved graph in another format", model=False, examples=EXAMPLES)
     exporter.add_argument("file", type=Path, metavar="FILE", help="a graph written by trace")
     exporter.add_argument("--format", required=True, metavar="F", help=f"one of {', '.join(EXPORTERS)}")
-    exporter.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to")
+    add_out(exporter, "the graph in the other format", required=True)
     add_force(exporter)

@@ -3,7 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from circuits.options._shared import add_changing, add_force, add_many, add_prompt, add_target, command, whole
+from circuits.options._shared import (
+    add_changing,
+    add_force,
+    add_many,
+    add_plot,
+    add_prompt,
+    add_seed,
+    add_target,
+    command,
+    whole,
+)
 from hooks.plugins import names
 
 INTERVENTIONS = names("hooks.interventions", "from_text")
@@ -21,10 +31,10 @@ def add(commands: Any) -> None:
         steer,
         "--set",
         "ADDR=VALUE",
-        "hold a feature at a value, for example L3/118=8.0 or L3/118@new=8.0; x2 is twice its typical activation, 0.1r "
+        "hold a feature at a value, for example L3/383=8.0 or L3/383@new=8.0; x2 is twice its typical activation, 0.1r "
         "what makes it write a tenth of the residual norm",
     )
-    add_many(steer, "--do", "NAME:ADDR[=VALUE]", f"any intervention: {', '.join(INTERVENTIONS)}; scale:L3/118=2.0")
+    add_many(steer, "--do", "NAME:ADDR[=VALUE]", f"any intervention: {', '.join(INTERVENTIONS)}; scale:L3/383=2.0")
     steer.add_argument(
         "--when-inactive", choices=("apply", "skip"), help="where a feature is inactive (default: apply)"
     )
@@ -46,7 +56,7 @@ def add(commands: Any) -> None:
         metavar="X",
         help="divide the logits of tokens that the text has (default: what the model's generation_config says)",
     )
-    group.add_argument("--seed", type=whole, default=0, metavar="N", help="of sampling (default 0)")
+    add_seed(group, "sampling")
     add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
     sweep = steer.add_argument_group("sweep over strengths")
     sweep.add_argument(
@@ -54,5 +64,5 @@ def add(commands: Any) -> None:
         metavar="GRID",
         help="strengths for every --set ADDR without a value: 0,2,4 or 0:8:5 or x0,x1,x2 (--strengths=-2,0,2)",
     )
-    sweep.add_argument("--plot", type=Path, metavar="FILE", help="effect and fluency against strength, png or svg")
-    add_target(sweep, top=False)
+    add_plot(sweep, "effect and fluency against strength")
+    add_target(sweep)

@@ -9,7 +9,7 @@ from hooks.types import AddressLike, FeatureAddress
 
 @dataclass(frozen=True)
 class Ablate:
-    """`Ablate("L3/118@-1")` zeroes feature 118 of layer 3 at the last prompt token."""
+    """`Ablate("L3/383@-1")` zeroes feature 383 of layer 3 at the last prompt token."""
 
     address: FeatureAddress
 

@@ -10,7 +10,7 @@ from hooks.types import AddressLike, FeatureAddress
 
 @dataclass(frozen=True)
 class Add:
-    """`Add("L3/118", 1.5)` adds 1.5 times the feature's decoder row.
+    """`Add("L3/383", 1.5)` adds 1.5 times the feature's decoder row.
 
     `when_inactive="apply"` is the default: adding to an inactive feature is plain steering along its decoder row.
     """

@@ -10,7 +10,7 @@ from hooks.types import AddressLike, FeatureAddress
 
 @dataclass(frozen=True)
 class Clamp:
-    """`Clamp("L3/118", 8.0)` holds feature 118 of layer 3 at 8.0, on the prompt and on every new token.
+    """`Clamp("L3/383", 8.0)` holds feature 383 of layer 3 at 8.0, on the prompt and on every new token.
 
     `when_inactive="apply"` is the default: a clamp usually means to bring a feature in.
     """

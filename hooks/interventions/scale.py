@@ -10,7 +10,7 @@ from hooks.types import AddressLike, FeatureAddress
 
 @dataclass(frozen=True)
 class Scale:
-    """`Scale("L3/118@4:", 2.0)` doubles feature 118 of layer 3 from position 4 on.
+    """`Scale("L3/383@4:", 2.0)` doubles feature 383 of layer 3 from position 4 on.
 
     `when_inactive="skip"` is the default: a multiple of zero is zero, so the choice changes nothing.
     """

@@ -1,0 +1,45 @@
+"""What a user names: a set of transcoders, a precision."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from hooks.demo import TRANSCODERS
+from hooks.errors import UserError
+from hooks.hub import Resolved, resolve
+
+log = logging.getLogger("hooks")
+
+
+def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
+    """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
+
+    Raises:
+        CheckpointError: see `hooks.hub.resolve`.
+    """
+    if name in TRANSCODERS:
+        return Resolved(TRANSCODERS[name])
+    found = resolve(name, layers=layers, embedded=TRANSCODERS)
+    for note in found.notes:
+        log.warning("%s", note)
+    return found
+
+
+def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name; None stays None.
+
+    Raises:
+        UserError: it is none that weights are held in.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
+    if dtype not in known:
+        raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
+    return known[dtype]
