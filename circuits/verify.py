@@ -112,26 +112,7 @@ class Verification:
         plot_sample(self.sample(), Path(path))
 
 
-<<<<<<< HEAD
-def plot_sample(sample: Mapping[str, Any], path: Path) -> None:
-    """Draw a stored sample.
-
-    Raises:
-        UserError: the file cannot be written, or its suffix is another.
-    """
-    nodes, edges, noise = sample["nodes"], sample["edges"], sample["noise_floor"]
-    panels = [
-        Panel("features ablated", nodes["score"], nodes["effect"], noise),
-        Panel("features doubled", nodes["score"], nodes["doubled"], noise),
-        Panel("edges, source ablated", edges["weight"], edges["effect"], sample["edge_noise_floor"], "target's units"),
-    ]
-    scatter_plot(panels, path)
-
-
 @measured
-=======
-@exclusive
->>>>>>> main
 def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> Verification:
     """Measure a sample of nodes and edges of a graph by really taking features out.
 

@@ -29,7 +29,7 @@ from hooks.host import Host, fingerprint, tap
 from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
-from hooks.names import precision, transcoder_folder
+from hooks.names import dtype_of, transcoder_folder
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
@@ -76,7 +76,6 @@ class Run:
         or scale it does nothing. Found by one more pass, when it is asked for."""
         return inactive(self.host, self.store, self.batch, self.interventions)
 
-<<<<<<< HEAD
     @cached_property
     def baseline(self) -> Float[Tensor, "pos vocab"]:
         """Logits of the plain run, at every position."""
@@ -87,9 +86,7 @@ class Run:
         """Logits of the edited run, at every position."""
         return self.baseline if self.after is self.before else self.host.unembed(self.after)
 
-=======
     @keywords(position="pos")
->>>>>>> main
     def effect(
         self, target: str | SupportsIndex | None = None, against: str | SupportsIndex | None = None, pos: int = -1
     ) -> Effect:
@@ -98,13 +95,8 @@ class Run:
         Raises:
             TargetError: target or against is not one token, or the position does not occur.
         """
-<<<<<<< HEAD
-        place = self._place(position)
-        before, after = (self.host.unembed(stream[place]) for stream in (self.before, self.after))
-=======
         place = self._place(pos)
-        before, after = self.baseline[place], self.logits[place]
->>>>>>> main
+        before, after = (self.host.unembed(stream[place]) for stream in (self.before, self.after))
         token = int(before.argmax()) if target is None else self.host.token_id(target)
         other = None if against is None else self.host.token_id(against)
         if token == other:
@@ -129,28 +121,16 @@ class Run:
     @keywords(position="pos")
     def top_before(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The clean run's most likely next tokens."""
-<<<<<<< HEAD
-        return self.host.top(self.host.unembed(self.before[self._place(position)]), n)
-=======
-        return self.host.top(self.baseline[self._place(pos)], n)
->>>>>>> main
+        return self.host.top(self.host.unembed(self.before[self._place(pos)]), n)
 
     @keywords(position="pos")
     def top_after(self, n: int = 5, pos: int = -1) -> list[RankedToken]:
         """The edited run's most likely next tokens."""
-<<<<<<< HEAD
-        return self.host.top(self.host.unembed(self.after[self._place(position)]), n)
-
-    def _place(self, position: int) -> int:
-        length = len(self.before)
-        return whole(position, "position", least=-length, most=length - 1)
-=======
-        return self.host.top(self.logits[self._place(pos)], n)
+        return self.host.top(self.host.unembed(self.after[self._place(pos)]), n)
 
     def _place(self, pos: int) -> int:
-        length = len(self.logits)
+        length = len(self.before)
         return whole(pos, "position", least=-length, most=length - 1)
->>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -664,12 +644,8 @@ class HookedModel:
             texts=texts,
         )
 
-<<<<<<< HEAD
-    @measured
-=======
     @keywords(position="pos")
-    @exclusive
->>>>>>> main
+    @measured
     def effects(
         self,
         prompt: Prompt,
@@ -687,12 +663,8 @@ class HookedModel:
         batch = self.host.batch([prompt])
         return effects(self.host, self.store, batch, interventions, target, against, **options)
 
-<<<<<<< HEAD
-    @measured
-=======
     @keywords(position="pos")
-    @exclusive
->>>>>>> main
+    @measured
     def sweep(
         self,
         prompt: Prompt,
@@ -724,12 +696,8 @@ class HookedModel:
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
         return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
 
-<<<<<<< HEAD
-    @measured
-=======
     @keywords(position="pos")
-    @exclusive
->>>>>>> main
+    @measured
     def path_effect(
         self,
         prompt: Prompt,
@@ -985,42 +953,6 @@ def load_host(
     return host
 
 
-<<<<<<< HEAD
-def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
-    """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
-
-    Raises:
-        CheckpointError: see `hooks.hub.resolve`.
-    """
-    if name in TRANSCODERS:
-        return Resolved(TRANSCODERS[name])
-    found = resolve(name, layers=layers, embedded=TRANSCODERS)
-    for note in found.notes:
-        log.warning("%s", note)
-    return found
-
-
-def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name; None stays None.
-
-    Raises:
-        UserError: it is none that weights are held in.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    known = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float64": torch.float64,
-    }
-    if dtype not in known:
-        raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(known), where="--dtype")
-    return known[dtype]
-
-
-=======
->>>>>>> main
 def _placement(device: str | None, device_map: str | None) -> torch.device | None:
     """The one device to move a model to; None: it stays, or accelerate places it."""
     if device and device_map:

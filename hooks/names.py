@@ -1,4 +1,4 @@
-"""What a user names: a set of transcoders, a precision."""
+"""What a user names: a set of transcoders, a dtype."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolve
     return found
 
 
-def precision(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype by its name; None stays None.
 
     Raises:

@@ -162,15 +162,10 @@ def sweep(
     for name, column in measured.items():
         table[name] = column.tolist()
     table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
-<<<<<<< HEAD
-    baseline = _baseline(logits, question)
-    return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
-=======
     moved = [_moved(as_interventions(group), dense, length) for group in groups]
     table["role"] = [_role(*row) for row in zip(moved, table["delta"], table["resolved"], strict=True)]
-    baseline = _baseline(clean.logits[question_pos], question)
-    return Sweep(table, noise, baseline, question, batch.strings[0], passes, runner.way)
->>>>>>> main
+    baseline = _baseline(logits, question)
+    return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------

@@ -6,11 +6,7 @@ import pandas as pd
 
 from circuits.commands._output import Result, say, show, table
 from hooks.convert import convert
-<<<<<<< HEAD
-from hooks.model import dtype_of, transcoder_folder
-=======
-from hooks.names import precision, transcoder_folder
->>>>>>> main
+from hooks.names import dtype_of, transcoder_folder
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -46,11 +46,8 @@ def run(args: argparse.Namespace) -> Result:
     if args.out:
         found.save(args.out)
     show(args, _text(args, model, found))
-<<<<<<< HEAD
-    return finish(_result(model, found) | computes_in(args, model), args.plot, lambda path: sweep_plot(found, path))
-=======
-    return finish(_result(args, model, found), args.plot, lambda path: sweep_plot(found, path))
->>>>>>> main
+    result = _result(args, model, found) | computes_in(args, model)
+    return finish(result, args.plot, lambda path: sweep_plot(found, path))
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS, SKIPS
-=======
 from circuits.options._parser import NumberList, Parser
-from hooks.choices import ERROR_MODES, MASK_MODES, SKIPS
->>>>>>> main
+from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS, SKIPS
 
 _MOST_NUMBERS = 10_000  # in a range of layers or positions
 _LISTED = "2,3, 2 3, 0-3 or all"
