@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from hooks.arithmetic import computes_in
+from hooks.arithmetic import computes_in, is_half
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.host import Host, execution_device
@@ -36,6 +36,7 @@ from hooks.readout import best_other
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, misses, out_of_memory, record_clean
 from hooks.tokens import Batch
+from hooks.ulps import rounding_floor
 from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.whole import whole
 
@@ -68,7 +69,8 @@ class Sweep:
             metric goes the way the features' activations went, `opposes` if it goes the other way, None if that is not
             known (not resolved, or some activations rose and some fell). An ablated feature supports where `delta` < 0.
         noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
-            two logits can make of it.
+            two logits can make of it. In the native arithmetic of a half-precision model, the largest of the floors by
+            block that `hooks.ulps` measures; `table["floor"]` has each group's own.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
@@ -161,7 +163,12 @@ def sweep(
     table = _described(groups, dense, length)
     for name, column in measured.items():
         table[name] = column.tolist()
-    table["resolved"] = (table["delta"].abs() > noise) | (table["delta"] == 0)
+    table["floor"] = noise
+    if is_half(host) and not host.exact:
+        floors = _rounding_floors(host, clean, work, logits, question)
+        table["floor"] = [max(noise, floors[block]) for block in work.block.tolist()]
+        noise = max(noise, *floors.values())
+    table["resolved"] = (table["delta"].abs() > table["floor"]) | (table["delta"] == 0)
     moved = [_moved(as_interventions(group), dense, length) for group in groups]
     table["role"] = [_role(*row) for row in zip(moved, table["delta"], table["resolved"], strict=True)]
     baseline = _baseline(logits, question)
@@ -264,6 +271,22 @@ def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], ques
     wide = torch.promote_types(logits.dtype, torch.float32)
     rounding = torch.finfo(wide).eps * float(logits[[question.target, question.against]].abs().sum())
     return max(rounding, 3 * math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0)
+
+
+def _rounding_floors(
+    host: Host, clean: Clean, work: Work, logits: Float[Tensor, " vocab"], question: Question
+) -> dict[int, float]:
+    """By the block in front of which a group's effect enters; groups that change nothing enter nowhere."""
+
+    def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+        return _measure(host, hidden, logits, question)["delta"]
+
+    before = float(metric(clean.streams[-1][question.pos][None])[0])
+    live, out = live_groups(work), dict.fromkeys(work.block.tolist(), 0.0)
+    for block in work.block[live].unique().tolist():
+        starts = work.start[live][work.block[live] == block].tolist()
+        out[block] = rounding_floor(host, clean.batch, block, starts, question.pos, metric, before)
+    return out
 
 
 # -- running -------------------------------------------------------------------------------------------------------

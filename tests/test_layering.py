@@ -14,7 +14,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "kernels", "transcoder", "links", "documents", "guard", "output", "files", "formats", "hub", "findings",
         "convention", "loading", "residency", "store", "convert", "context", "readout", "exclusive", "tokens", "host",
         "arithmetic", "freeze", "hold", "recording", "swap", "interventions", "intervene", "paths", "observe",
-        "generation_config", "sampling", "suffix", "variants", "sweep", "candidates", "generation", "session",
+        "generation_config", "sampling", "ulps", "suffix", "variants", "sweep", "candidates", "generation", "session",
         "strength", "steering", "dose", "bridge", "lens", "feature_cache", "demo", "names", "memory", "site_sums",
         "walk", "refit", "site_fits", "selection", "verdict", "texts", "site_passes", "calibrate", "model",
         "layer_step", "decode", "quality_report", "quality",

@@ -16,7 +16,7 @@ from hooks.whole import whole, wholes
 
 ROOT = Path(__file__).parents[1]
 NONE = [2.5, 2.0, "2", b"2", True, None, math.nan, math.inf, 2 + 0j, [2], (), np.float64(2), np.bool_(True),
-        torch.tensor(2.0), torch.tensor(True), torch.tensor([1, 2]), object()]  # fmt: skip
+        torch.tensor(2.0), torch.tensor(True), torch.tensor([1, 2]), NotImplemented]  # fmt: skip
 
 
 @pytest.mark.parametrize("two", [2, np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor([2])])

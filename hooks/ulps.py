@@ -1,0 +1,67 @@
+"""What rounding alone does to a metric on a half-precision model.
+
+A run with an edit and the clean run differ in every rounding behind the edit, so their difference holds the rounding
+errors of both, however small the edit is. Rows that are left alone do not show that: they round alike. So the stream
+that enters a block is moved at random by what one rounding may move it (each number by a unit in its last place, up or
+down, with a probability of 1/12: the variance of a rounding error), and the run goes on from there. How far the metric
+moves is what rounding alone does to an effect that enters at this block.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.host import Host, tap
+from hooks.sites import Site
+from hooks.tokens import Batch
+from hooks.types import Edit, Pass
+
+DRAWS = 8  # runs per block
+SPREADS = 2.5  # root mean squares of the moves below which an effect is not told from rounding
+
+Metric = Callable[[Float[Tensor, "row d_model"]], Float[Tensor, " row"]]
+
+
+def last_place(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """The distance of every number to the next larger one in magnitude, in its own precision."""
+    exponent = torch.frexp(x.float()).exponent - 1
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent) * torch.finfo(x.dtype).eps
+
+
+def moved_by_rounding(x: Float[Tensor, "*any"], generator: torch.Generator) -> Float[Tensor, "*any"]:
+    """Each number a unit in the last place up or down, with a probability of 1/24 each."""
+    drawn = torch.rand(x.shape, generator=generator).to(x.device)
+    step = (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
+    return (x.float() + step * last_place(x)).to(x.dtype)
+
+
+def rounding_floor(
+    host: Host, batch: Batch, block: int, starts: Sequence[int], pos: int, metric: Metric, clean: float
+) -> float:
+    """`SPREADS` root mean squares of what rounding does to a metric of effects that enter in front of a block.
+
+    Args:
+        batch: one prompt.
+        block: `n_layers` is behind the last one.
+        starts: first positions of such effects; the draws are spread over them.
+        pos: where the metric is read, from streams behind the last block.
+        clean: the metric of the clean run.
+
+    Cost: `DRAWS` rows in one whole pass.
+    """
+    end = Site("resid_post", host.n_layers - 1)
+    site = Site("resid_pre", block) if block < host.n_layers else end
+    ordered = sorted(starts)
+    first = torch.tensor([ordered[(2 * draw + 1) * len(ordered) // (2 * DRAWS)] for draw in range(DRAWS)])
+    generator = torch.Generator().manual_seed(block)
+
+    def move(x: Tensor, at: Pass) -> Tensor:
+        behind = (torch.arange(x.shape[1]) >= first[:, None])[..., None].to(x.device)
+        return torch.where(behind, moved_by_rounding(x, generator), x)
+
+    seen: dict[Site, Tensor] = {}
+    host.forward_hidden(batch.rows([0] * DRAWS), [Edit(site, move), tap(end, seen)])
+    moves = metric(seen[end][:, pos]).double() - clean
+    return SPREADS * float(moves.square().mean().sqrt())
