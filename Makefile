@@ -11,7 +11,7 @@ EDITABLE := -m pip install --quiet --no-deps --no-build-isolation --editable
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types notebooks bench demo-weights upgrade test-newest clean
+.PHONY: demo test check lint types notebooks bench stress demo-weights upgrade test-newest clean
 
 demo: .stamp-demo
 	$(BIN)/circuits demo --out demo-out
@@ -31,6 +31,10 @@ types: .stamp-install
 
 notebooks: .stamp-install
 	$(BIN)/python notebooks/execute.py
+
+# Large counts of what the suite tries a few times: thousands of interrupts, damaged files, random models. Over an hour.
+stress: .stamp-install
+	for script in stress/[a-z]*.py; do $(BIN)/python $$script --json || exit 1; done
 
 bench: .stamp-install
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json || exit 1; done
