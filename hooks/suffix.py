@@ -317,7 +317,7 @@ def _shared_attention(
     prefix: Pair,
     own: Pair,
     rows: int,
-    allowed: Bool[Tensor, "length pos"] | None = None,
+    allowed: Bool[Tensor, "query_pos pos"] | None = None,
 ) -> Tensor:
     """Attention of `rows` rows of the same length to a shared prefix and to themselves: [token head d_head].
 
