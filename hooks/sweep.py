@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pandas as pd
 import psutil
@@ -305,7 +305,7 @@ def _measured_miss(host: Host, clean: Clean, work: Work) -> str:
     with out_of_memory() as failed:
         found = misses(host, clean, chosen, int(work.block[live].min()), work.end)
     if failed:
-        raise _too_little_memory(int((work.end - torch.tensor(chosen)).sum()))
+        _refuse_for_memory(int((work.end - torch.tensor(chosen)).sum()))
     return found
 
 
@@ -351,12 +351,12 @@ def _rows_that_fit(lengths: Int[Tensor, " row"], budget: int) -> int:
 
 def _halved(tokens: int) -> int:
     if tokens <= TOKENS_AT_LEAST:
-        raise _too_little_memory(tokens)
+        _refuse_for_memory(tokens)
     return tokens // 2
 
 
-def _too_little_memory(tokens: int) -> UserError:
-    return UserError(
+def _refuse_for_memory(tokens: int) -> NoReturn:
+    raise UserError(
         "memory does not hold even a small batch of the sweep",
         found=f"{tokens} tokens at once did not fit",
         repair="free memory, shorten the prompt, or load fewer transcoder layers (--budget-gb)",

@@ -306,6 +306,7 @@ def test_the_command_gives_what_the_method_gives(demo, tmp_path, capsys):
     assert {"layer", "pos", "feature", "activation", "delta"} <= set(result["rows"][0])
     close([row["delta"] for row in result["rows"]], table["delta"].tolist())
     assert result["target"]["token"] == " Austin"
+    assert result["way"] == "suffix"
     assert result["noise_floor"] < EXACT
     assert len(pd.read_csv(out)) == len(table)
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -113,6 +113,7 @@ def _result(args: argparse.Namespace, model: HookedModel, found: Sweep) -> Resul
         "target": {"token": model.host.string(question.target), "id": question.target},
         "against": {"token": model.host.string(question.against), "id": question.against},
         "passes": found.passes,
+        "way": found.way,
     }
 
 
