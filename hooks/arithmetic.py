@@ -65,7 +65,7 @@ def computes_in(host: Host) -> str:
 
 
 @contextmanager
-def computing(host: Host, precision: Precision) -> Iterator[None]:
+def computing(host: Host, precision: str) -> Iterator[None]:
     """Every pass of this model inside the `with` uses this arithmetic.
 
     Raises:

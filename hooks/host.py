@@ -120,7 +120,8 @@ class Host(Tokens):
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which the model computes by itself."""
-        return next(self.decoder.norm.parameters()).dtype
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:

@@ -48,10 +48,13 @@ def compiled() -> ModuleType | None:
 
 
 def usable(
-    left: Float[Tensor, "row inner"], table: Float[Tensor, "feature inner"], multiplications: int, worth: int = WORTH_IT
+    left: Float[Tensor, "row d_model"],
+    table: Float[Tensor, "feature inner"],
+    multiplications: int,
+    worth: int | None = None,
 ) -> bool:
     """Whether `add_products` knows such vectors and this table, and whether so many multiplications are worth it."""
-    known = left.dtype == torch.float32 and not left.requires_grad and multiplications >= worth
+    known = left.dtype == torch.float32 and not left.requires_grad and multiplications >= (worth or WORTH_IT)
     known = known and table.dtype in (torch.float32, torch.bfloat16) and table.stride(1) == 1
     if not known or not left.device.type == table.device.type == "cpu":
         return False

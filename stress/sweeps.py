@@ -142,10 +142,10 @@ def check(made: Case) -> dict[str, Any]:
     model, ids = build(made), [draw.randrange(VOCABULARY) for _ in range(made.length)]
     groups, position = groups_of(model, ids, draw), draw.choice((-1, -1, made.length // 2))
     try:
-        found = model.sweep(ids, groups, position=position)
+        found = model.sweep(ids, groups, pos=position)
     except UserError as error:
         return {"rows": 0, "largest": 0.0, "way": "refused", "why": error.problem}
-    alone = [model.run(ids, group).effect(position=position).delta_metric for group in groups]
+    alone = [model.run(ids, group).effect(pos=position).delta for group in groups]
     misses = [abs(one - row) for one, row in zip(alone, found.table["delta"], strict=True)]
     return {"rows": len(groups), "largest": max(misses), "way": found.way}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
-from circuits import Direction, Mass, Target, score_features, trace
+from circuits import Direction, Logit, Mass, Target, score_features, trace
 from circuits.attribution._integrated import integrated_scores
 from circuits.cases import Pair, check_ablation, make_cases
 from circuits.curves import Curve, area, log_area, plot_curves
@@ -207,7 +207,7 @@ def test_the_default_metric_is_answer_against_answer(demo):
     austin, phoenix = demo.host.token_id("Austin"), demo.host.token_id("Phoenix")
     assert case.target.tokens == (austin, phoenix)
     assert case.target.name == "' Austin' − ' Phoenix'"
-    named = make_cases(demo, [Pair(*FACTS[:2], ("Austin", "Denver"))], sites=1)[0].target
+    named = make_cases(demo, [Pair(*FACTS[:2], Logit("Austin", "Denver"))], sites=1)[0].target
     assert named.tokens == (austin, demo.host.token_id("Denver"))
     row = demo.run(FACTS[0]).logits[-1]
     assert case.metric == pytest.approx(float(row[austin] - row[phoenix]), abs=1e-4)

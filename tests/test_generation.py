@@ -85,7 +85,7 @@ def test_the_prompt_sees_nothing_of_an_edit_on_new(model, start):
         seen = []
         batch = model.host.batch([start])
         last = Site("resid_post", model.host.n_layers - 1)
-        edits = model._edits(batch, [plan], None, "live", "frozen", new_tokens=4)
+        edits = model.edits(batch, [plan], new_tokens=4)
         look = Edit(last, lambda x, at: seen.append(x) or x)
         generate(model.host, batch, [*edits, look], max_new_tokens=4, sampling=Sampling(1.0, 1.0, 2))
         return seen
@@ -320,7 +320,7 @@ def test_a_change_on_the_way_equals_a_fresh_start_on_the_text_so_far(model, star
     # a fresh pass over everything, without cache, edits of the second list at the same absolute positions
     whole = [*text, *going_on.ids]
     batch = model.host.batch([start])
-    edits = model._edits(batch, [second], swap, options["error"], "frozen", new_tokens=len(whole) - n)
+    edits = model.edits(batch, [second], swap=swap, error=options["error"], new_tokens=len(whole) - n)
     with model.host.attached(edits) as attached, torch.no_grad():
         fresh = [attached.step(torch.tensor([whole[: len(text) + i]]), None, [n])[0] for i in range(len(going_on.ids))]
     torch.testing.assert_close(going_on.logits, torch.stack(fresh), rtol=1e-4, atol=2e-4)

@@ -158,8 +158,9 @@ def test_the_direct_effect_is_the_unembedding_behind_the_final_norm(affine, hold
 
 def test_at_another_token_nothing_is_direct(affine):
     out = affine.effects(TEXT, [Ablate("L0/5@1"), Add("L1/9@2", 2.0)], receivers=["attn_out 1", "mlp_out 1"])
-    assert out.direct == 0
-    assert out.through[Site("mlp_out", 1)] == 0
+    # zero but for the last bits: a processor's library may sum rows of another batch in another order
+    assert out.direct == pytest.approx(0, abs=1e-13)
+    assert out.through[Site("mlp_out", 1)] == pytest.approx(0, abs=1e-13)
     assert abs(out.through[Site("attn_out", 1)]) > 1e-3
 
 
@@ -216,7 +217,8 @@ def test_a_path_through_the_one_head_that_writes():
     assert abs(opened.delta_preactivation) > 1e-2
     for through in ("direct", ["mlp_out 0"], []):
         closed = model.path_effect(TEXT, Add((0, pos, 5), amount), receiver, through, hold="norms")
-        assert closed.delta_preactivation == closed.delta_activation == closed.delta == 0
+        changes = closed.delta_preactivation, closed.delta_activation, closed.delta
+        assert changes == pytest.approx((0, 0, 0), abs=1e-13)
     every = model.path_effect(TEXT, Add((0, pos, 5), amount), receiver, "all", hold="norms")
     assert every.preactivation_after == pytest.approx(opened.preactivation_after, abs=1e-12)
 
@@ -231,8 +233,9 @@ def test_the_one_head_carries_the_whole_effect_on_the_logits():
     out = model.effects(TEXT, [Add((0, pos, 5), 4.0)], TARGET, AGAINST, hold="norms", receivers="all")
     assert out.total == pytest.approx(expected, abs=1e-6)
     assert abs(expected) > 1e-2
-    assert out.direct == out.remainder == 0
-    assert {str(site): value for site, value in out.through.items() if value} == {"attn_out 0": out.total}
+    assert (out.direct, out.remainder) == pytest.approx((0, 0), abs=1e-13)
+    through = {str(site): value for site, value in out.through.items() if abs(value) > 1e-13}
+    assert through == {"attn_out 0": pytest.approx(out.total, abs=1e-13)}
 
 
 # -- from feature to feature -----------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def built(dtype: str = "float32", read: str = "resid_pre", write: str = "resid_p
     precision = getattr(torch, dtype)
     model = Qwen2ForCausalLM(config_of(SHAPE)).to(precision).eval()
     coders = [coder(layer, read, write, precision) for layer in range(SHAPE.n_layers)]
-    return HookedModel.from_model(model, word_tokenizer(), coders)
+    return HookedModel.from_model(model, word_tokenizer(), coders, precision="native")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

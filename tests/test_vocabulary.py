@@ -176,7 +176,7 @@ def test_the_role_is_known_where_all_activations_move_one_way(odd):
 def swept(deltas: list[float], roles: list[str | None]) -> Sweep:
     table = pd.DataFrame({"name": [f"L0/{i}@0" for i in range(len(deltas))], "layer": 0, "pos": 0, "feature": 1})
     table = table.assign(delta=deltas, resolved=True, role=roles)
-    return Sweep(table, 0.0, {}, Question(0, 1, 0, ("delta",)), ("a",), 1)
+    return Sweep(table, 0.0, {}, Question(0, 1, 0, ("delta",)), ("a",), 1, "float32")
 
 
 def test_colours_follow_the_role_and_not_the_sign():

@@ -81,7 +81,7 @@ def test_a_mask_that_does_more_than_leave_keys_out_is_not_shared(caplog):
     found = model.sweep(IDS, [[Ablate(f"L0/{feature}")] for feature in range(40)])
     assert found.way == "whole"
     assert "mask does more" in caplog.text
-    alone = [model.run(IDS, [Ablate(f"L0/{feature}")]).effect().delta_metric for feature in range(40)]
+    alone = [model.run(IDS, [Ablate(f"L0/{feature}")]).effect().delta for feature in range(40)]
     torch.testing.assert_close(torch.tensor(found.table["delta"]), torch.tensor(alone).double(), rtol=0, atol=1e-4)
 
 

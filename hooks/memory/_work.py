@@ -24,6 +24,7 @@ HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
 CAST, CAST_ROWS, CAST_TILE = 1 << 24, 1 << 20, 1 << 22  # half-precision numbers cast up at a time, hooks/kernels.py
+FEW = 64  # tokens up to which none are, likewise
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
 
@@ -160,7 +161,7 @@ def encoding(ask: Ask, tokens: int) -> int:
     (int64 per feature) and, for half-precision weights, a product in two parts."""
     s, w = ask.coders, max(4, ask.coders.item)
     if ask.on == "cpu":
-        return tokens * w * (2 * s.d_features + s.d_model) + cast_rows(ask, s.d_features * s.d_model, s.item)
+        return tokens * w * (2 * s.d_features + s.d_model) + widened(ask, tokens, s.d_features * s.d_model, s.item)
     return tokens * ((w + 8 + 4) * s.d_features + w * s.d_model)
 
 
@@ -179,13 +180,18 @@ def logits(ask: Ask, tokens: int) -> tuple[int, int]:
     """Bytes of logits, and what else forming them takes: CUDA multiplies half-precision matrices in two parts."""
     m = ask.model
     kept = tokens * m.d_vocab * ask.wide
-    parts = 2 * kept if ask.on == "cuda" and ask.item < 4 else cast_rows(ask, m.d_vocab * m.d_model, ask.item)
+    parts = 2 * kept if ask.on == "cuda" and ask.item < 4 else widened(ask, tokens, m.d_vocab * m.d_model, ask.item)
     return kept, parts + tokens * m.d_model * ask.wide
 
 
 def cast_rows(ask: Ask, numbers: int, item: int, most: int = CAST_ROWS) -> int:
     """The buffer into which a CPU casts rows of a half-precision matrix."""
     return 4 * min(most, numbers) if ask.on == "cpu" and item < 4 else 0
+
+
+def widened(ask: Ask, tokens: int, numbers: int, item: int) -> int:
+    """The same for a product with every row of a matrix: none for few tokens, whose rows are widened in registers."""
+    return 0 if tokens <= FEW else cast_rows(ask, numbers, item, CAST_TILE)
 
 
 def gathered(ask: Ask) -> int:
