@@ -149,7 +149,7 @@ WRONG = {
         [*ABLATE, "--feature", "L0/99999"],
         ["no feature 99999", "expected: 0 to", "layer 0"],
     ),
-    "huge feature": ([*ABLATE, "--feature", "L0/" + "9" * 30], ["there is no feature", "expected: 0 to"]),
+    "huge feature": ([*ABLATE, "--feature", "L0/" + "9" * 30], ["is beyond any model", "expected: L{layer}/{feature}"]),
     "position beyond the prompt": (
         [*ABLATE, "--feature", "L0/1@40"],
         ["position 40", "expected: positions 0 to ", "the prompt has "],
