@@ -315,17 +315,6 @@ def _form(given, pair, t, first, targets, left):
 
 @njit
 @no_type_check
-def _round(left, targets):
-    """To bf16, ties to even."""
-    bits = left.view(np.uint32)
-    for i in range(targets):
-        for c in range(left.shape[1]):
-            odd = (bits[i, c] >> np.uint32(16)) & np.uint32(1)
-            bits[i, c] = (bits[i, c] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
-
-
-@njit
-@no_type_check
 def _meet_fields(given, pair, t, targets, left, found, few):
     """Add what v̄ or k̄ at position t meet of each field."""
     order, next_image = carray(i64_at(given.order), given.fields), 4 * given.positions * given.inner
@@ -377,8 +366,6 @@ def _meet_heads(given, start, stop, left, found, few):
         if k == 0:
             _form(given, pair, t, first, targets, left)
             _meet_fields(given, pair, t, targets, left, found, few)
-            if given.narrow:
-                _round(left, targets)
         if last and given.norms:
             for i in range(min(targets, firsts[t + 1] - first)):  # targets at t itself
                 few[i, given.fields - 1] += along[first + i]
