@@ -64,7 +64,7 @@ def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
             return hf(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
 
     def forward(precision: str) -> object:
-        with computing(model.host, precision):  # type: ignore[arg-type]
+        with computing(model.host, precision):
             return model.host.forward_at(batch, batch.last)
 
     def under(precision: str, call: Callable[[], object]) -> object:
