@@ -11,13 +11,13 @@ EDITABLE := -m pip install --quiet --no-deps --no-build-isolation --editable
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types notebooks bench stress demo-weights upgrade test-newest clean
+.PHONY: demo test check lint types notebooks bench bench-test stress demo-weights upgrade test-newest clean
 
 demo: .stamp-demo
 	$(BIN)/circuits demo --out demo-out
 
 test: .stamp-install
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: lint types test notebooks
 
@@ -39,6 +39,10 @@ stress: .stamp-install
 bench: .stamp-install
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --json || exit 1; done
 
+# Every benchmark on a tiny shape: that it runs, and that what it says follows from what it measured.
+bench-test: .stamp-install
+	$(BIN)/python -m pytest --numprocesses auto benchmarks/tests
+
 # Rebuilds the shipped weights from their seed on one thread, and fails if a single byte differs.
 demo-weights: .stamp-install
 	$(BIN)/python -m hooks.demo.build --check
@@ -59,7 +63,7 @@ test-newest:
 	$(if $(BEYOND),.venv-newest/bin/python -m pip install --quiet --upgrade $(BEYOND))
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -c "from hooks.rows import compiled; compiled()"
-	.venv-newest/bin/python -m pytest --numprocesses auto --dist loadfile
+	.venv-newest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 .stamp-venv: locks/build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -156,12 +156,11 @@ class _Queue:
 
 
 _QUEUES: "weakref.WeakKeyDictionary[nn.Module, _Queue]" = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
 
 
 def _queue(layers: nn.Module) -> _Queue:
-    with _MAKING:
-        return _QUEUES.setdefault(layers, _Queue())
+    """A model's queue. No lock: `setdefault` is one step for threads, and Ctrl-C could leave a lock held for ever."""
+    return _QUEUES.setdefault(layers, _Queue())
 
 
 class Exclusive:

@@ -36,7 +36,7 @@ from hooks.readout import best_other
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, misses, out_of_memory, record_clean
 from hooks.tokens import Batch
-from hooks.ulps import rounding_floor
+from hooks.ulps import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
 from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.whole import whole
 
@@ -69,8 +69,8 @@ class Sweep:
             metric goes the way the features' activations went, `opposes` if it goes the other way, None if that is not
             known (not resolved, or some activations rose and some fell). An ablated feature supports where `delta` < 0.
         noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
-            two logits can make of it. In the native arithmetic of a half-precision model, the largest of the floors by
-            block that `hooks.ulps` measures; `table["floor"]` has each group's own.
+            two logits can make of it. In the native arithmetic of a half-precision model, the largest floor of any
+            group; `table["floor"]` has each group's own, measured as `hooks.ulps` says.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
@@ -165,9 +165,9 @@ def sweep(
         table[name] = column.tolist()
     table["floor"] = noise
     if is_half(host) and not host.exact:
-        floors = _rounding_floors(host, clean, work, logits, question)
-        table["floor"] = [max(noise, floors[block]) for block in work.block.tolist()]
-        noise = max(noise, *floors.values())
+        floors = _rounding_floors(host, store, clean, work, groups, measured["delta"], logits, question)
+        table["floor"] = floors.clamp(min=noise).tolist()
+        noise = max(noise, float(floors.max()))
     table["resolved"] = (table["delta"].abs() > table["floor"]) | (table["delta"] == 0)
     moved = [_moved(as_interventions(group), dense, length) for group in groups]
     table["role"] = [_role(*row) for row in zip(moved, table["delta"], table["resolved"], strict=True)]
@@ -274,19 +274,63 @@ def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], ques
 
 
 def _rounding_floors(
-    host: Host, clean: Clean, work: Work, logits: Float[Tensor, " vocab"], question: Question
-) -> dict[int, float]:
-    """By the block in front of which a group's effect enters; groups that change nothing enter nowhere."""
+    host: Host,
+    store: TranscoderStore,
+    clean: Clean,
+    work: Work,
+    groups: Sequence[Interventions],
+    delta: Float[Tensor, " group"],
+    logits: Float[Tensor, " vocab"],
+    question: Question,
+) -> Float[Tensor, " group"]:
+    """`SPREADS` root mean squares of the rounding errors of each group's `delta`, 0 for groups that change nothing.
+
+    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters (see `hooks.ulps`).
+    """
 
     def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
         return _measure(host, hidden, logits, question)["delta"]
 
     before = float(metric(clean.streams[-1][question.pos][None])[0])
-    live, out = live_groups(work), dict.fromkeys(work.block.tolist(), 0.0)
+    live, floors = live_groups(work), torch.zeros(len(groups), dtype=torch.float64)
     for block in work.block[live].unique().tolist():
-        starts = work.start[live][work.block[live] == block].tolist()
-        out[block] = rounding_floor(host, clean.batch, block, starts, question.pos, metric, before)
-    return out
+        here = live[work.block[live] == block]
+        behind = rounding_behind(host, clean.batch, block, work.start[here].tolist(), question.pos, metric, before)
+        chosen = here[delta[here].abs().argsort(stable=True)][_spread_over(len(here), SAMPLE)]
+        moves = (
+            torch.stack(
+                [
+                    _again(host, store, clean, [groups[i] for i in chosen.tolist()], block, seed, metric, question.pos)
+                    for seed in range(REDRAWS)
+                ]
+            )
+            - delta[chosen]
+        )
+        size = REDRAWS * float(delta[chosen].square().sum())
+        share = max(0.0, float((moves.square() - behind**2).sum()) / size) if size else 0.0
+        floors[here] = SPREADS * (behind**2 + share * delta[here].square()).sqrt()
+    return floors
+
+
+def _spread_over(count: int, chosen: int) -> Int[Tensor, " row"]:
+    """At most `chosen` numbers below `count`, evenly spaced, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, chosen)).round().long()
+
+
+def _again(
+    host: Host,
+    store: TranscoderStore,
+    clean: Clean,
+    groups: Sequence[Interventions],
+    block: int,
+    seed: int,
+    metric: Metric,
+    pos: int,
+) -> Float[Tensor, " group"]:
+    """Effects of some groups over another draw of the roundings in front of their block."""
+    edits = rounding_edits(min(block, host.n_layers - 1), seed)
+    values = metric(run_whole(host, store, clean.batch, groups, pos, 1, edits))
+    return values[:-1] - values[-1]
 
 
 # -- running -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,10 @@ errors of both, however small the edit is. Rows that are left alone do not show 
 that enters a block is moved at random by what one rounding may move it (each number by a unit in its last place, up or
 down, with a probability of 1/12: the variance of a rounding error), and the run goes on from there. How far the metric
 moves is what rounding alone does to an effect that enters at this block.
+
+Rounding in front of the edit moves the stream on which the edit acts: the activation that is taken away, and what the
+blocks behind make of that. Such an error grows with the effect. `rounding_edits` moves the stream in front of every
+block up to the edit's, so that the same edits can be measured again over another draw of these roundings.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,28 +23,33 @@ from hooks.tokens import Batch
 from hooks.types import Edit, Pass
 
 DRAWS = 8  # runs per block
+REDRAWS, SAMPLE = 4, 8  # other draws of the roundings in front of a block, and edits that are measured again in each
 SPREADS = 2.5  # root mean squares of the moves below which an effect is not told from rounding
 
 Metric = Callable[[Float[Tensor, "row d_model"]], Float[Tensor, " row"]]
 
 
-def last_place(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+def last_place(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The distance of every number to the next larger one in magnitude, in its own precision."""
     exponent = torch.frexp(x.float()).exponent - 1
     return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent) * torch.finfo(x.dtype).eps
 
 
-def moved_by_rounding(x: Float[Tensor, "*any"], generator: torch.Generator) -> Float[Tensor, "*any"]:
-    """Each number a unit in the last place up or down, with a probability of 1/24 each."""
-    drawn = torch.rand(x.shape, generator=generator).to(x.device)
-    step = (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
-    return (x.float() + step * last_place(x)).to(x.dtype)
+def rounding_steps(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "*shape"]:
+    """Units in the last place: one up or one down, with a probability of 1/24 each, else none."""
+    drawn = torch.rand(*shape, generator=generator)
+    return (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
 
 
-def rounding_floor(
+def moved_by_rounding(x: Float[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
+    """Each number moved by such steps."""
+    return (x.float() + rounding_steps(x.shape, generator).to(x.device) * last_place(x)).to(x.dtype)
+
+
+def rounding_behind(
     host: Host, batch: Batch, block: int, starts: Sequence[int], pos: int, metric: Metric, clean: float
 ) -> float:
-    """`SPREADS` root mean squares of what rounding does to a metric of effects that enter in front of a block.
+    """The root mean square of what rounding does to a metric of effects that enter in front of a block.
 
     Args:
         batch: one prompt.
@@ -64,4 +73,16 @@ def rounding_floor(
     seen: dict[Site, Tensor] = {}
     host.forward_hidden(batch.rows([0] * DRAWS), [Edit(site, move), tap(end, seen)])
     moves = metric(seen[end][:, pos]).double() - clean
-    return SPREADS * float(moves.square().mean().sqrt())
+    return float(moves.square().mean().sqrt())
+
+
+def rounding_edits(last: int, seed: int) -> list[Edit]:
+    """Edits that move the stream in front of every block up to `last` by what one rounding may move it, every row of a
+    batch alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(x: Tensor, at: Pass) -> Tensor:
+        step = rounding_steps(x.shape[1:], generator).to(x.device)
+        return (x.float() + step * last_place(x)).to(x.dtype)
+
+    return [Edit(Site("resid_pre", block), move) for block in range(last + 1)]

@@ -175,14 +175,20 @@ def run_groups(
 
 
 def run_whole(
-    host: Host, store: TranscoderStore, batch: Batch, groups: Sequence[Interventions], pos: int, controls: int
+    host: Host,
+    store: TranscoderStore,
+    batch: Batch,
+    groups: Sequence[Interventions],
+    pos: int,
+    controls: int,
+    edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "row d_model"]:
     """The same by whole passes, as `HookedModel.run` makes them: the prompt once per group, then `controls` times as it
-    is; the stream behind the last block at one position."""
+    is; the stream behind the last block at one position. `edits` are made in every row."""
     rows = batch.rows([0] * (len(groups) + controls))
     end, seen = Site("resid_post", host.n_layers - 1), dict[Site, Tensor]()
     plan = make_plan(store, [*groups, *[()] * controls], rows.lengths)
-    host.forward_hidden(rows, [*make_edits(store, plan), tap(end, seen)])
+    host.forward_hidden(rows, [*edits, *make_edits(store, plan), tap(end, seen)])
     return seen[end][:, pos]
 
 

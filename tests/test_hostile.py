@@ -970,7 +970,7 @@ def test_a_twentieth_of_the_stress_script():
     root = Path(__file__).parents[1]
     command = [sys.executable, str(root / "stress" / "sets.py"), "--json", "--count", "200", "--processes", "0"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     found = json.loads(done.stdout)
     assert (done.returncode, found["failed"], found["count"]) == (0, 0, 200), found["failures"]
     assert min(found["refused"], found["opened"]) > 20  # both happen

@@ -30,7 +30,7 @@ def test_with_many_steps_edges_sum_to_what_the_path_changes(wide, monkeypatch):
     """sum_i e_ij -> pre_j(clean) − pre_j(features, rest and error of the cut gone), which really runs."""
     run = prepare(wide, TEXT, rule="ig", max_nodes=60)
     misses = []
-    for steps in (50, 400):
+    for steps in (30, 240):
         monkeypatch.setattr(ig, "STEPS", steps)
         miss = 0.0
         for rows in ig.edge_rows(run):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 def test_five_killed_writers() -> None:
     command = [sys.executable, str(ROOT / "stress" / "kills.py"), "--json", "--count", "5"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert (found["count"], found["failed"]) == (5, 0)

@@ -1,0 +1,155 @@
+"""What an effect measured in native half precision is worth, and whether the floor that `sweep` states holds.
+
+For each model and prompt: effects of features stratified by size, in the model's own rounding and in exact arithmetic
+over the same weights. The difference is the rounding error of the native effect. Reported: how many errors lie under
+each row's floor, and how large the floor is against the root mean square of the errors. `--plot` draws native against
+exact effects.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from _measure import emit, machine, say
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hooks import Ablate, HookedModel, Site, Transcoder
+
+CITIES = ("Dallas", "Miami")
+DEMO_PROMPT = "fact: the capital of the state containing {} is"
+
+
+def random_model(dtype: str, layers: int, d_model: int, vocab: int, features: int) -> HookedModel:
+    """A random Qwen2 with a transcoder of the published form for each block, 12 % active."""
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=d_model,
+        intermediate_size=3 * d_model,
+        num_hidden_layers=layers,
+        num_attention_heads=d_model // 64,
+        num_key_value_heads=max(1, d_model // 256),
+        max_position_embeddings=256,
+        initializer_range=d_model**-0.5,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    hf = Qwen2ForCausalLM(config).eval().to(getattr(torch, dtype))
+    sets = [random_transcoder(layer, d_model, features) for layer in range(layers)]
+    return HookedModel.from_model(hf, None, sets)
+
+
+def random_transcoder(layer: int, d_model: int, features: int) -> Transcoder:
+    """It reads and writes the stream in front of its block."""
+    generator = torch.Generator().manual_seed(layer)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / d_model**0.5
+
+    site = Site("resid_pre", layer)
+    weights = draw(features, d_model), draw(features), draw(features, d_model), draw(d_model)
+    return Transcoder(layer, site, site, *weights, None, None, 1e-5, max(1, int(0.12 * features)))
+
+
+def cases(dtypes: list[str], model: str | None, transcoders: str | None, prompts: list[str]) -> Iterator[Any]:
+    """Name, dtype, model, prompt."""
+    for dtype in dtypes:
+        if model is not None:
+            real = HookedModel.load(model, transcoders, dtype=dtype)
+            yield from ((f"{model}: {prompt}", dtype, real, prompt) for prompt in prompts)
+            continue
+        demo = HookedModel.load("demo", dtype=dtype)
+        yield from ((f"demo, {city}", dtype, demo, DEMO_PROMPT.format(city)) for city in CITIES)
+        for layers, d_model, vocab in ((6, 64, 512), (12, 512, 32_000)):
+            built = random_model(dtype, layers, d_model, vocab, 4 * d_model)
+            yield f"random, {layers} blocks of {d_model}", dtype, built, [(37 * n) % vocab for n in range(1, 11)]
+
+
+def stratified(table: pd.DataFrame, count: int) -> list[Ablate]:
+    """Features evenly spaced in the order of their effects."""
+    ordered = table.loc[table["delta"].abs().sort_values(ascending=False, kind="stable").index, "name"]
+    chosen = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
+    return [Ablate(name) for name in ordered.iloc[chosen]]
+
+
+def measure(model: HookedModel, prompt: Any, count: int) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Figures of one case, and the effects behind them."""
+    model.precision = "exact"
+    everything = model.sweep(prompt)
+    groups = stratified(everything.table, count)
+    question = {"target": everything.question.target, "against": everything.question.against}
+    exact = model.sweep(prompt, groups, **question).table
+    model.precision = "native"
+    native = model.sweep(prompt, groups, **question).table
+    table = pd.DataFrame({"layer": exact["layer"], "exact": exact["delta"], "native": native["delta"]})
+    table["floor"], table["error"] = native["floor"], (native["delta"] - exact["delta"]).abs()
+    by_layer = table.groupby("layer").agg(lambda column: math.sqrt((column**2).mean()))
+    rms = {name: math.sqrt((table[name] ** 2).mean()) for name in ("exact", "error", "floor")}
+    return {
+        "groups": len(table),
+        "rms_effect": rms["exact"],
+        "rms_error": rms["error"],
+        "spearman": float(spearmanr(table["exact"], table["native"]).statistic),
+        "resolved": float(native["resolved"].mean()),
+        "covered": float((table["error"] <= table["floor"]).mean()),
+        "floor_per_error": rms["floor"] / rms["error"],
+        "floor_per_error_worst_layer": float((by_layer["floor"] / by_layer["error"]).max()),
+    }, table
+
+
+def draw(found: dict[str, pd.DataFrame], path: str) -> None:
+    """Native against exact effects; a bar is the floor."""
+    columns = math.ceil(math.sqrt(len(found)))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (name, table) in zip(panels, found.items(), strict=False):
+        linear = max(1e-6, float(table["floor"].median()))
+        axes.errorbar(
+            table["exact"], table["native"], yerr=table["floor"], fmt="none", ecolor="#c8c8c8", elinewidth=0.6
+        )
+        axes.scatter(table["exact"], table["native"], s=6, color="#0072b2", zorder=3)
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle="--")
+        for scale in (axes.set_xscale, axes.set_yscale):
+            scale("symlog", linthresh=linear)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("exact effect, logits", fontsize=8)
+        axes.set_ylabel("native effect ± floor", fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in list(panels):
+        axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--groups", type=int, default=300, help="features per case")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--model", help="another model than the built-in cases; with --transcoders and --prompts")
+    parser.add_argument("--transcoders")
+    parser.add_argument("--prompts", nargs="+", default=[])
+    parser.add_argument("--plot", help="a picture of native against exact effects")
+    args = parser.parse_args()
+    found, tables = [], {}
+    for name, dtype, model, prompt in cases(args.dtypes, args.model, args.transcoders, args.prompts):
+        figures, table = measure(model, prompt, args.groups)
+        say(f"{name}, {dtype}: {figures['covered']:.3f} covered, floor {figures['floor_per_error']:.2f} × the error")
+        found.append({"case": name, "dtype": dtype, **figures})
+        tables[f"{name}, {dtype}"] = table
+    if args.plot:
+        draw(tables, args.plot)
+    emit({"machine": machine(), "cases": found}, as_json=args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
