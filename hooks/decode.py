@@ -8,7 +8,7 @@ Which layers can be steered, are observed or replaced is fixed when the decoder 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,6 @@ from hooks.host import CACHE, Host, execution_device
 from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.kernels import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
-from hooks.model import HookedModel
 from hooks.observe import Observed, observed_layers
 from hooks.sampling import Sampling, stop_strings
 from hooks.store import TranscoderStore
@@ -29,6 +28,14 @@ from hooks.swap import Swap
 from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
+
+@runtime_checkable
+class Loaded(Protocol):
+    """A language model and its transcoders: a `HookedModel`, as far as it is needed here."""
+
+    host: Host
+    store: TranscoderStore
+
 
 _WARM_UP = 3  # passes before a capture: libraries choose their kernels and make their workspaces
 
@@ -64,7 +71,7 @@ class FastDecoder:
 
     def __init__(
         self,
-        model: HookedModel,
+        model: Loaded,
         *,
         layers: str | Sequence[int] = "all",
         capacity: int = 16,
