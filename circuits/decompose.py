@@ -18,9 +18,9 @@ from circuits.attribution._heads import Parts, parts_of
 from circuits.attribution._stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.blocks import Rule
 from circuits.graph import Graph
+from circuits.identity import check_same
 from circuits.nodes import ERROR, FEATURE, TARGET
 from circuits.targets import read_targets
-from circuits.verify import check_same
 from hooks.arithmetic import measured
 from hooks.errors import UserError
 from hooks.model import HookedModel

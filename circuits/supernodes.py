@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch.nn.functional import cosine_similarity
 
 from circuits.graph import Graph
+from circuits.identity import check_same
 from circuits.nodes import FEATURE
-from circuits.verify import check_same
 from hooks.errors import UserError
 from hooks.model import HookedModel
 

@@ -22,12 +22,12 @@ from circuits.agreement import Agreement, agree, rank_correlation
 from circuits.assemble import Setting, recorded, score_setting
 from circuits.graph import Graph
 from circuits.held import Removal, feature_values, run_held
+from circuits.identity import check_same
 from circuits.nodes import FEATURE, TARGET
 from circuits.scatter import plot_sample
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
 from hooks.arithmetic import measured
-from hooks.errors import UserError
 from hooks.model import HookedModel
 from hooks.sites import Site
 from hooks.whole import whole
@@ -310,17 +310,3 @@ def stratified(table: pd.DataFrame, size: pd.Series, n: int, seed: int) -> pd.Da
     order = order.sort_values(["_decile", "layer", "pos", "_shuffle"])
     picks = np.floor((np.arange(n) + rng.random()) * len(table) / n).astype(int)
     return order.iloc[picks].drop(columns=["_decile", "_shuffle"])
-
-
-def check_same(model: HookedModel, graph: Graph) -> None:
-    """Refuse a graph of another model.
-
-    Raises:
-        UserError: the fingerprints differ.
-    """
-    if graph.meta.get("fingerprint") != model.fingerprint:
-        raise UserError(
-            "the graph belongs to another model or set of transcoders",
-            expected=f"{graph.meta.get('model')} with {graph.meta.get('transcoders')}",
-            found=f"{model.name} with {model.store.name}",
-        )

@@ -29,6 +29,7 @@ from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
 
+
 @runtime_checkable
 class Loaded(Protocol):
     """A language model and its transcoders: a `HookedModel`, as far as it is needed here."""

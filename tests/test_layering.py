@@ -20,7 +20,7 @@ ORDER = {  # lowest first: a module imports only what stands before it
         "layer_step", "decode", "quality_report", "quality",
     ],
     "circuits": [
-        "nodes", "shown", "colours", "sound", "graph", "targets", "held", "blocks", "attribution", "scores",
+        "nodes", "shown", "colours", "sound", "graph", "identity", "targets", "held", "blocks", "attribution", "scores",
         "influence", "prune", "measures", "assemble", "select", "agreement", "scatter", "dose_plot", "sweep_plot",
         "check_plot", "quality_plot", "verify", "supernodes", "decompose", "trace", "cases", "curves", "rankings",
         "evaluate", "export", "demo", "options", "commands", "cli", "__main__",
