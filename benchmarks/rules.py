@@ -32,8 +32,8 @@ from torch import Tensor
 from circuits import RULES, score_features
 from circuits.agreement import correlation, rank_correlation
 from circuits.assemble import Setting, assemble, make_run, settle
-from circuits.attribution import LocalRun
 from circuits.attribution._factored import known_edges, known_gradients
+from circuits.attribution._run import LocalRun
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule
 from circuits.demo.discovery import verification_prompts

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from circuits.attribution import RULES, LocalRun, Rows, make_cuts
+from circuits.attribution import RULES
+from circuits.attribution._run import LocalRun, Rows, make_cuts
 from circuits.attribution._stack import Stack, stack_of, stream_sites
 from circuits.graph import Graph
 from circuits.held import feature_values

@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.assemble import Setting, make_run, recorded, score_setting
-from circuits.attribution import RULES, LocalRun
+from circuits.attribution import RULES
 from circuits.attribution._ends import ends
 from circuits.attribution._heads import Parts, parts_of
+from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.blocks import Rule
 from circuits.graph import Graph

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from circuits.assemble import Setting, assemble, make_run, settle
-from circuits.attribution import RULES, LocalRun
+from circuits.attribution import RULES
+from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import WRITABLE
 from circuits.graph import Graph
 from circuits.prune import check_thresholds, prune

@@ -14,9 +14,10 @@ from torch import Tensor
 from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
 from circuits.assemble import Setting, settle
-from circuits.attribution import RULES, LocalRun, _features, _middle
+from circuits.attribution import RULES, _features, _middle
 from circuits.attribution._middle import project
 from circuits.attribution._room import Room
+from circuits.attribution._run import LocalRun
 from hooks import HookedModel, rows
 from hooks.rows import add_products, cut_blocks, usable
 

@@ -7,7 +7,7 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import LocalRun
+from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import Point, Stack, read_from
 from circuits.blocks import Rule, norm_transposed
 from circuits.targets import AnyTarget, Direction, Feature, Target

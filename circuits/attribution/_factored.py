@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut, LocalRun, Rows, contract, contract_here
 from circuits.attribution._ends import constants, ends, target_ends
 from circuits.attribution._middle import Projected, meet, project
+from circuits.attribution._run import Cut, LocalRun, Rows, contract, contract_here
 from circuits.attribution._stack import (
     MIDDLE,
     READABLE,

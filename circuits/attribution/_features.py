@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut, stretches
+from circuits.attribution._run import Cut, stretches
 from circuits.blocks import Pulled
 from hooks.kernels import linear_fp32, matmul_fp32, working_dtype
 from hooks.rows import INNER, add_products, compiled, cut_blocks, on_every_thread, usable

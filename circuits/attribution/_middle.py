@@ -20,9 +20,9 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut
 from circuits.attribution._features import Sources, features_of
 from circuits.attribution._room import Room
+from circuits.attribution._run import Cut
 from circuits.attribution._stack import Block
 from circuits.blocks import BlockRecord, Pulled, Rule
 from hooks.kernels import matmul_fp32

@@ -7,8 +7,8 @@ replacing a whole position, and the one token explains everything but the encode
 
 import torch
 
-from circuits.attribution import LocalRun, Rows
 from circuits.attribution._ends import constants, encoder_gradient
+from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
 from hooks.kernels import working_dtype
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution import LocalRun, Rows, contract
 from circuits.attribution._ends import constants
+from circuits.attribution._run import LocalRun, Rows, contract
 from circuits.attribution._tokens import token_rows
 from circuits.targets import AnyTarget, metric
 from hooks.host import tap

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from circuits.attribution import LocalRun, Rows
 from circuits.attribution._factored import known_edges, known_gradients
+from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel

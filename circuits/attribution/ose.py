@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution import Cut, LocalRun, Rows, exact
+from circuits.attribution import exact
+from circuits.attribution._run import Cut, LocalRun, Rows
 from circuits.attribution._stack import joins_at
 from circuits.attribution._tokens import token_rows
 from circuits.held import Removal, feature_values, run_held
