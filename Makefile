@@ -62,7 +62,7 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --editable ".[all]" --group dev
 	$(if $(BEYOND),.venv-newest/bin/python -m pip install --quiet --upgrade $(BEYOND))
 	.venv-newest/bin/python -m pip freeze --exclude-editable
-	.venv-newest/bin/python -c "from hooks.rows import compiled; compiled()"
+	.venv-newest/bin/python -c "from hooks.kernels.rows_in_place import compiled; compiled()"
 	.venv-newest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 .stamp-venv: locks/build.txt
@@ -80,7 +80,7 @@ test-newest:
 	$(BIN)/python $(LOCKED) locks/all.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python $(EDITABLE) .
-	$(BIN)/python -c "from hooks.rows import compiled; compiled()" # once, and not in the midst of a first graph
+	$(BIN)/python -c "from hooks.kernels.rows_in_place import compiled; compiled()" # once, and not in the midst of a first graph
 	touch $@
 
 clean:

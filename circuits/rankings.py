@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.attribution._integrated import integrated_scores
 from circuits.cases import Case, Ranking
 from circuits.scores import score_features
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
 from hooks.whole import whole
 

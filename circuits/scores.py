@@ -22,7 +22,7 @@ from circuits.attribution import RULES
 from circuits.attribution._stack import stack_of
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
 from hooks.recording import LayerRecord, Recording
 from hooks.sites import EMBEDDING

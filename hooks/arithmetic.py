@@ -2,7 +2,7 @@
 
 A half-precision model rounds every intermediate result to 8 (bf16) or 11 (fp16) bits. What that does to a logit is as
 large as the effect of most single features, so a difference of two such runs is mostly rounding. Under `exact` the
-weights stay as they are stored, in two bytes, and every product with one is formed in fp32 (`hooks.kernels`):
+weights stay as they are stored, in two bytes, and every product with one is formed in fp32 (`hooks.kernels.products`):
 
 * the embedding's output is widened to fp32; norms, rotations, attention and activations follow their input;
 * every `nn.Linear` of a block multiplies fp32 inputs with its stored weight, without a copy of it.
@@ -26,7 +26,7 @@ from hooks.choices import PRECISIONS
 from hooks.errors import ModelError, UserError
 from hooks.exclusive import Exclusive
 from hooks.host import Host, forward_of
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 
 log = logging.getLogger("hooks")
 

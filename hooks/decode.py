@@ -19,7 +19,7 @@ from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
 from hooks.host import CACHE, Host, execution_device
 from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
-from hooks.kernels import select_static
+from hooks.kernels.products import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.observe import Observed, observed_layers
 from hooks.sampling import Sampling, stop_strings

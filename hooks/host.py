@@ -23,7 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from hooks.context import context_of
 from hooks.errors import ModelError, first_line, memory_ran_out
 from hooks.exclusive import Exclusive, uninterrupted
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.tokens import Batch, Tokens, load_tokenizer

@@ -21,7 +21,7 @@ from hooks.errors import AddressError, InterventionError
 from hooks.host import Host, tap
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
-from hooks.kernels import gather_features, working_dtype
+from hooks.kernels.products import gather_features, working_dtype
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.swap import Swap

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks.intervene import LayerTable
 from hooks.interventions import change
-from hooks.kernels import count_before, select_static, working_dtype
+from hooks.kernels.products import count_before, select_static, working_dtype
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, Pass, SparseActs
 

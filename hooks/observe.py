@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UserError
-from hooks.kernels import select_relu
+from hooks.kernels.products import select_relu
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.types import Edit, Pass, SparseActs

@@ -26,7 +26,7 @@ from hooks.intervene import Interventions, as_interventions, listed, make_edits,
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
-from hooks.kernels import gather_features
+from hooks.kernels.products import gather_features
 from hooks.readout import Effect, effect
 from hooks.renamed import deprecated
 from hooks.sites import Site

@@ -18,7 +18,7 @@ from torch import Tensor
 from hooks.host import Host, tap
 from hooks.intervene import Interventions, LayerTable, make_edits, make_plan
 from hooks.interventions import change
-from hooks.kernels import gather_features
+from hooks.kernels.products import gather_features
 from hooks.sites import Site
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, Rows, Walk

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hooks import Ablate, Add, Clamp, Scale
 from hooks.errors import ModelError
 from hooks.intervene import NEVER, LayerTable, make_edits, make_plan
-from hooks.kernels import (
+from hooks.kernels.products import (
     _linear_cast,
     _split_product,
     count_before,

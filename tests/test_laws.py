@@ -27,8 +27,9 @@ from circuits.blocks import (
 from circuits.influence import node_influence
 from circuits.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
 from circuits.targets import metric
-from hooks import Site, kernels
-from hooks.kernels import linear_fp32, matmul_fp32
+from hooks import Site
+from hooks.kernels.products import linear_fp32, matmul_fp32
+from hooks.kernels.products import products as kernels
 
 SAME, MLP = ("resid_pre", "resid_pre", ALL), ("mlp_in", "mlp_out", ALL)
 FACTORED = {name: rule.RULE for name, rule in RULES.items() if hasattr(rule, "RULE") and name != "ig"}

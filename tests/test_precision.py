@@ -11,8 +11,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
-from hooks import Ablate, Clamp, HookedModel, UserError, kernels
+from hooks import Ablate, Clamp, HookedModel, UserError
 from hooks.errors import ModelError
+from hooks.kernels.products import products as kernels
 
 TEXT = "w1 w2 w3 w4 w5"
 HALF = [torch.bfloat16, torch.float16]

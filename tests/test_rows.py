@@ -18,8 +18,9 @@ from circuits.attribution import RULES, _features, _middle
 from circuits.attribution._middle import project
 from circuits.attribution._room import Room
 from circuits.attribution._run import LocalRun
-from hooks import HookedModel, rows
-from hooks.rows import add_products, cut_blocks, usable
+from hooks import HookedModel
+from hooks.kernels.products import rows_in_place as rows
+from hooks.kernels.rows_in_place import add_products, cut_blocks, usable
 
 pytest.importorskip("numba")
 if rows.compiled() is None:
@@ -121,7 +122,7 @@ def fewer():
 binding.get_host_cpu_features = fewer
 import torch
 from test_rows import Case
-from hooks import _tiles
+from hooks.kernels.products import _tiles
 assert _tiles.LANES == 8
 for narrow in (False, True):
     case = Case(5, 20, 50, 24, narrow)

@@ -23,7 +23,7 @@ from torch import Tensor
 from circuits.attribution.ig import STEPS, mean_gradient
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
 from hooks.recording import LayerRecord, Recording, check_same_length
 from hooks.transcoder import Transcoder

@@ -28,7 +28,7 @@ from circuits.blocks import (
     through_mlp,
 )
 from hooks.host import Host
-from hooks.kernels import linear_fp32
+from hooks.kernels.products import linear_fp32
 from hooks.recording import Recording
 from hooks.sites import Site
 

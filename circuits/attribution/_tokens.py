@@ -10,7 +10,7 @@ import torch
 from circuits.attribution._ends import constants, encoder_gradient
 from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
-from hooks.kernels import working_dtype
+from hooks.kernels.products import working_dtype
 
 HELD = Rule(norms="frozen", attention="frozen", gate="frozen")
 

@@ -31,7 +31,7 @@ from hooks.formats._stored import (
     one_per_layer,
     read_json,
 )
-from hooks.kernels import working_dtype
+from hooks.kernels.products import working_dtype
 from hooks.links import found
 from hooks.sites import Site, from_lens
 from hooks.transcoder import Activation

@@ -23,7 +23,11 @@ COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attributio
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
-CAST, CAST_ROWS, CAST_TILE = 1 << 24, 1 << 20, 1 << 22  # half-precision numbers cast up at a time, hooks/kernels.py
+CAST, CAST_ROWS, CAST_TILE = (
+    1 << 24,
+    1 << 20,
+    1 << 22,
+)  # half-precision numbers cast up at a time, hooks/kernels/products.py
 FEW = 64  # tokens up to which none are, likewise
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 

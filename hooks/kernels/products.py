@@ -17,7 +17,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.rows import products, usable
+from hooks.kernels.rows_in_place import products, usable
 from hooks.types import SparseActs
 
 _CAST_CHUNK = 1 << 24  # weight elements upcast at a time: 64 MB of fp32
@@ -40,7 +40,7 @@ def linear_fp32(
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
     No copy of a half-precision weight is made. On the CPU its rows are widened in registers where there are few tokens
-    (numba, `hooks.rows`), else some rows at a time in one buffer. On CUDA the products run in the stored precision with
+    (numba, `hooks.kernels.rows_in_place`), else some rows at a time in one buffer. On CUDA the products run in the stored precision with
     fp32 results: x is split into half-precision numbers, so that its own rounding is not lost. Gradients flow to x.
     """
     dtype = working_dtype(weight)

@@ -7,7 +7,7 @@ multiplying by them, and a product with the whole dictionary is eight times what
 
 for rectangles of (i, n), reading each row where it lies. It needs the optional package numba (extra `cpu`) and a CPU
 with AVX2 or AVX-512; `usable` tells, and callers have another way. `on_every_thread` runs other code compiled with the
-same tiles (`hooks._tiles`).
+same tiles (`hooks.kernels._tiles`).
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def compiled() -> ModuleType | None:
     if importlib.util.find_spec("numba") is None:
         return None
     try:
-        tiles = importlib.import_module("hooks._tiles")
+        tiles = importlib.import_module("hooks.kernels._tiles")
     except (ImportError, RuntimeError) as error:  # a numba that does not fit NumPy, or nowhere to keep compiled code
         log.warning("numba cannot be used (%s): edges on the CPU are formed without it, more slowly", error)
         return None

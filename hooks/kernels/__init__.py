@@ -1,0 +1,1 @@
+"""Numbers alone: deterministic TopK, sparse decoding, products with rows of a table."""
