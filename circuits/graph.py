@@ -23,10 +23,10 @@ from torch import Tensor
 from circuits.nodes import FEATURE, KINDS, NONE, NodeIndex
 from circuits.shown import drawn, unique
 from circuits.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
-from hooks.documents import shown
 from hooks.errors import CheckpointError, UserError, first_line
-from hooks.files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
-from hooks.guard import Stored, check_safetensors
+from hooks.files.checks import Stored, check_safetensors
+from hooks.files.documents import shown
+from hooks.files.weight_files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
 from hooks.renamed import Table
 
 _VERSION = 1

@@ -21,7 +21,7 @@ from circuits.agreement import Agreement, Values, agree
 from circuits.colours import AS_PREDICTED, INK, MUTED, OTHER_SIGN, QUIET
 from circuits.shown import drawn
 from hooks.errors import OutputError
-from hooks.output import check_writable, replacing
+from hooks.files.output import check_writable, replacing
 
 SUFFIXES = (".png", ".svg")
 COLUMNS = 3  # panels side by side

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from circuits.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
-from hooks.documents import shown
 from hooks.errors import UserError, first_line
+from hooks.files.documents import shown
 from hooks.types import FeatureAddress
 
 NODE_NUMBERS = ("kind", "layer", "pos", "feature")

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from hooks import findings
 from hooks.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
 from hooks.errors import CheckpointError
-from hooks.files import sha256
+from hooks.files.output import new_folder
+from hooks.files.weight_files import sha256
 from hooks.formats import FORMATS, Checkpoint, LayerSource
-from hooks.output import new_folder
 from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from hooks.documents import read_json
 from hooks.errors import CheckpointError, UserError
+from hooks.files.documents import read_json
+from hooks.files.links import is_there
+from hooks.files.output import write_json
 from hooks.formats import OPEN, native
-from hooks.links import is_there
-from hooks.output import write_json
 from hooks.sites import SiteSpec
 
 FILE = "calibration.json"

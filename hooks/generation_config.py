@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StopStringCriteria, WatermarkingConfig
 
-from hooks.documents import shown
 from hooks.errors import ModelError, first_line, memory_ran_out
+from hooks.files.documents import shown
 from hooks.host import Host, execution_device
 
 REFUSED = {  # another kind of decoding → the value that does not ask for it

@@ -7,7 +7,7 @@ import torch
 
 from hooks.demo import TRANSCODERS
 from hooks.errors import UserError
-from hooks.hub import Resolved, resolve
+from hooks.files.hub import Resolved, resolve
 
 log = logging.getLogger("hooks")
 
@@ -16,7 +16,7 @@ def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolve
     """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
 
     Raises:
-        CheckpointError: see `hooks.hub.resolve`.
+        CheckpointError: see `hooks.files.hub.resolve`.
     """
     if name in TRANSCODERS:
         return Resolved(TRANSCODERS[name])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from hooks.choices import REPORTS
 from hooks.errors import OutputError
-from hooks.output import replacing, write_json
+from hooks.files.output import replacing, write_json
 
 _SUMMED = ("dead", "always_on", "features")
 _NOTHING_LOST = 1e-6  # nats; an ablation that costs less is no yardstick

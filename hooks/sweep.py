@@ -28,10 +28,10 @@ from tqdm import tqdm
 from hooks.arithmetic import computes_in, is_half
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
+from hooks.files.output import replacing
 from hooks.host import Host, execution_device
 from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.interventions import FeatureIntervention, change
-from hooks.output import replacing
 from hooks.readout import best_other
 from hooks.store import TranscoderStore
 from hooks.suffix import Clean, misses, out_of_memory, record_clean

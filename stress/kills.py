@@ -1,6 +1,6 @@
 """kill -9 while files are written: what is there afterwards is whole, old or new, and the next run tidies up.
 
-Every writer of the product is killed at lines of `hooks/output.py` and at random moments. A point is a process of its
+Every writer of the product is killed at lines of `hooks/files/output.py` and at random moments. A point is a process of its
 own, forked from this one, so that nothing of it survives. Where no file was, there may be none afterwards.
 """
 
@@ -24,13 +24,14 @@ from circuits import trace
 from circuits.demo.story import PICTURES
 from circuits.export import EXPORTERS, export
 from circuits.sweep_plot import sweep_plot
-from hooks import Ablate, HookedModel, output
+from hooks import Ablate, HookedModel
 from hooks.calibrate import calibrate
 from hooks.convert import WRITERS, convert
 from hooks.demo import TRANSCODERS
+from hooks.files.output import PREFIX, write_text
+from hooks.files.weight_files import output
 from hooks.findings import save
 from hooks.formats import native, recognise
-from hooks.output import PREFIX, write_text
 from hooks.sites import SiteSpec
 from hooks.texts import Texts
 
@@ -136,7 +137,7 @@ def _whole(write: Write, version: int, folder: Path) -> dict[str, bytes]:
 
 
 class _Lines:
-    """A trace function that counts the lines of `hooks/output.py` and ends the process at one of them."""
+    """A trace function that counts the lines of `hooks/files/output.py` and ends the process at one of them."""
 
     def __init__(self, last: int):
         self.seen, self.last = 0, last

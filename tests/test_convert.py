@@ -12,7 +12,7 @@ from worlds import random_transcoder
 from hooks.convert import convert
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError
-from hooks.files import sha256
+from hooks.files.weight_files import sha256
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 from hooks.store import TranscoderStore
@@ -149,7 +149,7 @@ def test_a_damaged_layer_leaves_nothing_behind(tmp_path):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("hooks.output.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("hooks.files.output.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="would not fit"):
         convert(TRANSCODERS["demo"], tmp_path / "dst")
     assert not list(tmp_path.iterdir())

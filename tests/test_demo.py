@@ -15,7 +15,7 @@ from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.demo.story import label_states
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.demo.world import HEADLINE_PROMPT, STATE_OF_CITY, TEST_TEMPLATE, TWO_HOP_TEMPLATES
-from hooks.files import sha256
+from hooks.files.weight_files import sha256
 
 
 @pytest.fixture(scope="module")

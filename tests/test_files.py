@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hooks import files
 from hooks.errors import CheckpointError
+from hooks.files.weight_files import weight_files as files
 
 
 def listing(root: Path) -> dict[str, bytes]:

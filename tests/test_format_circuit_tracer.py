@@ -15,7 +15,7 @@ from torch import Tensor
 from worlds import random_transcoder
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files import safetensors_shapes
+from hooks.files.weight_files import safetensors_shapes
 from hooks.formats import circuit_tracer, native, recognise
 from hooks.sites import Site, SiteSpec
 from hooks.store import TranscoderStore

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files import npz_load, npz_shapes
+from hooks.files.weight_files import npz_load, npz_shapes
 from hooks.formats import recognise
 from hooks.sites import Site
 from hooks.store import TranscoderStore

@@ -31,9 +31,9 @@ from worlds import random_transcoder
 from circuits.cli import main
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import OutputError, UserError
-from hooks.files import write_safetensors
+from hooks.files.output import new_folder, write_text
+from hooks.files.weight_files import write_safetensors
 from hooks.formats import native, recognise
-from hooks.output import new_folder, write_text
 from hooks.sites import SiteSpec, from_lens, from_module
 from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS as PARTS
@@ -719,7 +719,7 @@ def test_what_tools_keep_for_themselves_is_no_part_of_a_set(tmp_path, tool):
 
 def test_a_folder_of_too_many_entries_is_refused_and_not_cut(tmp_path, monkeypatch):
     dictionary_learning_set(tmp_path)
-    monkeypatch.setattr("hooks.links._ENTRIES", 2)
+    monkeypatch.setattr("hooks.files.links._ENTRIES", 2)
     recognise(tmp_path)
     (tmp_path / "z").mkdir()
     with pytest.raises(UserError, match="has more than 2 entries"):
@@ -1023,7 +1023,9 @@ def test_no_memory_for_a_file_is_said_to_be_that(here, monkeypatch, kind):
         raise OSError(12, "Cannot allocate memory")
 
     published(here / "set") if kind == "pt" else own(here / "set")
-    monkeypatch.setattr("hooks.files.torch.load" if kind == "pt" else "hooks.files.safe_open", refuse)
+    monkeypatch.setattr(
+        "hooks.files.weight_files.torch.load" if kind == "pt" else "hooks.files.weight_files.safe_open", refuse
+    )
     with pytest.raises(UserError, match="memory ran out while"):
         TranscoderStore.open("set")[0]
 

@@ -18,9 +18,9 @@ from circuits.cli import main
 from hooks import HookedModel
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import CheckpointError
+from hooks.files.hub import Resolved, resolve
+from hooks.files.links import hub_snapshot
 from hooks.formats import native, recognise
-from hooks.hub import Resolved, resolve
-from hooks.links import hub_snapshot
 from hooks.sites import SiteSpec
 from hooks.store import TranscoderStore
 

@@ -77,10 +77,10 @@ OWNERS = {  # pattern in the code → files that may contain it
         "hooks/bridge.py",
         "hooks/demo/train_model.py",
     },
-    r"torch\.load\(": {"hooks/files.py"},
+    r"torch\.load\(": {"hooks/files/weight_files.py"},
     r"\bpickle\.(load|dump)|torch\.save\(": set(),
     r"(?<!\.)\bprint\(": {"circuits/cli.py", "circuits/commands/_output.py", "hooks/demo/build.py"},
-    r"safetensors\.torch|safe_open": {"hooks/files.py"},
+    r"safetensors\.torch|safe_open": {"hooks/files/weight_files.py"},
     r"from __future__ import annotations": set(),
 }
 

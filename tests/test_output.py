@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hooks import output
 from hooks.errors import OutputError
+from hooks.files.weight_files import output
 
 ROOT = Path(__file__).parents[1]
 

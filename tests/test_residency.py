@@ -22,7 +22,7 @@ from worlds import random_transcoder
 import hooks.loading
 import hooks.store
 from hooks.errors import AddressError, CheckpointError
-from hooks.files import safetensors_rows, write_safetensors
+from hooks.files.weight_files import safetensors_rows, write_safetensors
 from hooks.formats import LayerSource, TensorSource
 from hooks.loading import LEAST_PART_BYTES, PART_BYTES, load_weights, part_bytes, stored
 from hooks.residency import following
@@ -673,13 +673,13 @@ def test_a_row_that_is_no_number_is_refused(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read_is_refused(four, tmp_path, monkeypatch):
     root = save_native(tmp_path, coders(0))
     file = root / "layer_00.safetensors"
-    place = hooks.files._stored_at
+    place = hooks.files.weight_files._stored_at
 
     def shrinking(path, key):
         found = place(path, key)
         os.truncate(path, 600)
         return found
 
-    monkeypatch.setattr(hooks.files, "_stored_at", shrinking)
+    monkeypatch.setattr(hooks.files.weight_files, "_stored_at", shrinking)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         safetensors_rows(file, "W_enc", [90])

@@ -25,8 +25,8 @@ from circuits.shown import clean, drawn, unique
 from circuits.sound import plain
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel, Site
-from hooks.documents import parse_json
 from hooks.errors import OutputError, TargetError, UserError
+from hooks.files.documents import parse_json
 from stress.graphs import DAMAGES, File, bounded, by_command, damage, resident
 
 TEXT = "w1 w2 w3 w4"

@@ -15,12 +15,12 @@ from circuits.scatter import check_drawing
 from hooks.calibrate import Calibration, calibrate
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
+from hooks.files.output import check_writable
 from hooks.findings import FILE, Findings, save
 from hooks.formats import Checkpoint, recognise
 from hooks.memory import explained
 from hooks.model import load_host
 from hooks.names import transcoder_folder
-from hooks.output import check_writable
 from hooks.sites import SiteSpec
 from hooks.texts import Texts
 

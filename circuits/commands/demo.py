@@ -10,8 +10,8 @@ from circuits.commands._places import check_places
 from circuits.demo import report
 from circuits.demo.questions import Exam
 from circuits.demo.story import PICTURES, tell
+from hooks.files.output import write_text
 from hooks.model import HookedModel
-from hooks.output import write_text
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -2,7 +2,7 @@
 
 A format is a module with
 
-    write(graph: Graph, path: Path) -> None      whole or not at all (`hooks.output.replacing`)
+    write(graph: Graph, path: Path) -> None      whole or not at all (`hooks.files.output.replacing`)
 """
 
 from pathlib import Path

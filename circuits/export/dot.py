@@ -11,7 +11,7 @@ import pydot
 
 from circuits.export._names import relabelled
 from circuits.graph import Graph
-from hooks.output import write_text
+from hooks.files.output import write_text
 
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\0": "\ufffd"})
 

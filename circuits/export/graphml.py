@@ -6,7 +6,7 @@ import networkx as nx
 
 from circuits.export._xml import clean_network
 from circuits.graph import Graph
-from hooks.output import replacing
+from hooks.files.output import replacing
 
 
 def write(graph: Graph, path: Path) -> None:

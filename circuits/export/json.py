@@ -6,7 +6,7 @@ import networkx as nx
 
 from circuits.graph import Graph
 from circuits.sound import plain
-from hooks.output import write_json
+from hooks.files.output import write_json
 
 
 def write(graph: Graph, path: Path) -> None:

@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from hooks.documents import read_json
 from hooks.errors import CheckpointError
-from hooks.links import check_file, check_links, hub_snapshot, is_folder, what_is
+from hooks.files.documents import read_json
+from hooks.files.links import check_file, check_links, hub_snapshot, is_folder, what_is
 from hooks.plugins import discover
 from hooks.sites import SiteSpec
 from hooks.transcoder import Activation

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks.documents import read_json as read_any_json
-from hooks.documents import shown
 from hooks.errors import CheckpointError
-from hooks.files import npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes
-from hooks.guard import FLOATS
+from hooks.files.checks import FLOATS
+from hooks.files.documents import read_json as read_any_json
+from hooks.files.documents import shown
+from hooks.files.weight_files import npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes
 from hooks.sites import Site, SiteSpec
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,15 +17,15 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from hooks.documents import read_yaml, shown, whole
 from hooks.errors import CheckpointError, UserError
-from hooks.files import safetensors_load
+from hooks.files.documents import read_yaml, shown, whole
+from hooks.files.links import is_file, is_there
+from hooks.files.weight_files import safetensors_load
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
 from hooks.formats._circuit_tracer_writer import CONFIG, CONVERSION, KEYS, PARTS, RMS_EPS, TOPK_NOTE
 from hooks.formats._circuit_tracer_writer import save as save
 from hooks.formats._folds import add_norm
 from hooks.formats._stored import check_shapes, float_shapes, matrix, read_json
-from hooks.links import is_file, is_there
 from hooks.sites import SiteSpec, from_lens
 from hooks.transcoder import Activation
 

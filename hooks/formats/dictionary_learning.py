@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks.documents import shown, whole
 from hooks.errors import CheckpointError
+from hooks.files.documents import shown, whole
+from hooks.files.links import found
 from hooks.formats import Checkpoint, Finish, LayerSource, Source, TensorSource
 from hooks.formats._folds import fold_gate
 from hooks.formats._stored import (
@@ -35,7 +36,6 @@ from hooks.formats._stored import (
     spread_threshold,
     state_dict,
 )
-from hooks.links import found
 from hooks.sites import Site
 from hooks.transcoder import Activation
 

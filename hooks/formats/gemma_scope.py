@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import CheckpointError, UserError
+from hooks.files.links import found, is_file
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import (
     Sites,
@@ -28,7 +29,6 @@ from hooks.formats._stored import (
     read_json,
     spread_threshold,
 )
-from hooks.links import found, is_file
 from hooks.sites import Site, from_module
 
 _FILES, _CONFIG, _SKIP = ("params.npz", "params.safetensors"), "config.json", "affine_skip_connection"

@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hooks.documents import flag, real, shown, whole
 from hooks.errors import CheckpointError, UserError
+from hooks.files.documents import flag, real, shown, whole
+from hooks.files.links import found
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._folds import add_norm, fold_decoder_norm
 from hooks.formats._stored import (
@@ -32,7 +33,6 @@ from hooks.formats._stored import (
     read_json,
 )
 from hooks.kernels.products import working_dtype
-from hooks.links import found
 from hooks.sites import Site, from_lens
 from hooks.transcoder import Activation
 

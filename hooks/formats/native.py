@@ -23,13 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from hooks.documents import read_json, shown
 from hooks.errors import CheckpointError, UserError
-from hooks.files import safetensors_dtypes, safetensors_shapes, sha256, write_safetensors
+from hooks.files.checks import FLOATS
+from hooks.files.documents import read_json, shown
+from hooks.files.links import hub_snapshot, is_file
+from hooks.files.output import write_json
+from hooks.files.weight_files import safetensors_dtypes, safetensors_shapes, sha256, write_safetensors
 from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
-from hooks.guard import FLOATS
-from hooks.links import hub_snapshot, is_file
-from hooks.output import write_json
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 from hooks.transcoder import Activation as ActivationName

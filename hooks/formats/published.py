@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks.documents import bare, shown
 from hooks.errors import CheckpointError
-from hooks.files import open_pt
+from hooks.files.checks import FLOATS
+from hooks.files.documents import bare, shown
+from hooks.files.weight_files import open_pt
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
-from hooks.guard import FLOATS
 from hooks.transcoder import Activation
 
 _FILE = re.compile(r"transcoder_L(\d{1,6})\.pt")

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from hooks.documents import bare, flag, shown, whole
 from hooks.errors import CheckpointError, UserError
-from hooks.files import safetensors_load
+from hooks.files.documents import bare, flag, shown, whole
+from hooks.files.links import found
+from hooks.files.weight_files import safetensors_load
 from hooks.formats import Checkpoint, Finish, LayerSource, TensorSource
 from hooks.formats._folds import add_norm, fold_decoder_norm, fold_gate, lift_threshold
 from hooks.formats._stored import (
@@ -29,7 +30,6 @@ from hooks.formats._stored import (
     one_per_layer,
     read_json,
 )
-from hooks.links import found
 from hooks.sites import Site, from_lens
 from hooks.transcoder import Activation
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hooks.documents import bare, flag, shown, whole
 from hooks.errors import CheckpointError
-from hooks.files import safetensors_load
+from hooks.files.documents import bare, flag, shown, whole
+from hooks.files.links import check_file, found, hub_snapshot, is_file, is_there
+from hooks.files.weight_files import safetensors_load
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import (
     Sites,
@@ -29,7 +30,6 @@ from hooks.formats._stored import (
     one_per_layer,
     read_json,
 )
-from hooks.links import check_file, found, hub_snapshot, is_file, is_there
 from hooks.sites import from_module
 
 _WEIGHTS, _CFG, _RUN = "sae.safetensors", "cfg.json", "config.json"

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
 
-from hooks.documents import TEXT_LIMIT, read_json
 from hooks.errors import CheckpointError, first_line
-from hooks.links import hub_snapshot, is_file, is_folder, is_there
+from hooks.files.documents import TEXT_LIMIT, read_json
+from hooks.files.links import hub_snapshot, is_file, is_folder, is_there
 
 _ID = re.compile(r"(?P<marked>hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(?:/[^/@]+)*)/?(?:@(?P<revision>[^@]+))?")
 _WEIGHTS = re.compile(

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooks.errors import CheckpointError, first_line, memory_ran_out
-from hooks.guard import UNREADABLE, check_archive, check_safetensors, check_sums, open_zip, plain, refuse_foreign
-from hooks.links import is_file
-from hooks.output import replacing
+from hooks.files.checks import UNREADABLE, check_archive, check_safetensors, check_sums, open_zip, plain, refuse_foreign
+from hooks.files.links import is_file
+from hooks.files.output import replacing
 
 # operand 149 opens a pickle of protocol 4 or later, which torch.save does not write
 _UNSAFE = re.compile(

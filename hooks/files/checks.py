@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hooks.documents import check_text, parse_json
 from hooks.errors import CheckpointError, first_line
-from hooks.links import is_file
+from hooks.files.documents import check_text, parse_json
+from hooks.files.links import is_file
 
 _HEADER_LIMIT = 16 << 20  # bytes of a safetensors header, or of the pickle in an archive; 1 kB is usual
 _DIRECTORY_LIMIT = 1 << 20  # bytes of a zip archive's directory, some 10,000 members; a dozen is usual
