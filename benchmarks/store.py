@@ -19,9 +19,9 @@ import torch
 from _measure import clock, emit, machine, peak_since, say, start_peak
 
 from hooks import Site, Transcoder
+from hooks.checkpoints.store import TranscoderStore
 from hooks.formats import native
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 
 SITE = "resid_pre"
 

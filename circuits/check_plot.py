@@ -14,7 +14,7 @@ from circuits.colours import FIRST, INK, QUIET, SECOND
 from circuits.scatter import picture
 from circuits.shown import drawn
 from hooks.calibrate import Calibration
-from hooks.findings import Findings
+from hooks.checkpoints.findings import Findings
 from hooks.site_fits import Option
 from hooks.sites import SiteSpec
 

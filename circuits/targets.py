@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.shown import unique
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import TargetError
 from hooks.host import Host
 from hooks.readout import best_other, token_name
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.tokens import Prompt
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, FeatureAddress, Positions

@@ -11,6 +11,7 @@ from hooks.lazy import lazily
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from hooks.candidates import Change
+    from hooks.checkpoints.store import TranscoderStore
     from hooks.errors import UserError
     from hooks.generation import Sampling
     from hooks.hold import Hold
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from hooks.interventions.scale import Scale
     from hooks.model import HookedModel
     from hooks.sites import Site
-    from hooks.store import TranscoderStore
     from hooks.strength import Steer
     from hooks.transcoder import Transcoder
     from hooks.types import FeatureAddress, SparseActs
@@ -57,7 +57,7 @@ lazily(
         "hooks.interventions.scale": ("Scale",),
         "hooks.model": ("HookedModel",),
         "hooks.sites": ("Site",),
-        "hooks.store": ("TranscoderStore",),
+        "hooks.checkpoints.store": ("TranscoderStore",),
         "hooks.strength": ("Steer",),
         "hooks.transcoder": ("Transcoder",),
         "hooks.types": ("FeatureAddress", "SparseActs"),

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import ModelError, UserError
 from hooks.host import CACHE, Host
 from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
-from hooks.store import TranscoderStore
 from hooks.swap import EVERYWHERE, Places, Swap, Where
 from hooks.types import Edit, MaskMode, Pass
 

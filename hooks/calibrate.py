@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hooks.checkpoints.findings import DecoderFinding, Findings
 from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
-from hooks.findings import DecoderFinding, Findings
 from hooks.formats import Checkpoint, encoders
 from hooks.host import Host, fingerprint
 from hooks.selection import selection

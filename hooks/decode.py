@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
 from hooks.host import CACHE, Host, execution_device
@@ -23,7 +24,6 @@ from hooks.kernels.products import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.observe import Observed, observed_layers
 from hooks.sampling import Sampling, stop_strings
-from hooks.store import TranscoderStore
 from hooks.swap import Swap
 from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass, SparseActs

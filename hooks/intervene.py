@@ -17,13 +17,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, InterventionError
 from hooks.host import Host, tap
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
 from hooks.kernels.products import gather_features, working_dtype
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.swap import Swap
 from hooks.tokens import Batch
 from hooks.transcoder import Transcoder

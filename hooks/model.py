@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from hooks.arithmetic import Precision, choose_precision, computing, is_half, measured
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
@@ -39,7 +40,6 @@ from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
 from hooks.steering import Comparison, Setting, compare_steering
-from hooks.store import TranscoderStore
 from hooks.strength import Strength
 from hooks.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, InterventionError, TargetError, UserError
 from hooks.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
 from hooks.host import Host, tap
@@ -30,7 +31,6 @@ from hooks.kernels.products import gather_features
 from hooks.readout import Effect, effect
 from hooks.renamed import deprecated
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.tokens import Batch
 from hooks.types import AddressLike, Edit, FeatureAddress
 from hooks.whole import whole

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import PromptError
 from hooks.host import Host
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.tokens import Batch
 from hooks.types import Edit, Pass, SparseActs
 

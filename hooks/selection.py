@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.findings import CurvePoint, Selection
+from hooks.checkpoints.findings import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
 from hooks.refit import avoidable_by_row
 from hooks.site_fits import Target

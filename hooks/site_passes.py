@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooks.convention import Convention, choose, named_layers
+from hooks.checkpoints.convention import Convention, choose, named_layers
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
 from hooks.host import Host
@@ -20,7 +21,6 @@ from hooks.refit import avoidable_by_row, by_row
 from hooks.selection import Curve, Rule, curve_at, finer, fit_by_rule, rules
 from hooks.site_fits import Fit, Option, fits, sink_mask, target
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 from hooks.verdict import CLOSE, Evidence, Ranking, rank
 from hooks.walk import Rows, Streams, walk

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.arithmetic import Precision
+from hooks.checkpoints.store import TranscoderStore
 from hooks.host import Host
 from hooks.intervene import Interventions, listed
 from hooks.sampling import Sampling, stop_strings
-from hooks.store import TranscoderStore
 from hooks.strength import Resolved, preliminary, resolve
 from hooks.tokens import Prompt
 from hooks.types import Edit, ErrorMode, MaskMode

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import InterventionError
 from hooks.host import Host, tap
 from hooks.intervene import as_interventions, make_plan
@@ -26,7 +27,6 @@ from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
 from hooks.recording import is_sink
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.tokens import Batch, Prompt
 from hooks.types import AddressLike, FeatureAddress
 

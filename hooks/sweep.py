@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hooks.arithmetic import computes_in, is_half
+from hooks.checkpoints.store import TranscoderStore
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.files.output import replacing
@@ -33,7 +34,6 @@ from hooks.host import Host, execution_device
 from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.interventions import FeatureIntervention, change
 from hooks.readout import best_other
-from hooks.store import TranscoderStore
 from hooks.suffix import Clean, misses, out_of_memory, record_clean
 from hooks.tokens import Batch
 from hooks.ulps import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits

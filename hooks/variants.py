@@ -15,12 +15,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.host import Host, tap
 from hooks.intervene import Interventions, LayerTable, make_edits, make_plan
 from hooks.interventions import change
 from hooks.kernels.products import gather_features
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 from hooks.suffix import Clean, Rows, Walk
 from hooks.tokens import Batch
 from hooks.types import Edit, Pass, SparseActs

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.findings import Candidate, LayerFinding, Verdict
+from hooks.checkpoints.findings import Candidate, LayerFinding, Verdict
 from hooks.formats import Checkpoint
 from hooks.refit import separation
 from hooks.site_fits import Fit, Option

@@ -26,11 +26,11 @@ from circuits.export import EXPORTERS, export
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel
 from hooks.calibrate import calibrate
-from hooks.convert import WRITERS, convert
+from hooks.checkpoints.convert import WRITERS, convert
+from hooks.checkpoints.findings import save
 from hooks.demo import TRANSCODERS
 from hooks.files.output import PREFIX, write_text
 from hooks.files.weight_files import output
-from hooks.findings import save
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 from hooks.texts import Texts

@@ -37,10 +37,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from circuits.cli import main as command_line
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import UserError
 from hooks.formats import native
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 D, F, LAYERS = 8, 24, (0, 1)

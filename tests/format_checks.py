@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import FORMATS, Checkpoint, native, recognise
-from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 D, FEATURES = 12, 40

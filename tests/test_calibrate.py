@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from hooks import HookedModel
 from hooks.calibrate import calibrate
+from hooks.checkpoints.findings import Findings
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
-from hooks.findings import Findings
 from hooks.formats import Checkpoint, LayerSource, recognise
 from hooks.host import Host, fingerprint
 from hooks.refit import avoidable_by_row, separation
 from hooks.selection import Rule, selection
 from hooks.site_fits import fits, options, sink_mask
 from hooks.sites import Site, SiteSpec
-from hooks.store import TranscoderStore
 from hooks.texts import Texts, paragraphs
 from hooks.walk import rows_of, walk
 

@@ -11,12 +11,12 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from circuits.commands import check as command
+from hooks.checkpoints.findings import FILE, Candidate, Findings, Selection, of, save
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError
-from hooks.findings import FILE, Candidate, Findings, Selection, of, save
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 
 QUICK = ("check", "--transcoders", "demo-dense", "--tokens", "300", "--layers", "1,2")
 

@@ -9,13 +9,14 @@ from test_formats import write as write_layer
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
-from hooks import HookedModel, Site, UserError, findings
-from hooks.convert import convert
+from hooks import HookedModel, Site, UserError
+from hooks.checkpoints import findings
+from hooks.checkpoints.convert import convert
+from hooks.checkpoints.findings import Candidate, DecoderFinding, Findings, LayerFinding, Selection
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
-from hooks.findings import Candidate, DecoderFinding, Findings, LayerFinding, Selection
 from hooks.formats import native
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 
 BEST = Candidate(read="mlp_in", write="mlp_out+1", encoder="trained", fvu=0.1)
 CARD = Candidate(read="resid_pre", write="resid_pre", encoder="card", fvu=0.1)

@@ -9,13 +9,13 @@ from test_formats import FEATURES, D, state_dict, wrapped
 from test_formats import write as write_layer
 from worlds import random_transcoder
 
-from hooks.convert import convert
+from hooks.checkpoints.convert import convert
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError
 from hooks.files.weight_files import sha256
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 

@@ -20,9 +20,9 @@ from format_checks import (
 )
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.formats import recognise
 from hooks.sites import Site, SiteSpec
-from hooks.store import TranscoderStore
 
 K, THRESHOLD = 4, 0.6
 LINEAR = {"encoder.weight": (FEATURES, D), "encoder.bias": (FEATURES,), "decoder.weight": (D, FEATURES)}

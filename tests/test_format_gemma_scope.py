@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.files.weight_files import npz_load, npz_shapes
 from hooks.formats import recognise
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 
 SHAPES = {"W_enc": (D, FEATURES), "W_dec": (FEATURES, D), "b_enc": (FEATURES,), "b_dec": (D,), "threshold": (FEATURES,)}
 SITES = {"read": "mlp_in", "write": "mlp_out"}

@@ -19,10 +19,10 @@ from format_checks import (
 )
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import recognise
 from hooks.sites import Site
-from hooks.store import TranscoderStore
 
 K = 6
 SHAPES = {"W_enc": (FEATURES, D), "W_dec": (D, FEATURES), "b_enc": (FEATURES,), "b_dec": (D,)}

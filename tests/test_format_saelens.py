@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.convert import convert
+from hooks.checkpoints.convert import convert
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import native, recognise
 from hooks.formats._folds import fold_gate
 from hooks.sites import Site, SiteSpec
-from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 D, FEATURES, K, LAYER = 20, 100, 9, 3

@@ -20,10 +20,10 @@ from format_checks import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import recognise
 from hooks.sites import Site, SiteSpec
-from hooks.store import TranscoderStore
 
 K = 5
 SHAPES = {"encoder.weight": (FEATURES, D), "encoder.bias": (FEATURES,), "W_dec": (FEATURES, D), "b_dec": (D,)}

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from worlds import random_transcoder
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import native, recognise
 from hooks.sites import Site, SiteSpec
-from hooks.store import TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 D, FEATURES = 20, 100

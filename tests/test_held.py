@@ -15,7 +15,7 @@ from circuits import Direction, Feature, Logit, Mass
 from circuits.assemble import settle
 from circuits.held import Removal, feature_values, run_held
 from hooks import HookedModel, Site
-from hooks.store import TranscoderStore
+from hooks.checkpoints.store import TranscoderStore
 from hooks.types import Edit
 
 SAME, NEXT, MLP = ("resid_pre", "resid_pre", ALL), ("resid_pre", "resid_post", ALL), ("mlp_in", "mlp_out", ALL)

@@ -16,13 +16,13 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from hooks import HookedModel
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import CheckpointError
 from hooks.files.hub import Resolved, resolve
 from hooks.files.links import hub_snapshot
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
-from hooks.store import TranscoderStore
 
 WIDTH = json.loads((WEIGHTS / "config.json").read_text())["hidden_size"]
 REPO, COMMIT, OLDER = "org/a-set", "0123456789abcdef0123456789abcdef01234567", "f" * 40

@@ -9,9 +9,9 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from hooks import Ablate, HookedModel
+from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, UserError
-from hooks.store import TranscoderStore
 
 PROMPT = "fact: the capital of the state containing Dallas is"
 SITES = {"read": "resid_pre", "write": "resid_pre"}

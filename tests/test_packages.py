@@ -16,7 +16,7 @@ from circuits import select
 from circuits.attribution import RULES
 from circuits.export import EXPORTERS
 from circuits.options import convert, export, steer, trace
-from hooks.convert import WRITERS
+from hooks.checkpoints.convert import WRITERS
 from hooks.interventions import INTERVENTIONS
 
 ROOT = Path(__file__).parents[1]

@@ -288,7 +288,7 @@ def test_graphs_are_verified_taken_apart_and_evaluated(both, alone, convention):
 
 def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):
     """From files: loaded on one device, then on the other, then back on the CPU. (Threads are not played.)"""
-    from hooks.store import TranscoderStore
+    from hooks.checkpoints.store import TranscoderStore
 
     made = [random_transcoder(layer, 40) for layer in LAYERS]
     store = TranscoderStore.open(save_native(tmp_path, made), budget_bytes=2 * made[0].nbytes, prefetch=False)

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from test_store import coders, publish, save_native, weights
 from worlds import random_transcoder
 
-import hooks.loading
-import hooks.store
+import hooks.checkpoints.loading
+import hooks.checkpoints.store
+from hooks.checkpoints.loading import LEAST_PART_BYTES, PART_BYTES, load_weights, part_bytes, stored
+from hooks.checkpoints.residency import following
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, CheckpointError
 from hooks.files.weight_files import safetensors_rows, write_safetensors
 from hooks.formats import LayerSource, TensorSource
-from hooks.loading import LEAST_PART_BYTES, PART_BYTES, load_weights, part_bytes, stored
-from hooks.residency import following
-from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 
 CPU = torch.device("cpu")
@@ -69,14 +69,14 @@ class Reads:
         self.entered[source.layer].set()
         while self.gate is not None and not mine and not self.gate.wait(0.01):
             if stop():
-                raise hooks.loading.Stopped
+                raise hooks.checkpoints.loading.Stopped
         return load_weights(source, device, dtype, stop, part)
 
 
 @pytest.fixture
 def reads(monkeypatch, no_thread_outlives_its_test) -> Reads:
     counter = Reads()
-    monkeypatch.setattr(hooks.store, "load_weights", counter)
+    monkeypatch.setattr(hooks.checkpoints.store, "load_weights", counter)
     return counter
 
 
@@ -131,7 +131,7 @@ def test_parts_shrink_where_memory_is_short_and_never_vanish():
 def test_nothing_is_read_on_when_nobody_waits(four):
     source = TranscoderStore.open(four)._sources[0]
     asked = iter([False, False, True])
-    with pytest.raises(hooks.loading.Stopped):
+    with pytest.raises(hooks.checkpoints.loading.Stopped):
         load_weights(source, CPU, None, lambda: next(asked))
     assert next(asked, None) is None
 
@@ -140,7 +140,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from hooks.store import TranscoderStore
+from hooks.checkpoints.store import TranscoderStore
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -205,7 +205,7 @@ def test_the_row_is_counted_in_the_file_whatever_the_part(tmp_path, monkeypatch)
     bad.W_dec[55, 1] = float("nan")
     root = save_native(tmp_path, [bad])
     for part in (1, 200, 1 << 20):
-        monkeypatch.setattr(hooks.store, "part_bytes", lambda room, part=part: part)
+        monkeypatch.setattr(hooks.checkpoints.store, "part_bytes", lambda room, part=part: part)
         with pytest.raises(CheckpointError, match="W_dec, row 55"):
             TranscoderStore.open(root)[0]
 
@@ -237,8 +237,8 @@ def test_a_cast_that_overflows_behind_a_finish_is_refused(tmp_path):
 
 def test_a_digest_is_taken_once_for_a_file_as_it_is(tmp_path, monkeypatch):
     taken = []
-    real = hooks.loading.sha256
-    monkeypatch.setattr(hooks.loading, "sha256", lambda file: (taken.append(file.name), real(file))[1])
+    real = hooks.checkpoints.loading.sha256
+    monkeypatch.setattr(hooks.checkpoints.loading, "sha256", lambda file: (taken.append(file.name), real(file))[1])
     root = save_native(tmp_path, coders(0, 2))
     store = TranscoderStore.open(root, budget_bytes=1)
     for layer in (0, 2, 0, 2, 0):
@@ -294,7 +294,7 @@ def test_a_budget_holds_whatever_is_worked_out(tmp_path, dtype):
 
 
 def test_a_layer_larger_than_foreseen_drops_others_and_never_itself(four, monkeypatch):
-    monkeypatch.setattr(hooks.store, "bytes_needed", lambda source, dtype: 1)
+    monkeypatch.setattr(hooks.checkpoints.store, "bytes_needed", lambda source, dtype: 1)
     store = TranscoderStore.open(four, budget_bytes=2 * ONE, prefetch=False)
     for layer in (0, 2, 5):
         store[layer]

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Clamp, HookedModel
+from hooks.checkpoints.store import Convention, TranscoderStore
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import native
 from hooks.sites import Site, SiteSpec
-from hooks.store import Convention, TranscoderStore
 from hooks.transcoder import WEIGHTS, Transcoder
 
 RESID, MLP_IN, MLP_OUT = SiteSpec("resid_pre"), SiteSpec("mlp_in"), SiteSpec("mlp_out")

@@ -25,8 +25,8 @@ from circuits.attribution._room import Room
 from circuits.attribution._run import Cut
 from circuits.attribution._stack import Block
 from circuits.blocks import BlockRecord, Pulled, Rule
+from hooks.checkpoints.store import TranscoderStore
 from hooks.kernels.products import matmul_fp32
-from hooks.store import TranscoderStore
 
 
 @dataclass(frozen=True)

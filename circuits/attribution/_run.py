@@ -21,11 +21,11 @@ from circuits.attribution._room import Room
 from circuits.attribution._stack import Stack, stack_of
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
+from hooks.checkpoints.store import TranscoderStore
 from hooks.kernels.products import gather_features
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import EMBEDDING, Site
-from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs
 

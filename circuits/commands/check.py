@@ -13,10 +13,10 @@ from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
 from circuits.scatter import check_drawing
 from hooks.calibrate import Calibration, calibrate
+from hooks.checkpoints.findings import FILE, Findings, save
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.files.output import check_writable
-from hooks.findings import FILE, Findings, save
 from hooks.formats import Checkpoint, recognise
 from hooks.memory import explained
 from hooks.model import load_host

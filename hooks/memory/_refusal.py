@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
+from hooks.checkpoints.store import TranscoderStore
 from hooks.choices import ITEM
 from hooks.errors import ModelError
 from hooks.memory._modes import Mode, Plan, gb, gib, plan
 from hooks.memory._shapes import ModelShape, SetShape
 from hooks.memory._work import Ask, Task
-from hooks.store import TranscoderStore
 from hooks.suffix import out_of_memory
 
 

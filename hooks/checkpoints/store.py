@@ -1,7 +1,7 @@
 """Opens a described checkpoint: one `Transcoder` per layer, read when first asked for.
 
 One of the two objects of this project that change over time: it remembers which layers are resident
-(`hooks.residency`). Here is what the set is, and where each layer's weights come from.
+(`hooks.checkpoints.residency`). Here is what the set is, and where each layer's weights come from.
 """
 
 import logging
@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooks.convention import Convention, describe, resolve_convention, spans
+from hooks.checkpoints.convention import Convention, describe, resolve_convention, spans
+from hooks.checkpoints.loading import bytes_needed, load_rows, load_weights, part_bytes
+from hooks.checkpoints.residency import HostTier, Load, Loaded, Residency
 from hooks.errors import AddressError, CheckpointError
 from hooks.formats import Checkpoint, LayerSource, Norm, Source
-from hooks.loading import bytes_needed, load_rows, load_weights, part_bytes
-from hooks.residency import HostTier, Load, Loaded, Residency
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hooks import findings
+from hooks.checkpoints import findings
+from hooks.checkpoints.findings import Candidate, Findings
 from hooks.errors import CheckpointError
-from hooks.findings import Candidate, Findings
 from hooks.formats import OPEN, Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
 from hooks.sites import SiteSpec
 from hooks.whole import whole, wholes
@@ -101,7 +101,7 @@ def describe(root: Path, **choice: Any) -> Checkpoint:
     """A folder, with what an earlier check found about it, and the part of it that was asked for; see `choose`.
 
     Raises:
-        CheckpointError: see `hooks.formats.recognise`, `hooks.findings.of` and `choose`.
+        CheckpointError: see `hooks.formats.recognise`, `hooks.checkpoints.findings.of` and `choose`.
     """
     checkpoint = recognise(root)
     return choose(checkpoint, found=findings.of(root), **choice)

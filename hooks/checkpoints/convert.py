@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hooks import findings
-from hooks.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
+from hooks.checkpoints import findings
+from hooks.checkpoints.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
+from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.files.output import new_folder
 from hooks.files.weight_files import sha256
 from hooks.formats import FORMATS, Checkpoint, LayerSource
-from hooks.store import TranscoderStore
 from hooks.transcoder import Transcoder
 
 WRITERS = {name: module for name, module in FORMATS.items() if hasattr(module, "save")}
