@@ -20,11 +20,11 @@ from circuits.measures import graph_scores, signed_totals
 from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from circuits.scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
-from hooks.arithmetic import computes_in
 from hooks.errors import TargetError
+from hooks.host.arithmetic import computes_in
+from hooks.host.tokens import Prompt
 from hooks.model import HookedModel
 from hooks.recording import Recording, check_same_length, is_sink, record
-from hooks.tokens import Prompt
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
 

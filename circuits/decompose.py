@@ -22,8 +22,8 @@ from circuits.graph import Graph
 from circuits.identity import check_same
 from circuits.nodes import ERROR, FEATURE, TARGET
 from circuits.targets import read_targets
-from hooks.arithmetic import measured
 from hooks.errors import UserError
+from hooks.host.arithmetic import measured
 from hooks.model import HookedModel
 from hooks.whole import whole, wholes
 

@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.targets import AnyTarget
+from hooks.host.tokens import Batch
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import Edit, Pass
 
 ROWS = 64  # of the prompt per pass

@@ -16,10 +16,10 @@ from torch import Tensor
 from circuits.shown import unique
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import TargetError
-from hooks.host import Host
-from hooks.readout import best_other, token_name
+from hooks.host.host import Host
+from hooks.host.readout import best_other, token_name
+from hooks.host.tokens import Prompt
 from hooks.sites import Site
-from hooks.tokens import Prompt
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, FeatureAddress, Positions
 from hooks.whole import whole

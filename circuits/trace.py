@@ -14,11 +14,11 @@ from circuits.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike, against_token, either
 from circuits.verify import verify_in
-from hooks.arithmetic import measured
 from hooks.errors import UserError
+from hooks.host.arithmetic import measured
+from hooks.host.tokens import Prompt
 from hooks.memory import explained
 from hooks.model import HookedModel
-from hooks.tokens import Prompt
 from hooks.whole import whole
 
 log = logging.getLogger("circuits")

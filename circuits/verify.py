@@ -27,7 +27,7 @@ from circuits.nodes import FEATURE, TARGET
 from circuits.scatter import plot_sample
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
-from hooks.arithmetic import measured
+from hooks.host.arithmetic import measured
 from hooks.model import HookedModel
 from hooks.sites import Site
 from hooks.whole import whole

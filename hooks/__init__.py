@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from hooks.checkpoints.store import TranscoderStore
     from hooks.errors import UserError
     from hooks.generation import Sampling
-    from hooks.hold import Hold
+    from hooks.host.hold import Hold
     from hooks.interventions.ablate import Ablate
     from hooks.interventions.add import Add
     from hooks.interventions.clamp import Clamp
@@ -50,7 +50,7 @@ lazily(
         "hooks.candidates": ("Change",),
         "hooks.errors": ("UserError",),
         "hooks.generation": ("Sampling",),
-        "hooks.hold": ("Hold",),
+        "hooks.host.hold": ("Hold",),
         "hooks.interventions.ablate": ("Ablate",),
         "hooks.interventions.add": ("Add",),
         "hooks.interventions.clamp": ("Clamp",),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import ModelError, UserError
-from hooks.host import CACHE, Host
+from hooks.host.host import CACHE, Host
 from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
 from hooks.swap import EVERYWHERE, Places, Swap, Where

@@ -22,7 +22,7 @@ from hooks.checkpoints.findings import DecoderFinding, Findings
 from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders
-from hooks.host import Host, fingerprint
+from hooks.host.host import Host, fingerprint
 from hooks.selection import selection
 from hooks.site_fits import Fit, Option, options
 from hooks.site_passes import Passes, Settled

@@ -8,16 +8,16 @@ from typing import SupportsIndex
 import pandas as pd
 import torch
 
-from hooks.arithmetic import computing
 from hooks.errors import InterventionError, TargetError, UserError
-from hooks.exclusive import Exclusive
 from hooks.generation import Generated
+from hooks.host.arithmetic import computing
+from hooks.host.exclusive import Exclusive
+from hooks.host.readout import Effect, effect
+from hooks.host.tokens import Prompt
 from hooks.intervene import Interventions, listed
-from hooks.readout import Effect, effect
 from hooks.renamed import Table
 from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
 from hooks.strength import UNITS, Resolved, Steer, Strength
-from hooks.tokens import Prompt
 
 
 @dataclass(frozen=True)

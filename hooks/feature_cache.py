@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UserError
+from hooks.host.tokens import Batch
 from hooks.recording import Recording
 from hooks.sites import SITE_NAMES, Site
-from hooks.tokens import Batch
 from hooks.types import SparseActs
 
 PARTS = ("transcoder_acts", "transcoder_out", "transcoder_error")

@@ -17,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from hooks.arithmetic import Precision, computing
 from hooks.errors import ModelError, PromptError, UserError
 from hooks.generation_config import Processing
-from hooks.host import Host
+from hooks.host.arithmetic import Precision, computing
+from hooks.host.host import Host
+from hooks.host.tokens import Batch
 from hooks.observe import Observer
 from hooks.renamed import deprecated
 from hooks.sampling import Sampling, TextPieces
-from hooks.tokens import Batch
 from hooks.types import Edit, SparseActs
 from hooks.whole import whole
 

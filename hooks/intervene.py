@@ -19,13 +19,13 @@ from torch import Tensor
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, InterventionError
-from hooks.host import Host, tap
+from hooks.host.host import Host, tap
+from hooks.host.tokens import Batch
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
 from hooks.kernels.products import gather_features, working_dtype
 from hooks.sites import Site
 from hooks.swap import Swap
-from hooks.tokens import Batch
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, FeatureAddress, MaskMode, Pass, SparseActs, as_row, shortened
 

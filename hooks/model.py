@@ -15,25 +15,26 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig
 
-from hooks.arithmetic import Precision, choose_precision, computing, is_half, measured
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.candidates import Change, active_features, changed
 from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import WEIGHTS
 from hooks.dose import DoseResponse, dose_response
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
-from hooks.exclusive import Exclusive, exclusive
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
-from hooks.hold import Hold, HoldLike, check_hold, holding
-from hooks.host import Host, fingerprint, tap
+from hooks.host.arithmetic import Precision, choose_precision, computing, is_half, measured
+from hooks.host.exclusive import Exclusive, exclusive
+from hooks.host.hold import Hold, HoldLike, check_hold, holding
+from hooks.host.host import Host, fingerprint, tap
+from hooks.host.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
+from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.names import dtype_of, transcoder_folder
 from hooks.observe import Observed, Observer, observed_layers
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.recording import Recording, record
 from hooks.renamed import keywords
 from hooks.sampling import Sampling, stop_strings
@@ -43,7 +44,6 @@ from hooks.steering import Comparison, Setting, compare_steering
 from hooks.strength import Strength
 from hooks.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
-from hooks.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
@@ -216,9 +216,9 @@ class HookedModel:
             read, write, k, encoder, decoder, layers, budget_bytes: see `TranscoderStore.open`.
             dtype: precision of the language model, such as `bfloat16`; the checkpoint's own by default.
             device: move the model there; `device_map` lets accelerate spread it instead.
-            context: how many tokens the model may be given, where its config says too few (`hooks.context`).
+            context: how many tokens the model may be given, where its config says too few (`hooks.host.context`).
             precision: in which arithmetic a half-precision model's effects are measured: `exact` (fp32 over the weights
-                as they are stored; the default) or `native` (the model's own rounding). See `hooks.arithmetic`.
+                as they are stored; the default) or `native` (the model's own rounding). See `hooks.host.arithmetic`.
 
         Raises:
             ModelError, CheckpointError: something is not there, damaged, or does not fit together.

@@ -4,7 +4,7 @@ A block adds the outputs of two modules to the stream, attention and MLP. So a c
 behind it along the skip connection, and through any set of modules, one after the other. A module whose output stands
 at its clean value passes nothing on: holding modules closes paths, holding all of them leaves the skip connection.
 
-parts held (`hooks.hold`) → one batch: the unedited prompt in front, then a row per question → differences from it
+parts held (`hooks.host.hold`) → one batch: the unedited prompt in front, then a row per question → differences from it
 
 A module that is closed in a row puts out there what it puts out in the unedited row of the same pass. So there is no
 clean value to keep, and what the shape of a batch does to the last bits cancels.
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, InterventionError, TargetError, UserError
-from hooks.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
-from hooks.host import Host, tap
+from hooks.host.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
+from hooks.host.host import Host, tap
+from hooks.host.readout import Effect, effect
+from hooks.host.tokens import Batch
 from hooks.intervene import Interventions, as_interventions, listed, make_edits, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
 from hooks.kernels.products import gather_features
-from hooks.readout import Effect, effect
 from hooks.renamed import deprecated
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import AddressLike, Edit, FeatureAddress
 from hooks.whole import whole
 

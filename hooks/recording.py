@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import PromptError
-from hooks.host import Host
+from hooks.host.host import Host
+from hooks.host.tokens import Batch
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import Edit, Pass, SparseActs
 
 SINK = 10.0  # a token whose stream is this many times the median norm is an attention sink

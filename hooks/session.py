@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hooks.arithmetic import Precision
 from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
 from hooks.generation_config import check_config
-from hooks.host import Host
+from hooks.host.arithmetic import Precision
+from hooks.host.host import Host
+from hooks.host.tokens import Batch
 from hooks.intervene import NEVER, Interventions, as_interventions, listed
 from hooks.sampling import Sampling, stop_strings
-from hooks.tokens import Batch
 from hooks.types import Edit
 
 

@@ -16,7 +16,7 @@ from hooks.checkpoints.convention import Convention, choose, named_layers
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
-from hooks.host import Host
+from hooks.host.host import Host
 from hooks.refit import avoidable_by_row, by_row
 from hooks.selection import Curve, Rule, curve_at, finer, fit_by_rule, rules
 from hooks.site_fits import Fit, Option, fits, sink_mask, target

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.arithmetic import Precision
 from hooks.checkpoints.store import TranscoderStore
-from hooks.host import Host
+from hooks.host.arithmetic import Precision
+from hooks.host.host import Host
+from hooks.host.tokens import Prompt
 from hooks.intervene import Interventions, listed
 from hooks.sampling import Sampling, stop_strings
 from hooks.strength import Resolved, preliminary, resolve
-from hooks.tokens import Prompt
 from hooks.types import Edit, ErrorMode, MaskMode
 
 GREEDY = Sampling()

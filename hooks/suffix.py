@@ -27,10 +27,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import memory_ran_out
-from hooks.freeze import own_attention, plain_attention, unknown_attention
-from hooks.host import Host, tap
+from hooks.host.frozen_parts import own_attention, plain_attention, unknown_attention
+from hooks.host.host import Host, tap
+from hooks.host.tokens import Batch
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import Edit, Pass
 
 

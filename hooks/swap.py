@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hooks.choices import ERROR_MODES, MASK_MODES, SKIPS
 from hooks.errors import UserError
-from hooks.host import Host
+from hooks.host.host import Host
+from hooks.host.tokens import Batch
 from hooks.recording import LayerRecord, Recording, sink_tokens
-from hooks.tokens import Batch
 from hooks.transcoder import Transcoder
 from hooks.types import ErrorMode, Pass, Positions, SparseActs
 

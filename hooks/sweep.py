@@ -25,17 +25,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from hooks.arithmetic import computes_in, is_half
 from hooks.checkpoints.store import TranscoderStore
 from hooks.choices import METRICS, TABLES
 from hooks.errors import OutputError, UserError
 from hooks.files.output import replacing
-from hooks.host import Host, execution_device
+from hooks.host.arithmetic import computes_in, is_half
+from hooks.host.host import Host, execution_device
+from hooks.host.readout import best_other
+from hooks.host.tokens import Batch
 from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.interventions import FeatureIntervention, change
-from hooks.readout import best_other
 from hooks.suffix import Clean, misses, out_of_memory, record_clean
-from hooks.tokens import Batch
 from hooks.ulps import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
 from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.whole import whole
@@ -74,7 +74,7 @@ class Sweep:
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
-        precision: in which arithmetic, see `hooks.arithmetic`.
+        precision: in which arithmetic, see `hooks.host.arithmetic`.
         way: `suffix`, each group run from where it first differs; or `whole`, each a pass over the whole prompt, where
             the model's attention is not one that rows can share.
     """

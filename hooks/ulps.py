@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.host import Host, tap
+from hooks.host.host import Host, tap
+from hooks.host.tokens import Batch
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import Edit, Pass
 
 DRAWS = 8  # runs per block

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import PromptError
-from hooks.host import Host, tap
+from hooks.host.host import Host, tap
+from hooks.host.tokens import Batch, Prompt
 from hooks.sites import Site
-from hooks.tokens import Batch, Prompt
 from hooks.types import Edit, Pass
 
 ROW = 128  # tokens: longer texts are cut

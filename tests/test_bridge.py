@@ -25,7 +25,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.bridge import LENS_CACHE
 from hooks.errors import AddressError
-from hooks.host import CACHE, tap
+from hooks.host.host import CACHE, tap
 from hooks.lens import lens_edits
 from hooks.types import SparseActs
 

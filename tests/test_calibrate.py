@@ -18,7 +18,7 @@ from hooks.demo import TRANSCODERS
 from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
 from hooks.formats import Checkpoint, LayerSource, recognise
-from hooks.host import Host, fingerprint
+from hooks.host.host import Host, fingerprint
 from hooks.refit import avoidable_by_row, separation
 from hooks.selection import Rule, selection
 from hooks.site_fits import fits, options, sink_mask

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from worlds import WORDS, random_transcoder, word_tokenizer
 
 from hooks import HookedModel, UserError
-from hooks.context import NO_LIMIT, context_of
 from hooks.errors import ModelError, PromptError
+from hooks.host.context import NO_LIMIT, context_of
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 

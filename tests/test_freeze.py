@@ -13,9 +13,9 @@ from worlds import ARCHITECTURES, WORDS, word_tokenizer
 
 from circuits.blocks import Rule, pull_back, read_block, record_block
 from hooks import UserError
-from hooks.freeze import PARTS, Held, held, record_held
 from hooks.generation import Sampling, generate
-from hooks.host import Host, tap
+from hooks.host.frozen_parts import PARTS, Held, held, record_held
+from hooks.host.host import Host, tap
 from hooks.sites import Site
 from hooks.types import Edit
 

@@ -11,7 +11,7 @@ from hooks import Clamp, Sampling, Steer, UserError
 from hooks.decode import FastDecoder
 from hooks.errors import ModelError
 from hooks.generation_config import HONOURED, REFUSED, REPLACED, SAMPLING, WITHOUT_EFFECT, Processing
-from hooks.host import Attached
+from hooks.host.host import Attached
 from stress import generation as stress
 
 SEEDS = (2, 4, 9, 14)

@@ -17,7 +17,7 @@ from circuits.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, T
 from circuits.select import by_layer, select
 from hooks import HookedModel, Scale, Site, UserError
 from hooks.errors import CheckpointError, TargetError
-from hooks.host import tap
+from hooks.host.host import tap
 from hooks.types import Edit
 
 TEXT = "w1 w2 w3 w4 w5"

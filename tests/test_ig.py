@@ -8,7 +8,7 @@ from circuits import RULES, prepare, trace
 from circuits.attribution import ig
 from circuits.held import feature_values
 from hooks import HookedModel, Site, UserError
-from hooks.host import tap
+from hooks.host.host import tap
 from hooks.types import Edit
 
 TEXT = "w1 w2 w3 w4 w5"

@@ -17,8 +17,8 @@ from circuits.attribution._stack import known_blocks, reproduces, stack_of
 from circuits.targets import resolve_targets
 from hooks import HookedModel, Site, UserError
 from hooks.errors import ModelError
-from hooks.freeze import held, record_held
-from hooks.host import Host
+from hooks.host.frozen_parts import held, record_held
+from hooks.host.host import Host
 from hooks.sites import EMBEDDING
 
 PROMPT = " ".join(f"w{n}" for n in range(12))

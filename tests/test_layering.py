@@ -73,7 +73,7 @@ def test_imports_inside_functions_are_heavy_optional_packages() -> None:
 OWNERS = {  # pattern in the code → files that may contain it
     r"hook_resid_|\.hook_in\b|hook_mlp_out|hook_attn_out": {"hooks/sites.py"},
     r"register_forward_|register_full_backward": {  # looks at the bridge's twin; noise in training
-        "hooks/host.py",
+        "hooks/host/host.py",
         "hooks/bridge.py",
         "hooks/demo/train_model.py",
     },

@@ -551,6 +551,6 @@ def test_memory_that_runs_out_while_loading_is_explained(monkeypatch):
     def fail(*given, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("hooks.host.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("hooks.host.host.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(ModelError, match="memory ran out while loading the model"):
         HookedModel.load("demo")

@@ -21,8 +21,8 @@ from circuits.targets import Answer
 from circuits.trace import trace
 from hooks import Clamp, HookedModel, UserError
 from hooks.errors import ModelError, PromptError, TargetError
-from hooks.host import Host
-from hooks.tokens import Tokens, is_one, listed
+from hooks.host.host import Host
+from hooks.host.tokens import Tokens, is_one, listed
 
 IDS = [5, 6, 7]
 

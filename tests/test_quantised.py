@@ -9,7 +9,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Clamp, HookedModel
 from hooks.decode import FastDecoder
-from hooks.host import stored_tensors
+from hooks.host.host import stored_tensors
 from hooks.types import Edit
 
 pytest.importorskip("bitsandbytes")

@@ -15,7 +15,7 @@ from circuits.attribution.ose import one_step_scores
 from circuits.nodes import FEATURE
 from circuits.select import KEYS, ORDERS, coverage, select
 from hooks import HookedModel, Site, UserError
-from hooks.host import tap
+from hooks.host.host import tap
 from hooks.types import Edit
 
 SAME, NEXT, MLP = ("resid_pre", "resid_pre", ALL), ("resid_pre", "resid_post", ALL), ("mlp_in", "mlp_out", ALL)

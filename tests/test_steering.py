@@ -17,7 +17,7 @@ from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserEr
 from hooks.demo import PROMPT
 from hooks.dose import grid
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
-from hooks.host import Host
+from hooks.host.host import Host
 from hooks.steering import Comparison, Scored, perplexity
 from hooks.strength import Steer, Strength, check_how, resolve
 from hooks.types import Pass

@@ -17,7 +17,7 @@ from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
 from hooks.candidates import Change, active_features, changed, doses, pairs
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
-from hooks.freeze import held, record_held
+from hooks.host.frozen_parts import held, record_held
 from hooks.sites import SiteSpec
 from hooks.suffix import Walk
 

@@ -15,7 +15,7 @@ from circuits.targets import metric_name, read_targets
 from circuits.verify import measure_nodes, verify_in
 from hooks import Ablate, HookedModel, Scale, Site
 from hooks.errors import PromptError, TargetError
-from hooks.host import tap
+from hooks.host.host import tap
 from hooks.types import Edit
 
 STEP = 1e-3

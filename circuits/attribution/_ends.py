@@ -11,7 +11,7 @@ from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import Point, Stack, read_from
 from circuits.blocks import Rule, norm_transposed
 from circuits.targets import AnyTarget, Direction, Feature, Target
-from hooks.host import Host
+from hooks.host.host import Host
 from hooks.sites import Site
 from hooks.transcoder import Transcoder
 

@@ -27,7 +27,7 @@ from circuits.blocks import (
     through_attention_everywhere,
     through_mlp,
 )
-from hooks.host import Host
+from hooks.host.host import Host
 from hooks.kernels.products import linear_fp32
 from hooks.recording import Recording
 from hooks.sites import Site

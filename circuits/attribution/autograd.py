@@ -20,7 +20,7 @@ from circuits.attribution._ends import constants
 from circuits.attribution._run import LocalRun, Rows, contract
 from circuits.attribution._tokens import token_rows
 from circuits.targets import AnyTarget, metric
-from hooks.host import tap
+from hooks.host.host import tap
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import EMBEDDING, Site

@@ -22,7 +22,7 @@ from circuits.attribution._tokens import token_rows
 from circuits.blocks import Rule, record_block
 from circuits.targets import AnyTarget, metric
 from hooks.errors import UserError
-from hooks.host import Host, tap
+from hooks.host.host import Host, tap
 from hooks.model import HookedModel
 from hooks.recording import Recording
 from hooks.sites import Site

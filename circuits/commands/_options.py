@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from circuits.commands._output import say
-from hooks.arithmetic import is_half
 from hooks.errors import InterventionError, UserError
+from hooks.host.arithmetic import is_half
 from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
 

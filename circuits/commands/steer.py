@@ -19,12 +19,12 @@ from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
 from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
+from hooks.host.readout import Effect
+from hooks.host.tokens import Prompt
 from hooks.model import HookedModel
-from hooks.readout import Effect
 from hooks.sampling import Sampling
 from hooks.steering import Comparison, Scored, Setting, compare, prepare
 from hooks.strength import Resolved, Steer, preliminary
-from hooks.tokens import Prompt
 
 
 def run(args: argparse.Namespace) -> Result:

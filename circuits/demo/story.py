@@ -25,8 +25,8 @@ from circuits.graph import Graph
 from circuits.nodes import FEATURE
 from circuits.trace import trace
 from hooks.demo.world import HEADLINE_CITY, HEADLINE_PROMPT, OTHER_PROMPT, STATE_OF_CITY, STATES
+from hooks.host.readout import Effect, RankedToken
 from hooks.interventions.ablate import Ablate
-from hooks.readout import Effect, RankedToken
 from hooks.swap import SiteQuality
 
 LABEL_PRECISION = 0.8

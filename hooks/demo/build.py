@@ -39,7 +39,7 @@ from hooks.demo.world import (
 from hooks.files.output import write_json
 from hooks.files.weight_files import sha256
 from hooks.formats import native
-from hooks.host import Host
+from hooks.host.host import Host
 from hooks.sites import SiteSpec
 
 SPARSE_RECIPE = TranscoderRecipe(d_features=640, k=9)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hooks.demo.world import N_COPYING_SENTENCES
-from hooks.host import Host
+from hooks.host.host import Host
+from hooks.host.tokens import Batch
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.transcoder import Transcoder
 
 log = logging.getLogger(__name__)

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from hooks.context import context_of
 from hooks.errors import ModelError, first_line, memory_ran_out
-from hooks.exclusive import Exclusive, uninterrupted
+from hooks.host.context import context_of
+from hooks.host.exclusive import Exclusive, uninterrupted
+from hooks.host.readout import RankedToken
+from hooks.host.tokens import Batch, Tokens, load_tokenizer
 from hooks.kernels.products import linear_fp32
-from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
-from hooks.tokens import Batch, Tokens, load_tokenizer
 from hooks.types import Edit, Pass
 from hooks.whole import whole
 
@@ -42,7 +42,7 @@ class Host(Tokens):
     """A causal language model of transformers with its tokenizer.
 
     Args:
-        context: how many tokens it may be given; by default what its config says, see `hooks.context`.
+        context: how many tokens it may be given; by default what its config says, see `hooks.host.context`.
 
     Raises:
         ModelError: it has no unembedding, or adapters around it.
@@ -55,8 +55,8 @@ class Host(Tokens):
         config: Any = model.config
         super().__init__(tokenizer, config.vocab_size, context_of(config, context))
         self.n_layers, self.d_model = len(self.layers), config.hidden_size
-        self.held = False  # whether parts of the model stand at values of another pass, `hooks.freeze`
-        self.exact = False  # whether a half-precision model computes in fp32 now, `hooks.arithmetic`
+        self.held = False  # whether parts of the model stand at values of another pass, `hooks.host.frozen_parts`
+        self.exact = False  # whether a half-precision model computes in fp32 now, `hooks.host.arithmetic`
         self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         if next(model.parameters()).dtype == torch.float16:

@@ -1,7 +1,7 @@
 """What a run holds at its clean value while edits act: parts of the model, and outputs of its modules.
 
 A block adds the outputs of two modules to the stream, attention and MLP. A module whose output stands at its clean
-value passes nothing on: it closes every path through it. Parts (`hooks.freeze`) keep their module live, and make it
+value passes nothing on: it closes every path through it. Parts (`hooks.host.frozen_parts`) keep their module live, and make it
 affine.
 
 clean run → parts put in their places → module outputs of the unedited run under these parts → edits that put them back
@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UserError
-from hooks.freeze import PARTS, held, record_held
-from hooks.host import Host, tap
+from hooks.host.frozen_parts import PARTS, held, record_held
+from hooks.host.host import Host, tap
+from hooks.host.tokens import Batch
 from hooks.sites import Site
-from hooks.tokens import Batch
 from hooks.types import Edit
 
 ENTRY = {"attn_out": 0, "mlp_out": 3}  # depth in the block at which a module takes its input: resid_pre, mlp_in
@@ -35,7 +35,7 @@ class Hold:
     the MLPs 2 and 3, and of every attention but that of layer 1.
 
     Attributes:
-        parts: `attention` patterns, `norms`, `gates`, as in `hooks.freeze`; all three leave an affine model.
+        parts: `attention` patterns, `norms`, `gates`, as in `hooks.host.frozen_parts`; all three leave an affine model.
         attn_out, mlp_out: layers whose module's output is held, at every token. A feature edited at the very site acts
             on top of the clean value.
         open: modules that are not held after all.

@@ -32,9 +32,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import UserError
-from hooks.exclusive import Exclusive
-from hooks.host import Host, forward_of
-from hooks.tokens import Batch
+from hooks.host.exclusive import Exclusive
+from hooks.host.host import Host, forward_of
+from hooks.host.tokens import Batch
 
 Part = Literal["attention", "norms", "gates"]
 PARTS: tuple[Part, ...] = get_args(Part)

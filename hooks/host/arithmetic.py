@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hooks.choices import PRECISIONS
 from hooks.errors import ModelError, UserError
-from hooks.exclusive import Exclusive
-from hooks.host import Host, forward_of
+from hooks.host.exclusive import Exclusive
+from hooks.host.host import Host, forward_of
 from hooks.kernels.products import linear_fp32
 
 log = logging.getLogger("hooks")
