@@ -42,7 +42,7 @@ from circuits.held import Removal, run_held
 from circuits.select import by_layer
 from circuits.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
 from hooks import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 
 SETS = ("demo", "demo-dense")

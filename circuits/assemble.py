@@ -24,7 +24,7 @@ from hooks.errors import TargetError
 from hooks.host.arithmetic import computes_in
 from hooks.host.tokens import Prompt
 from hooks.model import HookedModel
-from hooks.recording import Recording, check_same_length, is_sink, record
+from hooks.passes.recording import Recording, check_same_length, is_sink, record
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
 

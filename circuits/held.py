@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.targets import AnyTarget
 from hooks.host.tokens import Batch
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

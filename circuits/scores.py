@@ -24,7 +24,7 @@ from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
-from hooks.recording import LayerRecord, Recording
+from hooks.passes.recording import LayerRecord, Recording
 from hooks.sites import EMBEDDING
 
 

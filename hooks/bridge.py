@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import ModelError, UserError
 from hooks.host.host import CACHE, Host
-from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
+from hooks.passes.plan import Interventions, Plan, listed, make_edits, make_plan
+from hooks.passes.swap import EVERYWHERE, Places, Swap, Where
 from hooks.sites import Site, branches_off
-from hooks.swap import EVERYWHERE, Places, Swap, Where
 from hooks.types import Edit, MaskMode, Pass
 
 

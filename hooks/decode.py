@@ -20,12 +20,12 @@ from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation import Generated, Row, seeded
 from hooks.host.host import CACHE, Host, execution_device
 from hooks.host.tokens import Batch, Prompt
-from hooks.intervene import Interventions, Plan, listed, make_edits, make_plan
 from hooks.kernels.products import select_static
 from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.observe import Observed, observed_layers
+from hooks.passes.plan import Interventions, Plan, listed, make_edits, make_plan
+from hooks.passes.swap import Swap
 from hooks.sampling import Sampling, stop_strings
-from hooks.swap import Swap
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
 

@@ -14,7 +14,7 @@ from hooks.host.arithmetic import computing
 from hooks.host.exclusive import Exclusive
 from hooks.host.readout import Effect, effect
 from hooks.host.tokens import Prompt
-from hooks.intervene import Interventions, listed
+from hooks.passes.plan import Interventions, listed
 from hooks.renamed import Table
 from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
 from hooks.strength import UNITS, Resolved, Steer, Strength

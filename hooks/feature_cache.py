@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooks.errors import UserError
 from hooks.host.tokens import Batch
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import SITE_NAMES, Site
 from hooks.types import SparseActs
 

@@ -11,9 +11,9 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.intervene import LayerTable
 from hooks.interventions import change
 from hooks.kernels.products import count_before, select_static, working_dtype
+from hooks.passes.plan import LayerTable
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, Pass, SparseActs
 

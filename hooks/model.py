@@ -29,20 +29,20 @@ from hooks.host.hold import Hold, HoldLike, check_hold, holding
 from hooks.host.host import Host, fingerprint, tap
 from hooks.host.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
-from hooks.intervene import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.names import dtype_of, transcoder_folder
 from hooks.observe import Observed, Observer, observed_layers
+from hooks.passes.plan import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
+from hooks.passes.recording import Recording, record
+from hooks.passes.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.recording import Recording, record
 from hooks.renamed import keywords
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
 from hooks.steering import Comparison, Setting, compare_steering
 from hooks.strength import Strength
-from hooks.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.sweep import Sweep, sweep
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode

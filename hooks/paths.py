@@ -25,11 +25,11 @@ from hooks.host.hold import ENTRY, HoldLike, check_hold, check_layer, module, mo
 from hooks.host.host import Host, tap
 from hooks.host.readout import Effect, effect
 from hooks.host.tokens import Batch
-from hooks.intervene import Interventions, as_interventions, listed, make_edits, make_plan
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
 from hooks.kernels.products import gather_features
+from hooks.passes.plan import Interventions, as_interventions, listed, make_edits, make_plan
 from hooks.renamed import deprecated
 from hooks.sites import Site
 from hooks.types import AddressLike, Edit, FeatureAddress

@@ -22,8 +22,8 @@ from hooks.errors import PromptError, UserError
 from hooks.host.host import Host
 from hooks.host.tokens import Batch, Prompt
 from hooks.model import HookedModel
+from hooks.passes.recording import sink_norm
 from hooks.quality_report import LayerQuality, Prediction, QualityReport, Replacement
-from hooks.recording import sink_norm
 from hooks.site_sums import SiteSums, site_sums
 from hooks.types import Edit, Pass
 from hooks.whole import whole, wholes

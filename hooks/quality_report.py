@@ -25,7 +25,7 @@ class LayerQuality:
         l0: mean number of active features per token.
         dead, always_on: features active at none, at each, of the tokens of this text.
         loss: mean squared error per entry; `stored_loss` is the `final_rec_loss` of the files, None if they have none.
-        sinks: how many tokens have more than `hooks.recording.SINK` times the site's median norm.
+        sinks: how many tokens have more than `hooks.passes.recording.SINK` times the site's median norm.
     """
 
     layer: int

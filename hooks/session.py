@@ -14,7 +14,7 @@ from hooks.generation_config import check_config
 from hooks.host.arithmetic import Precision
 from hooks.host.host import Host
 from hooks.host.tokens import Batch
-from hooks.intervene import NEVER, Interventions, as_interventions, listed
+from hooks.passes.plan import NEVER, Interventions, as_interventions, listed
 from hooks.sampling import Sampling, stop_strings
 from hooks.types import Edit
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.recording import is_sink
+from hooks.passes.recording import is_sink
 from hooks.site_sums import CONSTANT
 from hooks.sites import SITE_NAMES, SiteSpec
 from hooks.transcoder import Transcoder

@@ -19,7 +19,7 @@ from hooks.checkpoints.store import TranscoderStore
 from hooks.host.arithmetic import Precision
 from hooks.host.host import Host
 from hooks.host.tokens import Prompt
-from hooks.intervene import Interventions, listed
+from hooks.passes.plan import Interventions, listed
 from hooks.sampling import Sampling, stop_strings
 from hooks.strength import Resolved, preliminary, resolve
 from hooks.types import Edit, ErrorMode, MaskMode

@@ -22,11 +22,11 @@ from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import InterventionError
 from hooks.host.host import Host, tap
 from hooks.host.tokens import Batch, Prompt
-from hooks.intervene import as_interventions, make_plan
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
-from hooks.recording import is_sink
+from hooks.passes.plan import as_interventions, make_plan
+from hooks.passes.recording import is_sink
 from hooks.sites import Site
 from hooks.types import AddressLike, FeatureAddress
 

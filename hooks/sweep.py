@@ -33,8 +33,8 @@ from hooks.host.arithmetic import computes_in, is_half
 from hooks.host.host import Host, execution_device
 from hooks.host.readout import best_other
 from hooks.host.tokens import Batch
-from hooks.intervene import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.interventions import FeatureIntervention, change
+from hooks.passes.plan import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.suffix import Clean, misses, out_of_memory, record_clean
 from hooks.ulps import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
 from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole

@@ -18,9 +18,9 @@ from torch import Tensor
 from hooks.checkpoints.store import TranscoderStore
 from hooks.host.host import Host, tap
 from hooks.host.tokens import Batch
-from hooks.intervene import Interventions, LayerTable, make_edits, make_plan
 from hooks.interventions import change
 from hooks.kernels.products import gather_features
+from hooks.passes.plan import Interventions, LayerTable, make_edits, make_plan
 from hooks.sites import Site
 from hooks.suffix import Clean, Rows, Walk
 from hooks.types import Edit, Pass, SparseActs

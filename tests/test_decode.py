@@ -11,8 +11,8 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.decode import FastDecoder
 from hooks.errors import AddressError, InterventionError, ModelError, PromptError
-from hooks.intervene import make_plan
 from hooks.layer_step import EntryBuffers
+from hooks.passes.plan import make_plan
 
 N = 6
 HOT = Sampling(temperature=1.0, seed=3)  # the demo would end at once if greedy

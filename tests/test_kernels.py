@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from hooks import Ablate, Add, Clamp, Scale
 from hooks.errors import ModelError
-from hooks.intervene import NEVER, LayerTable, make_edits, make_plan
 from hooks.kernels.products import (
     _linear_cast,
     _split_product,
@@ -25,6 +24,7 @@ from hooks.kernels.products import (
     topk_mask_static,
     working_dtype,
 )
+from hooks.passes.plan import NEVER, LayerTable, make_edits, make_plan
 from hooks.types import Pass, SparseActs
 
 

@@ -17,11 +17,11 @@ from circuits.quality_plot import quality_plot
 from hooks import HookedModel, Site, Transcoder, UserError
 from hooks.demo.world import held_out_sentences
 from hooks.errors import CheckpointError, OutputError, PromptError
+from hooks.passes.swap import site_quality, swap_effect
 from hooks.quality import quality
 from hooks.quality_report import QualityReport
 from hooks.site_sums import site_sums
 from hooks.sites import SiteSpec
-from hooks.swap import site_quality, swap_effect
 from hooks.types import Edit
 
 TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w8 w9", "w3 w3 w10 w11", "w12", "w5 w4 w3 w2 w1"]

@@ -27,7 +27,7 @@ from circuits.blocks import Rule
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs
 

@@ -34,7 +34,7 @@ from circuits.blocks import BLOCKS, Rule
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 
 MOST_AT_ONCE, ENTRIES_AT_ONCE = 1024, 1 << 25  # targets, and entries of a block of edges

@@ -25,7 +25,7 @@ from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
-from hooks.recording import LayerRecord, Recording, check_same_length
+from hooks.passes.recording import LayerRecord, Recording, check_same_length
 from hooks.transcoder import Transcoder
 from hooks.whole import whole
 

@@ -24,7 +24,7 @@ from circuits.targets import AnyTarget
 from hooks.checkpoints.store import TranscoderStore
 from hooks.kernels.products import gather_features
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import EMBEDDING, Site
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs

@@ -29,7 +29,7 @@ from circuits.blocks import (
 )
 from hooks.host.host import Host
 from hooks.kernels.products import linear_fp32
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 
 Point = tuple[int, int]

@@ -22,7 +22,7 @@ from circuits.attribution._tokens import token_rows
 from circuits.targets import AnyTarget, metric
 from hooks.host.host import tap
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import EMBEDDING, Site
 from hooks.types import Edit, Pass
 

@@ -24,7 +24,7 @@ from circuits.targets import AnyTarget, metric
 from hooks.errors import UserError
 from hooks.host.host import Host, tap
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

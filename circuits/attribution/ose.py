@@ -27,7 +27,7 @@ from circuits.held import Removal, feature_values, run_held
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import EMBEDDING, Site
 
 CONSERVES = False

@@ -12,7 +12,7 @@ from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
-from hooks.recording import Recording
+from hooks.passes.recording import Recording
 from hooks.sites import Site
 
 CONSERVES = False

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from circuits.demo.questions import POSITIONS, STATE_NAMES, Exam, Questions
 from hooks.demo.world import TEST_TEMPLATE, TWO_HOP_TEMPLATES, held_out_sentences
+from hooks.passes.swap import SiteQuality, site_quality
 from hooks.sites import Site
-from hooks.swap import SiteQuality, site_quality
 from hooks.types import Edit, ErrorMode, Pass
 
 ROWS = 256

@@ -27,7 +27,7 @@ from circuits.trace import trace
 from hooks.demo.world import HEADLINE_CITY, HEADLINE_PROMPT, OTHER_PROMPT, STATE_OF_CITY, STATES
 from hooks.host.readout import Effect, RankedToken
 from hooks.interventions.ablate import Ablate
-from hooks.swap import SiteQuality
+from hooks.passes.swap import SiteQuality
 
 LABEL_PRECISION = 0.8
 PICTURES = {"circuit.png": "png", "circuit.svg": "svg", "circuit.graphml": "graphml", "circuit.json": "json"}

@@ -24,8 +24,8 @@ from hooks.host.tokens import Batch
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
 from hooks.kernels.products import gather_features, working_dtype
+from hooks.passes.swap import Swap
 from hooks.sites import Site
-from hooks.swap import Swap
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, FeatureAddress, MaskMode, Pass, SparseActs, as_row, shortened
 

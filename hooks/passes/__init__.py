@@ -1,0 +1,1 @@
+"""One forward pass: record it, swap sites for reconstructions, edit features."""
