@@ -15,8 +15,8 @@ from jaxtyping import Float
 from circuits import shown
 from circuits.colours import INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SUPPORTS
 from circuits.scatter import picture
+from hooks.effects.sweep import Sweep
 from hooks.errors import UserError
-from hooks.sweep import Sweep
 
 BARS = 15  # of the ranking
 LONGEST = 12  # characters of a token that are written

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from hooks.lazy import lazily
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
-    from hooks.candidates import Change
     from hooks.checkpoints.store import TranscoderStore
+    from hooks.effects.changes import Change
     from hooks.errors import UserError
     from hooks.generation import Sampling
     from hooks.host.hold import Hold
@@ -47,7 +47,7 @@ __all__ = [
 lazily(
     __name__,
     {
-        "hooks.candidates": ("Change",),
+        "hooks.effects.changes": ("Change",),
         "hooks.errors": ("UserError",),
         "hooks.generation": ("Sampling",),
         "hooks.host.hold": ("Hold",),

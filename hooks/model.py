@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hooks.bridge import Passes, boot, fwd_hooks
-from hooks.candidates import Change, active_features, changed
 from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import WEIGHTS
 from hooks.dose import DoseResponse, dose_response
+from hooks.effects.changes import Change, active_features, changed
+from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
+from hooks.effects.sweep import Sweep, sweep
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
 from hooks.feature_cache import FeatureCache
 from hooks.generation import Generated, Token, check_length, generate, left_pads
@@ -36,14 +38,12 @@ from hooks.observe import Observed, Observer, observed_layers
 from hooks.passes.plan import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.passes.recording import Recording, record
 from hooks.passes.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
-from hooks.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.renamed import keywords
 from hooks.sampling import Sampling, stop_strings
 from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
 from hooks.steering import Comparison, Setting, compare_steering
 from hooks.strength import Strength
-from hooks.sweep import Sweep, sweep
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
@@ -655,7 +655,7 @@ class HookedModel:
         **options: Any,
     ) -> Effects:
         """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
-        options and errors as in `hooks.paths.effects`: pos, hold, receivers.
+        options and errors as in `hooks.effects.paths.effects`: pos, hold, receivers.
 
         Example:
             model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
@@ -683,10 +683,10 @@ class HookedModel:
             groups: sets of interventions, each run on its own; None: every active feature of the prompt, one by one, at
                 some `layers` and `positions`, with what `change` says.
             target, against: tokens of the metric logit(target) − logit(against); the clean run's two best by default.
-            options: see `hooks.sweep.sweep`.
+            options: see `hooks.effects.sweep.sweep`.
 
         Raises:
-            UserError: as `hooks.sweep.sweep`, and as `Change`.
+            UserError: as `hooks.effects.sweep.sweep`, and as `Change`.
         """
         batch = self.host.batch([prompt])
         if groups is None:
@@ -707,7 +707,7 @@ class HookedModel:
         **options: Any,
     ) -> PathEffect:
         """What an edit does to a feature along the skip connection and the named modules only, and what that feature
-        then does to the logits; exact meaning, options and errors in `hooks.paths.path_effects`.
+        then does to the logits; exact meaning, options and errors in `hooks.effects.paths.path_effects`.
 
         Example:
             model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")

@@ -21,8 +21,9 @@ from circuits import cli, prepare, trace
 from circuits.attribution import _factored, _features, autograd
 from circuits.held import ROWS
 from circuits.trace import EDGE_BYTES
-from hooks import Clamp, HookedModel, Site, Transcoder, sweep
+from hooks import Clamp, HookedModel, Site, Transcoder
 from hooks.demo import TRANSCODERS, WEIGHTS
+from hooks.effects import sweep
 from hooks.errors import ModelError, UserError
 from hooks.formats import native, recognise
 from hooks.kernels.products import products as kernels

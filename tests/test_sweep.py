@@ -15,11 +15,11 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 from circuits.cli import main
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
-from hooks.candidates import Change, active_features, changed, doses, pairs
+from hooks.effects.changes import Change, active_features, changed, doses, pairs
+from hooks.effects.staggered import Walk
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
 from hooks.host.frozen_parts import held, record_held
 from hooks.sites import SiteSpec
-from hooks.suffix import Walk
 
 TEXT = "w1 w2 w3 w4 w5 w6"
 EXACT = 1e-4  # of logits of order 10 in fp32: other products, other order of sums

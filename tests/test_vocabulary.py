@@ -16,9 +16,9 @@ from circuits.colours import OPPOSES, QUIET, ROLE, SUPPORTS
 from circuits.sweep_plot import _cells, _ranking
 from hooks import Ablate, Add, Clamp, Scale, Steer
 from hooks.demo import PROMPT
+from hooks.effects.sweep import Question, Sweep
 from hooks.errors import UserError
 from hooks.renamed import Table, keywords
-from hooks.sweep import Question, Sweep
 
 PAGE = (Path(__file__).parents[1] / "docs" / "vocabulary.md").read_text(encoding="utf-8")
 COMMANDS = build_parser().commands

@@ -6,7 +6,7 @@ import transformers
 from worlds import WORDS, random_transcoder, word_tokenizer
 
 from hooks import Ablate, HookedModel, Site
-from hooks import suffix as rows_of_a_prompt
+from hooks.effects import staggered as rows_of_a_prompt
 from hooks.errors import ModelError
 from hooks.host.host import tap
 from stress import sweeps

@@ -14,12 +14,12 @@ from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
-from hooks.candidates import Change, active_features, changed, doses, pairs
 from hooks.choices import TABLES
 from hooks.dose import grid
+from hooks.effects.changes import Change, active_features, changed, doses, pairs
+from hooks.effects.sweep import Sweep
 from hooks.errors import OutputError, UserError
 from hooks.model import HookedModel
-from hooks.sweep import Sweep
 from hooks.types import Positions
 
 SHOWN = 20  # effects, unless told otherwise

@@ -10,11 +10,11 @@ import torch
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.choices import ITEM
+from hooks.effects.staggered import out_of_memory
 from hooks.errors import ModelError
 from hooks.memory._modes import Mode, Plan, gb, gib, plan
 from hooks.memory._shapes import ModelShape, SetShape
 from hooks.memory._work import Ask, Task
-from hooks.suffix import out_of_memory
 
 
 def capacity_of(device: torch.device) -> int:

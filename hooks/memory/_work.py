@@ -21,7 +21,7 @@ TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # cir
 MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
-SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/sweep.py
+SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/effects/sweep.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
 CAST, CAST_ROWS, CAST_TILE = (
     1 << 24,

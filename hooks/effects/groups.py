@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.checkpoints.store import TranscoderStore
+from hooks.effects.staggered import Clean, Rows, Walk
 from hooks.host.host import Host, tap
 from hooks.host.tokens import Batch
 from hooks.interventions import change
 from hooks.kernels.products import gather_features
 from hooks.passes.plan import Interventions, LayerTable, make_edits, make_plan
 from hooks.sites import Site
-from hooks.suffix import Clean, Rows, Walk
 from hooks.types import Edit, Pass, SparseActs
 
 BETWEEN_BLOCKS = ("resid_pre", "resid_post", "mlp_out")  # what is written there is part of the stream of the next block

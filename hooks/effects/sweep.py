@@ -27,6 +27,9 @@ from tqdm import tqdm
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.choices import METRICS, TABLES
+from hooks.effects.groups import Work, lay_out, live_groups, run_groups, run_whole
+from hooks.effects.rounding import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
+from hooks.effects.staggered import Clean, misses, out_of_memory, record_clean
 from hooks.errors import OutputError, UserError
 from hooks.files.output import replacing
 from hooks.host.arithmetic import computes_in, is_half
@@ -35,9 +38,6 @@ from hooks.host.readout import best_other
 from hooks.host.tokens import Batch
 from hooks.interventions import FeatureIntervention, change
 from hooks.passes.plan import Interventions, LayerTable, as_interventions, listed, make_plan
-from hooks.suffix import Clean, misses, out_of_memory, record_clean
-from hooks.ulps import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
-from hooks.variants import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.whole import whole
 
 log = logging.getLogger("hooks")
@@ -70,7 +70,7 @@ class Sweep:
             known (not resolved, or some activations rose and some fell). An ablated feature supports where `delta` < 0.
         noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
             two logits can make of it. In the native arithmetic of a half-precision model, the largest floor of any
-            group; `table["floor"]` has each group's own, measured as `hooks.ulps` says.
+            group; `table["floor"]` has each group's own, measured as `hooks.effects.rounding` says.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
         tokens: of the prompt.
         passes: batches that were run.
@@ -285,7 +285,7 @@ def _rounding_floors(
 ) -> Float[Tensor, " group"]:
     """`SPREADS` root mean squares of the rounding errors of each group's `delta`, 0 for groups that change nothing.
 
-    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters (see `hooks.ulps`).
+    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters (see `hooks.effects.rounding`).
     """
 
     def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:

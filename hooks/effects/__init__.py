@@ -1,0 +1,1 @@
+"""Many edits of one prompt, measured: sweeps, effects along paths, and what rounding does to them."""
