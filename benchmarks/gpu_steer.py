@@ -23,8 +23,8 @@ from gpu_graph import FULL, TINY, Rates, measured_rates
 from kernel_speed import captured
 
 from hooks import Ablate, Clamp, HookedModel, TranscoderStore
-from hooks.decode import FastDecoder
 from hooks.formats import native
+from hooks.generation.fast import FastDecoder
 from hooks.kernels.products import select_static
 
 PROMPT = 32

@@ -11,7 +11,7 @@ from typing import Any
 from circuits import shown
 from circuits.colours import FIRST, INK, QUIET, SECOND
 from circuits.scatter import picture
-from hooks.dose import DoseResponse
+from hooks.generation.dose import DoseResponse
 
 WIDTH, HEIGHT = 8.6, 3.7  # inches
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from hooks.checkpoints.store import TranscoderStore
     from hooks.effects.changes import Change
     from hooks.errors import UserError
-    from hooks.generation import Sampling
+    from hooks.generation.decoding import Sampling
+    from hooks.generation.strength import Steer
     from hooks.host.hold import Hold
     from hooks.interventions.ablate import Ablate
     from hooks.interventions.add import Add
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from hooks.interventions.scale import Scale
     from hooks.model import HookedModel
     from hooks.sites import Site
-    from hooks.strength import Steer
     from hooks.transcoder import Transcoder
     from hooks.types import FeatureAddress, SparseActs
     from hooks.version import __version__ as __version__
@@ -49,7 +49,7 @@ lazily(
     {
         "hooks.effects.changes": ("Change",),
         "hooks.errors": ("UserError",),
-        "hooks.generation": ("Sampling",),
+        "hooks.generation.decoding": ("Sampling",),
         "hooks.host.hold": ("Hold",),
         "hooks.interventions.ablate": ("Ablate",),
         "hooks.interventions.add": ("Add",),
@@ -58,7 +58,7 @@ lazily(
         "hooks.model": ("HookedModel",),
         "hooks.sites": ("Site",),
         "hooks.checkpoints.store": ("TranscoderStore",),
-        "hooks.strength": ("Steer",),
+        "hooks.generation.strength": ("Steer",),
         "hooks.transcoder": ("Transcoder",),
         "hooks.types": ("FeatureAddress", "SparseActs"),
         "hooks.version": ("__version__",),

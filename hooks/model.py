@@ -18,13 +18,18 @@ from transformers import AutoConfig
 from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import WEIGHTS
-from hooks.dose import DoseResponse, dose_response
 from hooks.effects.changes import Change, active_features, changed
 from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.effects.sweep import Sweep, sweep
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
 from hooks.feature_cache import FeatureCache
-from hooks.generation import Generated, Token, check_length, generate, left_pads
+from hooks.generation.compare import Comparison, Setting, compare_steering
+from hooks.generation.decoding import Generated, Token, check_length, generate, left_pads
+from hooks.generation.dose import DoseResponse, dose_response
+from hooks.generation.observe import Observed, Observer, observed_layers
+from hooks.generation.sampling import Sampling, stop_strings
+from hooks.generation.session import Session
+from hooks.generation.strength import Strength
 from hooks.host.arithmetic import Precision, choose_precision, computing, is_half, measured
 from hooks.host.exclusive import Exclusive, exclusive
 from hooks.host.hold import Hold, HoldLike, check_hold, holding
@@ -34,16 +39,11 @@ from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
 from hooks.lens import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.names import dtype_of, transcoder_folder
-from hooks.observe import Observed, Observer, observed_layers
 from hooks.passes.plan import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
 from hooks.passes.recording import Recording, record
 from hooks.passes.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
 from hooks.renamed import keywords
-from hooks.sampling import Sampling, stop_strings
-from hooks.session import Session
 from hooks.sites import Site, SiteSpec, module_at
-from hooks.steering import Comparison, Setting, compare_steering
-from hooks.strength import Strength
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, Edit, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole, wholes
@@ -610,9 +610,9 @@ class HookedModel:
         """Continue a prompt plain and steered, side by side, with every token's probability under both models.
 
         Args:
-            interventions: `hooks.strength.Steer`, whose strength may be relative, or anything `run` accepts.
+            interventions: `hooks.generation.strength.Steer`, whose strength may be relative, or anything `run` accepts.
             texts: where typical activations are measured beside the prompt.
-            setting: fields of `hooks.steering.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
+            setting: fields of `hooks.generation.compare.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
 
         Raises:
             UserError: as `generate`; or a strength cannot be read or measured.
@@ -632,7 +632,7 @@ class HookedModel:
         **setting: Any,
     ) -> DoseResponse:
         """The same at every strength of a grid, which each `Steer` without a strength takes; see `steer` and
-        `hooks.dose.dose_response`."""
+        `hooks.generation.dose.dose_response`."""
         return dose_response(
             self,
             prompt,

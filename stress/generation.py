@@ -39,8 +39,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hooks import HookedModel, Sampling, Site, Transcoder
-from hooks.decode import FastDecoder
-from hooks.generation_config import Processing
+from hooks.generation.fast import FastDecoder
+from hooks.generation.generation_config import Processing
 
 ARCHITECTURES: Mapping[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
-from hooks.decode import FastDecoder
 from hooks.errors import AddressError, InterventionError, ModelError, PromptError
-from hooks.layer_step import EntryBuffers
+from hooks.generation.fast import FastDecoder
+from hooks.generation.fast_step import EntryBuffers
 from hooks.passes.plan import make_plan
 
 N = 6

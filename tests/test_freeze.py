@@ -13,7 +13,7 @@ from worlds import ARCHITECTURES, WORDS, word_tokenizer
 
 from circuits.blocks import Rule, pull_back, read_block, record_block
 from hooks import UserError
-from hooks.generation import Sampling, generate
+from hooks.generation.decoding import Sampling, generate
 from hooks.host.frozen_parts import PARTS, Held, held, record_held
 from hooks.host.host import Host, tap
 from hooks.sites import Site

@@ -8,9 +8,9 @@ from transformers import GenerationConfig, LogitsProcessorList, SynthIDTextWater
 from worlds import random_hooked
 
 from hooks import Clamp, Sampling, Steer, UserError
-from hooks.decode import FastDecoder
 from hooks.errors import ModelError
-from hooks.generation_config import HONOURED, REFUSED, REPLACED, SAMPLING, WITHOUT_EFFECT, Processing
+from hooks.generation.fast import FastDecoder
+from hooks.generation.generation_config import HONOURED, REFUSED, REPLACED, SAMPLING, WITHOUT_EFFECT, Processing
 from hooks.host.host import Attached
 from stress import generation as stress
 
@@ -143,7 +143,7 @@ def test_every_field_of_transformers_has_its_place():
 def test_an_unknown_field_of_transformers_is_refused_and_a_private_one_is_not(model, monkeypatch):
     config_of(model).chat_format = "chatml"  # published configurations carry such; transformers do not look at it
     model.generate("w1", max_new_tokens=1)
-    monkeypatch.setattr("hooks.generation_config.WITHOUT_EFFECT", WITHOUT_EFFECT - {"prefill_chunk_size"})
+    monkeypatch.setattr("hooks.generation.generation_config.WITHOUT_EFFECT", WITHOUT_EFFECT - {"prefill_chunk_size"})
     config_of(model).prefill_chunk_size = 4
     with pytest.raises(ModelError, match="sets prefill_chunk_size"):
         model.generate("w1", max_new_tokens=1)

@@ -11,11 +11,11 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError, InterventionError
+from hooks.generation.strength import Steer
 from hooks.interventions import check_when_inactive
 from hooks.passes.plan import listed
 from hooks.passes.swap import check_modes
 from hooks.sites import SiteSpec
-from hooks.strength import Steer
 from hooks.types import Edit
 
 

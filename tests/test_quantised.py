@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Clamp, HookedModel
-from hooks.decode import FastDecoder
+from hooks.generation.fast import FastDecoder
 from hooks.host.host import stored_tensors
 from hooks.types import Edit
 

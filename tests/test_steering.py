@@ -15,11 +15,11 @@ from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.dose_plot import dose_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.demo import PROMPT
-from hooks.dose import grid
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
+from hooks.generation.compare import Comparison, Scored, perplexity
+from hooks.generation.dose import grid
+from hooks.generation.strength import Steer, Strength, check_how, resolve
 from hooks.host.host import Host
-from hooks.steering import Comparison, Scored, perplexity
-from hooks.strength import Steer, Strength, check_how, resolve
 from hooks.types import Pass
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from worlds import word_tokenizer
 
 from hooks import UserError
-from hooks.sampling import TextPieces, stop_strings
+from hooks.generation.sampling import TextPieces, stop_strings
 
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ã", "©"), ("ð", "Ł"), ("Ġt", "he")]  # " t", "he", "é", half an emoji, " the"
 

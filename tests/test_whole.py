@@ -56,7 +56,7 @@ from circuits import Logit, Mass, Pair, decompose, make_cases, prepare, trace, v
 from circuits.attribution._integrated import integrated_scores
 from circuits.rankings import chance
 from hooks import HookedModel, Sampling, Steer, UserError
-from hooks.decode import FastDecoder
+from hooks.generation.fast import FastDecoder
 from hooks.quality import quality
 
 model, start = random_hooked(missing=None), "w1 w2 w3"

@@ -17,14 +17,14 @@ from circuits.commands._output import Result, finish, say_inactive, show, table
 from circuits.commands._places import check_places
 from circuits.dose_plot import dose_plot
 from circuits.scatter import check_suffix
-from hooks.dose import DoseResponse, dose_response, grid
 from hooks.errors import UserError
+from hooks.generation.compare import Comparison, Scored, Setting, compare, prepare
+from hooks.generation.dose import DoseResponse, dose_response, grid
+from hooks.generation.sampling import Sampling
+from hooks.generation.strength import Resolved, Steer, preliminary
 from hooks.host.readout import Effect
 from hooks.host.tokens import Prompt
 from hooks.model import HookedModel
-from hooks.sampling import Sampling
-from hooks.steering import Comparison, Scored, Setting, compare, prepare
-from hooks.strength import Resolved, Steer, preliminary
 
 
 def run(args: argparse.Namespace) -> Result:

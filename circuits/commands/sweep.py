@@ -15,10 +15,10 @@ from circuits.commands._places import check_places
 from circuits.scatter import check_suffix
 from circuits.sweep_plot import sweep_plot
 from hooks.choices import TABLES
-from hooks.dose import grid
 from hooks.effects.changes import Change, active_features, changed, doses, pairs
 from hooks.effects.sweep import Sweep
 from hooks.errors import OutputError, UserError
+from hooks.generation.dose import grid
 from hooks.model import HookedModel
 from hooks.types import Positions
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hooks.generation import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
-from hooks.generation_config import check_config
+from hooks.generation.decoding import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
+from hooks.generation.generation_config import check_config
+from hooks.generation.sampling import Sampling, stop_strings
 from hooks.host.arithmetic import Precision
 from hooks.host.host import Host
 from hooks.host.tokens import Batch
 from hooks.passes.plan import NEVER, Interventions, as_interventions, listed
-from hooks.sampling import Sampling, stop_strings
 from hooks.types import Edit
 
 

@@ -17,15 +17,15 @@ from transformers import StaticCache
 
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
-from hooks.generation import Generated, Row, seeded
+from hooks.generation.decoding import Generated, Row, seeded
+from hooks.generation.fast_step import EntryBuffers, LayerStep, acts_buffer
+from hooks.generation.observe import Observed, observed_layers
+from hooks.generation.sampling import Sampling, stop_strings
 from hooks.host.host import CACHE, Host, execution_device
 from hooks.host.tokens import Batch, Prompt
 from hooks.kernels.products import select_static
-from hooks.layer_step import EntryBuffers, LayerStep, acts_buffer
-from hooks.observe import Observed, observed_layers
 from hooks.passes.plan import Interventions, Plan, listed, make_edits, make_plan
 from hooks.passes.swap import Swap
-from hooks.sampling import Sampling, stop_strings
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
 

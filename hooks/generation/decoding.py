@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hooks.errors import ModelError, PromptError, UserError
-from hooks.generation_config import Processing
+from hooks.generation.generation_config import Processing
+from hooks.generation.observe import Observer
+from hooks.generation.sampling import Sampling, TextPieces
 from hooks.host.arithmetic import Precision, computing
 from hooks.host.host import Host
 from hooks.host.tokens import Batch
-from hooks.observe import Observer
 from hooks.renamed import deprecated
-from hooks.sampling import Sampling, TextPieces
 from hooks.types import Edit, SparseActs
 from hooks.whole import whole
 

@@ -9,15 +9,24 @@ import pandas as pd
 import torch
 
 from hooks.errors import InterventionError, TargetError, UserError
-from hooks.generation import Generated
+from hooks.generation.compare import (
+    ROWS_PER_PASS,
+    Scored,
+    Setting,
+    Steerable,
+    log_probabilities,
+    numbers,
+    prepare,
+    scored,
+)
+from hooks.generation.decoding import Generated
+from hooks.generation.strength import UNITS, Resolved, Steer, Strength
 from hooks.host.arithmetic import computing
 from hooks.host.exclusive import Exclusive
 from hooks.host.readout import Effect, effect
 from hooks.host.tokens import Prompt
 from hooks.passes.plan import Interventions, listed
 from hooks.renamed import Table
-from hooks.steering import ROWS_PER_PASS, Scored, Setting, Steerable, log_probabilities, numbers, prepare, scored
-from hooks.strength import UNITS, Resolved, Steer, Strength
 
 
 @dataclass(frozen=True)

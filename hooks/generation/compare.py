@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.checkpoints.store import TranscoderStore
+from hooks.generation.sampling import Sampling, stop_strings
+from hooks.generation.strength import Resolved, preliminary, resolve
 from hooks.host.arithmetic import Precision
 from hooks.host.host import Host
 from hooks.host.tokens import Prompt
 from hooks.passes.plan import Interventions, listed
-from hooks.sampling import Sampling, stop_strings
-from hooks.strength import Resolved, preliminary, resolve
 from hooks.types import Edit, ErrorMode, MaskMode
 
 GREEDY = Sampling()
@@ -173,7 +173,7 @@ def compare_steering(
 
     Args:
         interventions: `Steer`, or anything `run` accepts.
-        texts: where typical activations are measured beside the prompt; see `hooks.strength`.
+        texts: where typical activations are measured beside the prompt; see `hooks.generation.strength`.
 
     Raises:
         UserError: as `generate` and `resolve`.

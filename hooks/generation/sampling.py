@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hooks.errors import ModelError, UserError
-from hooks.generation_config import SAMPLING, asked_of, check_config
+from hooks.generation.generation_config import SAMPLING, asked_of, check_config
 from hooks.whole import whole
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no complete character
