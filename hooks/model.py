@@ -15,14 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig
 
-from hooks.bridge import Passes, boot, fwd_hooks
 from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import WEIGHTS
 from hooks.effects.changes import Change, active_features, changed
 from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.effects.sweep import Sweep, sweep
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
-from hooks.feature_cache import FeatureCache
 from hooks.generation.compare import Comparison, Setting, compare_steering
 from hooks.generation.decoding import Generated, Token, check_length, generate, left_pads
 from hooks.generation.dose import DoseResponse, dose_response
@@ -36,7 +34,9 @@ from hooks.host.hold import Hold, HoldLike, check_hold, holding
 from hooks.host.host import Host, fingerprint, tap
 from hooks.host.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
-from hooks.lens import LensHook, lens_edits
+from hooks.lens.bridge import Passes, boot, fwd_hooks
+from hooks.lens.cache import FeatureCache
+from hooks.lens.functions import LensHook, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.names import dtype_of, transcoder_folder
 from hooks.passes.plan import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan

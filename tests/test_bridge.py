@@ -23,10 +23,10 @@ from transformers import (
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
-from hooks.bridge import LENS_CACHE
 from hooks.errors import AddressError
 from hooks.host.host import CACHE, tap
-from hooks.lens import lens_edits
+from hooks.lens.bridge import LENS_CACHE
+from hooks.lens.functions import lens_edits
 from hooks.types import SparseActs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformer-lens's own imports
@@ -326,7 +326,7 @@ def test_the_bridge_generates_what_transformers_do_and_without_a_warning(family)
 
 
 REPAIRED = (
-    "TransformerLens is repaired: remove _name_the_cache and LENS_CACHE from hooks/bridge.py, this test, and "
+    "TransformerLens is repaired: remove _name_the_cache and LENS_CACHE from hooks/lens/bridge.py, this test, and "
     "'A bridge of your own' from docs/transformerlens.md"
 )
 

@@ -74,7 +74,7 @@ OWNERS = {  # pattern in the code → files that may contain it
     r"hook_resid_|\.hook_in\b|hook_mlp_out|hook_attn_out": {"hooks/sites.py"},
     r"register_forward_|register_full_backward": {  # looks at the bridge's twin; noise in training
         "hooks/host/host.py",
-        "hooks/bridge.py",
+        "hooks/lens/bridge.py",
         "hooks/demo/train_model.py",
     },
     r"torch\.load\(": {"hooks/files/weight_files.py"},
