@@ -13,9 +13,9 @@ from jaxtyping import Float
 from circuits.colours import FIRST, INK, QUIET, SECOND
 from circuits.scatter import picture
 from circuits.shown import drawn
-from hooks.calibrate import Calibration
+from hooks.check.calibrate import Calibration
+from hooks.check.fits import Option
 from hooks.checkpoints.findings import Findings
-from hooks.site_fits import Option
 from hooks.sites import SiteSpec
 
 CELL, SIDE, LEAST = 0.46, 3.4, 3.2  # inches

@@ -10,7 +10,7 @@ from typing import Any
 
 from circuits.colours import FIRST, INK, QUIET, SECOND
 from circuits.scatter import picture
-from hooks.quality_report import QualityReport
+from hooks.check.quality_report import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches
 LINES = (  # dashes, because without sinks in the text the two lines are one

@@ -25,7 +25,8 @@ from circuits.demo.story import PICTURES
 from circuits.export import EXPORTERS, export
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel
-from hooks.calibrate import calibrate
+from hooks.check.calibrate import calibrate
+from hooks.check.texts import Texts
 from hooks.checkpoints.convert import WRITERS, convert
 from hooks.checkpoints.findings import save
 from hooks.demo import TRANSCODERS
@@ -33,7 +34,6 @@ from hooks.files.output import PREFIX, write_text
 from hooks.files.weight_files import output
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
-from hooks.texts import Texts
 
 PROMPTS = ("fact: the capital of the state containing Dallas is", "fact: the capital of Texas is")
 NEVER = 1 << 60  # no line is so far away

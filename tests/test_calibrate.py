@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hooks import HookedModel
-from hooks.calibrate import calibrate
+from hooks.check.avoidable import avoidable_by_row, separation
+from hooks.check.block_by_block import rows_of, walk
+from hooks.check.calibrate import calibrate
+from hooks.check.fits import fits, options, sink_mask
+from hooks.check.selection_rule import Rule, selection
+from hooks.check.texts import Texts, paragraphs
 from hooks.checkpoints.findings import Findings
 from hooks.checkpoints.store import TranscoderStore
 from hooks.demo import TRANSCODERS
@@ -19,12 +24,7 @@ from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
 from hooks.formats import Checkpoint, LayerSource, recognise
 from hooks.host.host import Host, fingerprint
-from hooks.refit import avoidable_by_row, separation
-from hooks.selection import Rule, selection
-from hooks.site_fits import fits, options, sink_mask
 from hooks.sites import Site, SiteSpec
-from hooks.texts import Texts, paragraphs
-from hooks.walk import rows_of, walk
 
 TEXTS = Texts.built_in(demo=True)
 

@@ -17,11 +17,11 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from circuits import Answer, Direction, Feature, Graph, Mass, Pair, decompose, faithfulness, make_cases, trace, verify
 from circuits.rankings import RANKINGS, rank
 from hooks import Ablate, Clamp, HookedModel, Scale
-from hooks.calibrate import calibrate
+from hooks.check.calibrate import calibrate
+from hooks.check.quality import quality
+from hooks.check.texts import Texts
 from hooks.formats import recognise
-from hooks.quality import quality
 from hooks.sites import Site, SiteSpec
-from hooks.texts import Texts
 from hooks.transcoder import WEIGHTS
 
 LAYERS = (0, 1, 2, 3)  # the second device begins with layer 2

@@ -11,10 +11,10 @@ from circuits.demo import report
 from circuits.export import EXPORTERS, export
 from circuits.graph import Graph
 from hooks import Ablate
+from hooks.check.quality import quality
 from hooks.choices import REPORTS, TABLES
 from hooks.demo import PROMPT
 from hooks.errors import OutputError
-from hooks.quality import quality
 
 NOTES = "my notes of many weeks"
 

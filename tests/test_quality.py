@@ -15,12 +15,12 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 from circuits import cli
 from circuits.quality_plot import quality_plot
 from hooks import HookedModel, Site, Transcoder, UserError
+from hooks.check.quality import quality
+from hooks.check.quality_report import QualityReport
+from hooks.check.sums import site_sums
 from hooks.demo.world import held_out_sentences
 from hooks.errors import CheckpointError, OutputError, PromptError
 from hooks.passes.swap import site_quality, swap_effect
-from hooks.quality import quality
-from hooks.quality_report import QualityReport
-from hooks.site_sums import site_sums
 from hooks.sites import SiteSpec
 from hooks.types import Edit
 

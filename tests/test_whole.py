@@ -57,7 +57,7 @@ from circuits.attribution._integrated import integrated_scores
 from circuits.rankings import chance
 from hooks import HookedModel, Sampling, Steer, UserError
 from hooks.generation.fast import FastDecoder
-from hooks.quality import quality
+from hooks.check.quality import quality
 
 model, start = random_hooked(missing=None), "w1 w2 w3"
 demo, fact = HookedModel.load("demo"), "fact: the capital of the state containing Dallas is"

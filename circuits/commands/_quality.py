@@ -5,12 +5,12 @@ import argparse
 from circuits.commands._options import load
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.quality_plot import quality_plot
+from hooks.check.block_by_block import rows_of
+from hooks.check.quality import quality
+from hooks.check.quality_report import QualityReport, check_report_suffix
+from hooks.check.texts import Texts
 from hooks.host.host import Host
 from hooks.host.tokens import Prompt
-from hooks.quality import quality
-from hooks.quality_report import QualityReport, check_report_suffix
-from hooks.texts import Texts
-from hooks.walk import rows_of
 
 SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")
 LOSSES = ("loss", "stored_loss")

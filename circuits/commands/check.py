@@ -12,7 +12,8 @@ from circuits.commands._options import settle
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
 from circuits.scatter import check_drawing
-from hooks.calibrate import Calibration, calibrate
+from hooks.check.calibrate import Calibration, calibrate
+from hooks.check.texts import Texts
 from hooks.checkpoints.findings import FILE, Findings, save
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
@@ -22,7 +23,6 @@ from hooks.memory import explained
 from hooks.model import load_host
 from hooks.names import transcoder_folder
 from hooks.sites import SiteSpec
-from hooks.texts import Texts
 
 LAYERS = {
     "layer": "layer",

@@ -14,7 +14,7 @@ from hooks.sites import SiteSpec
 
 FILE = "calibration.json"
 Verdict = Literal["clear", "too close", "none is good"]
-"""Whether the measured convention may be built on; see `hooks.verdict.decide`."""
+"""Whether the measured convention may be built on; see `hooks.check.verdict.decide`."""
 
 
 _T = TypeVar("_T")

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.check.block_by_block import Streams
+from hooks.check.sums import CONSTANT
 from hooks.passes.recording import is_sink
-from hooks.site_sums import CONSTANT
 from hooks.sites import SITE_NAMES, SiteSpec
 from hooks.transcoder import Transcoder
-from hooks.walk import Streams
 
 _PREACTIVATIONS_AT_ONCE = 1 << 26  # 256 MB of fp32
 _BRANCHES = ("attn_out", "mlp_out")  # read only by sets that reconstruct what they read

@@ -1,12 +1,12 @@
 """What a set of transcoders reads and writes, and with which encoder: measured, not believed.
 
 texts → every site of the model (one pass) → FVU of every read site × write site × encoder → the candidates that are
-near the best → whose decoder cannot be improved (`hooks.refit`) → verdict
+near the best → whose decoder cannot be improved (`hooks.check.avoidable`) → verdict
 
 FVU decides between candidates that are 0.05 or further apart. Nearer ones it cannot tell apart: a target that is easier
 to hit has the smaller error even for a decoder that was trained on another. The avoidable error can.
 
-How many features TopK keeps, or whether there is a TopK at all, is not decided here (`hooks.selection`).
+How many features TopK keeps, or whether there is a TopK at all, is not decided here (`hooks.check.selection_rule`).
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hooks.check.block_by_block import Rows, rows_of
+from hooks.check.fits import Fit, Option, options
+from hooks.check.measure import Passes, Settled
+from hooks.check.selection_rule import selection
+from hooks.check.texts import Texts
+from hooks.check.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
 from hooks.checkpoints.findings import DecoderFinding, Findings
 from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders
 from hooks.host.host import Host, fingerprint
-from hooks.selection import selection
-from hooks.site_fits import Fit, Option, options
-from hooks.site_passes import Passes, Settled
 from hooks.sites import SiteSpec
-from hooks.texts import Texts
-from hooks.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
-from hooks.walk import Rows, rows_of
 
 
 @dataclass(frozen=True)

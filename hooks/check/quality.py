@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from hooks.check.quality_report import LayerQuality, Prediction, QualityReport, Replacement
+from hooks.check.sums import SiteSums, site_sums
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import PromptError, UserError
 from hooks.host.host import Host
 from hooks.host.tokens import Batch, Prompt
 from hooks.model import HookedModel
 from hooks.passes.recording import sink_norm
-from hooks.quality_report import LayerQuality, Prediction, QualityReport, Replacement
-from hooks.site_sums import SiteSums, site_sums
 from hooks.types import Edit, Pass
 from hooks.whole import whole, wholes
 

@@ -1,6 +1,6 @@
 """The passes of a check over the model: which rule, the grid of all candidates, and what tells the best of them apart.
 
-Each pass walks block by block (`hooks.walk`), with one layer's transcoders loaded at a time.
+Each pass walks block by block (`hooks.check.block_by_block`), with one layer's transcoders loaded at a time.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooks.check.avoidable import avoidable_by_row, by_row
+from hooks.check.block_by_block import Rows, Streams, walk
+from hooks.check.fits import Fit, Option, fits, sink_mask, target
+from hooks.check.selection_rule import Curve, Rule, curve_at, finer, fit_by_rule, rules
+from hooks.check.verdict import CLOSE, Evidence, Ranking, rank
 from hooks.checkpoints.convention import Convention, choose, named_layers
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
 from hooks.host.host import Host
-from hooks.refit import avoidable_by_row, by_row
-from hooks.selection import Curve, Rule, curve_at, finer, fit_by_rule, rules
-from hooks.site_fits import Fit, Option, fits, sink_mask, target
 from hooks.sites import SiteSpec
 from hooks.transcoder import Transcoder
-from hooks.verdict import CLOSE, Evidence, Ranking, rank
-from hooks.walk import Rows, Streams, walk
 
 _SETTLE_TOKENS, _SETTLE_LAYERS = 4096, 16
 _PILOT_TOKENS, _PILOT_LAYERS, _PILOT_CONTENDERS = 1024, 3, 4

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.check.avoidable import separation
+from hooks.check.fits import Fit, Option
 from hooks.checkpoints.findings import Candidate, LayerFinding, Verdict
 from hooks.formats import Checkpoint
-from hooks.refit import separation
-from hooks.site_fits import Fit, Option
 
 CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their avoidable error
 GOOD = 0.5  # FVU: more is left than explained. The right model's sets stay far below, another model's come near 1

@@ -1,4 +1,4 @@
-"""What `hooks.quality` found out about a set of transcoders, per layer and per group of replaced sites."""
+"""What `hooks.check.quality` found out about a set of transcoders, per layer and per group of replaced sites."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

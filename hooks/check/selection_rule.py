@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.check.avoidable import avoidable_by_row
+from hooks.check.fits import Target
 from hooks.checkpoints.findings import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
-from hooks.refit import avoidable_by_row
-from hooks.site_fits import Target
 from hooks.transcoder import Transcoder
 
 _SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.25)  # tried where the files say nothing of k

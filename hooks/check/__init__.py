@@ -1,0 +1,1 @@
+"""What a set reads and writes, and how good it is: measured over text."""
