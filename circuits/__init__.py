@@ -23,11 +23,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from circuits.cases import Pair, make_cases
     from circuits.decompose import decompose
     from circuits.evaluate import completeness, faithfulness
-    from circuits.graph import Graph, check_graph
-    from circuits.measures import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
-    from circuits.prune import prune
+    from circuits.graph.graph import Graph, check_graph
+    from circuits.graph.prune import prune
+    from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
+    from circuits.graph.supernodes import merge_chains, supernode_graph
     from circuits.scores import FeatureScores, score_features
-    from circuits.supernodes import merge_chains, supernode_graph
     from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
     from circuits.trace import prepare, trace
     from circuits.verify import Verification, verify
@@ -71,11 +71,11 @@ lazily(
         "circuits.cases": ("Pair", "make_cases"),
         "circuits.decompose": ("decompose",),
         "circuits.evaluate": ("completeness", "faithfulness"),
-        "circuits.graph": ("Graph", "check_graph"),
-        "circuits.measures": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
-        "circuits.prune": ("prune",),
+        "circuits.graph.graph": ("Graph", "check_graph"),
+        "circuits.graph.scores": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
+        "circuits.graph.prune": ("prune",),
         "circuits.scores": ("FeatureScores", "score_features"),
-        "circuits.supernodes": ("merge_chains", "supernode_graph"),
+        "circuits.graph.supernodes": ("merge_chains", "supernode_graph"),
         "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
         "circuits.trace": ("prepare", "trace"),
         "circuits.verify": ("Verification", "verify"),

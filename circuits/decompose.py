@@ -18,9 +18,9 @@ from circuits.attribution._heads import Parts, parts_of
 from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.blocks import Rule
-from circuits.graph import Graph
-from circuits.identity import check_same
-from circuits.nodes import ERROR, FEATURE, TARGET
+from circuits.graph.graph import Graph
+from circuits.graph.identity import check_same
+from circuits.graph.nodes import ERROR, FEATURE, TARGET
 from circuits.targets import read_targets
 from hooks.errors import UserError
 from hooks.host.arithmetic import measured

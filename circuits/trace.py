@@ -9,8 +9,8 @@ from circuits.assemble import Setting, assemble, make_run, settle
 from circuits.attribution import RULES
 from circuits.attribution._run import LocalRun
 from circuits.attribution._stack import WRITABLE
-from circuits.graph import Graph
-from circuits.prune import check_thresholds, prune
+from circuits.graph.graph import Graph
+from circuits.graph.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike, against_token, either
 from circuits.verify import verify_in
@@ -66,7 +66,7 @@ def trace(
             conservation and the remainder are over all of them.
         budget_bytes: of memory for kept edges; fewer edges per node are kept where they would not fit.
         rule: an attribution rule, a file in `circuits/attribution/`.
-        node_threshold, edge_threshold: see `circuits.prune`; 1.0 keeps everything.
+        node_threshold, edge_threshold: see `circuits.graph.prune`; 1.0 keeps everything.
         sample: how many nodes and edges are verified by real interventions; 0 skips the verification.
         seed: of that sample.
         progress: show a bar on stderr.

@@ -29,7 +29,7 @@ import numpy as np
 from circuits import Graph, check_graph, trace
 from circuits.cli import main as circuits
 from circuits.export import EXPORTERS, export
-from circuits.nodes import KINDS
+from circuits.graph.nodes import KINDS
 from hooks import HookedModel
 from hooks.errors import UserError
 

@@ -16,7 +16,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from circuits import trace
 from circuits.assemble import assemble, make_run, settle
 from circuits.attribution import RULES
-from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from circuits.select import by_layer, select
 from circuits.verify import measure_edges
 from hooks import HookedModel, UserError

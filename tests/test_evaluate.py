@@ -15,7 +15,7 @@ from circuits.curves import Curve, area, log_area, plot_curves
 from circuits.demo.curves import all_sites, beats_baselines, city_pairs, pick, ranked
 from circuits.demo.questions import Exam
 from circuits.evaluate import SHARES, check_error, circuits_by_size, completeness, cut, faithfulness, measure
-from circuits.nodes import FEATURE
+from circuits.graph.nodes import FEATURE
 from circuits.rankings import RANKINGS, chance, rank
 from hooks import Ablate, HookedModel, Site, UserError
 from hooks.demo.world import TEST_TEMPLATE

@@ -13,7 +13,7 @@ from circuits.assemble import make_run, settle
 from circuits.attribution._ends import constants
 from circuits.attribution._run import LocalRun, contract
 from circuits.attribution.exact import edge_rows
-from circuits.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
 from circuits.select import by_layer, select
 from hooks import HookedModel, Scale, Site, UserError
 from hooks.errors import CheckpointError, TargetError

@@ -24,8 +24,8 @@ from circuits.blocks import (
     through_attention,
     through_attention_everywhere,
 )
-from circuits.influence import node_influence
-from circuits.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
+from circuits.graph.influence import node_influence
+from circuits.graph.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
 from circuits.targets import metric
 from hooks import Site
 from hooks.kernels.products import linear_fp32, matmul_fp32

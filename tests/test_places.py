@@ -9,7 +9,7 @@ from circuits.cli import main
 from circuits.commands._places import SIGNS, check_places
 from circuits.demo import report
 from circuits.export import EXPORTERS, export
-from circuits.graph import Graph
+from circuits.graph.graph import Graph
 from hooks import Ablate
 from hooks.check.quality import quality
 from hooks.choices import REPORTS, TABLES

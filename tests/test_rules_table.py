@@ -14,7 +14,7 @@ from circuits.assemble import settle
 from circuits.attribution._stack import known_blocks, record_stack
 from circuits.attribution.ose import one_step, one_step_scores
 from circuits.blocks import Rule, through_attention_everywhere, through_mlp
-from circuits.nodes import REMAINDER
+from circuits.graph.nodes import REMAINDER
 from hooks import Ablate, Scale
 from hooks.sites import Site
 from hooks.types import Edit

@@ -19,10 +19,10 @@ from circuits import Direction, Feature, Graph, Logit, Mass, Target, check_graph
 from circuits.cli import main
 from circuits.curves import Curve, plot_curves
 from circuits.export import EXPORTERS, export
-from circuits.nodes import FEATURE, REST, TARGET, NodeIndex
+from circuits.graph.nodes import FEATURE, REST, TARGET, NodeIndex
+from circuits.graph.sound import plain
 from circuits.scatter import Panel, scatter_plot
 from circuits.shown import clean, drawn, unique
-from circuits.sound import plain
 from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel, Site
 from hooks.errors import OutputError, TargetError, UserError

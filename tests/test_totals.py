@@ -16,7 +16,7 @@ from circuits import Direction, Logit
 from circuits.assemble import assemble
 from circuits.attribution import RULES
 from circuits.attribution._chain import chain_gradients
-from circuits.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from circuits.select import total_effects
 from hooks import Site, UserError
 

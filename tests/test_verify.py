@@ -11,7 +11,7 @@ from worlds import random_hooked
 from circuits import trace, verify
 from circuits.agreement import rank_correlation
 from circuits.assemble import settle
-from circuits.nodes import FEATURE
+from circuits.graph.nodes import FEATURE
 from circuits.verify import measure_edges, measure_nodes, stratified
 from hooks import Ablate, Scale, UserError
 from hooks.types import Edit

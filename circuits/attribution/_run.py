@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from circuits.attribution._room import Room
 from circuits.attribution._stack import Stack, stack_of
-from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
 from hooks.checkpoints.store import TranscoderStore
 from hooks.kernels.products import gather_features

@@ -21,8 +21,8 @@ from circuits.demo.feature_swap import (
 from circuits.demo.quality import TwoHop, reconstruction_quality, two_hop_accuracy
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.export import export
-from circuits.graph import Graph
-from circuits.nodes import FEATURE
+from circuits.graph.graph import Graph
+from circuits.graph.nodes import FEATURE
 from circuits.trace import trace
 from hooks.demo.world import HEADLINE_CITY, HEADLINE_PROMPT, OTHER_PROMPT, STATE_OF_CITY, STATES
 from hooks.host.readout import Effect, RankedToken

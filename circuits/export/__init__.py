@@ -7,7 +7,7 @@ A format is a module with
 
 from pathlib import Path
 
-from circuits.graph import Graph, check_graph
+from circuits.graph.graph import Graph, check_graph
 from hooks.errors import OutputError
 from hooks.plugins import discover
 

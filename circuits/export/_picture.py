@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from circuits.colours import INK, MUTED, OPPOSES, ROLES, SUPPORTS
-from circuits.graph import Graph
-from circuits.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
+from circuits.graph.graph import Graph
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
 from circuits.scatter import picture
 from circuits.shown import drawn
 from circuits.shown import token as shown_token

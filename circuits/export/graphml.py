@@ -5,7 +5,7 @@ from pathlib import Path
 import networkx as nx
 
 from circuits.export._xml import clean_network
-from circuits.graph import Graph
+from circuits.graph.graph import Graph
 from hooks.files.output import replacing
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import networkx as nx
 
-from circuits.graph import Graph
-from circuits.sound import plain
+from circuits.graph.graph import Graph
+from circuits.graph.sound import plain
 from hooks.files.output import write_json
 
 

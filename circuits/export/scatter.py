@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from circuits.graph import Graph
+from circuits.graph.graph import Graph
 from circuits.scatter import plot_sample
 from hooks.errors import OutputError
 

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch.nn.functional import cosine_similarity
 
-from circuits.graph import Graph
-from circuits.identity import check_same
-from circuits.nodes import FEATURE
+from circuits.graph.graph import Graph
+from circuits.graph.identity import check_same
+from circuits.graph.nodes import FEATURE
 from hooks.errors import UserError
 from hooks.model import HookedModel
 

@@ -8,9 +8,9 @@ Remainder nodes count in none of this; they stay, with their edges, as long as s
 import numpy as np
 from jaxtyping import Bool, Int
 
-from circuits.graph import Graph
-from circuits.influence import mass_threshold, node_influence, start_weights
-from circuits.nodes import FEATURE, REMAINDER, TARGET, TOKEN, NodeIndex
+from circuits.graph.graph import Graph
+from circuits.graph.influence import mass_threshold, node_influence, start_weights
+from circuits.graph.nodes import FEATURE, REMAINDER, TARGET, TOKEN, NodeIndex
 from hooks.errors import UserError
 
 

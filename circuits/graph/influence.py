@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.nodes import REMAINDER, TARGET, NodeIndex
+from circuits.graph.nodes import REMAINDER, TARGET, NodeIndex
 
 EPS = 1e-10  # circuit-tracer's clamp
 

@@ -1,6 +1,6 @@
 """What a graph explains as a whole: circuit-tracer's two scores, signed total effects, and honest scores of subgraphs.
 
-Scores are unsigned shares (`circuits.influence`); totals keep the sign and add up where a rule conserves. A subgraph
+Scores are unsigned shares (`circuits.graph.influence`); totals keep the sign and add up where a rule conserves. A subgraph
 is scored with the features it leaves out folded into the rest nodes: what is merely dropped cannot count as
 unexplained, and so the fewer features stay, the better a graph would look.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from circuits.graph import Graph
-from circuits.influence import levels, node_influence, shares, start_weights, sweep
-from circuits.nodes import FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
+from circuits.graph.graph import Graph
+from circuits.graph.influence import levels, node_influence, shares, start_weights, sweep
+from circuits.graph.nodes import FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from hooks.errors import UserError
 
 UNEXPLAINED = ("error", "rest")

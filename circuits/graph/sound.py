@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Bool, Int
 
-from circuits.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
 from hooks.errors import UserError, first_line
 from hooks.files.documents import shown
 from hooks.types import FeatureAddress

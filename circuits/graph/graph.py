@@ -1,7 +1,7 @@
 """The circuit: a frozen table of nodes, a frozen table of edges, and what is known about them.
 
 Saved as one safetensors file (arrays plus one JSON text in the header): no pickle, and the same graph gives the same
-bytes. A file is checked whole before it becomes a graph (`circuits.sound`).
+bytes. A file is checked whole before it becomes a graph (`circuits.graph.sound`).
 """
 
 import html
@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from circuits.nodes import FEATURE, KINDS, NONE, NodeIndex
+from circuits.graph.nodes import FEATURE, KINDS, NONE, NodeIndex
+from circuits.graph.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
 from circuits.shown import drawn, unique
-from circuits.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
 from hooks.errors import CheckpointError, UserError, first_line
 from hooks.files.checks import Stored, check_safetensors
 from hooks.files.documents import shown
@@ -43,14 +43,14 @@ class Graph:
         activation: a feature's activation, a target's value, the norm of a rest, error, bias or token vector.
         score: first-order contribution of the node to the (first) target, in logits: removing the node is predicted
             to lower the target by this much.
-        influence: share of the first target that flows through the node, unsigned (`circuits.influence`).
+        influence: share of the first target that flows through the node, unsigned (`circuits.graph.influence`).
         source, target: rows of the nodes an edge joins, cause → effect.
         weight: contribution of the source to the target's pre-activation (or logit difference), in its units.
         effect: the same in logits of the first target: weight times the target node's own effect per unit (into a
             further target: in that target's own logits).
         meta: JSON-able facts: prompt, tokens, targets, rule, model, convention, verification.
         baseline: in a pair of prompts, the activation (or value) in the counterfactual; else None, which means 0.
-        total: signed total effect along all paths of the graph before it was pruned (`circuits.measures`); None where
+        total: signed total effect along all paths of the graph before it was pruned (`circuits.graph.scores`); None where
             too many edges were left out to say.
     """
 

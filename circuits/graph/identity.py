@@ -1,6 +1,6 @@
 """Whether a graph belongs to a model."""
 
-from circuits.graph import Graph
+from circuits.graph.graph import Graph
 from hooks.errors import UserError
 from hooks.model import HookedModel
 

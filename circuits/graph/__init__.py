@@ -1,0 +1,1 @@
+"""The graph, and everything that is computed from it alone."""
