@@ -32,13 +32,13 @@ from torch import Tensor
 from circuits import RULES, score_features
 from circuits.agreement import correlation, rank_correlation
 from circuits.assemble import Setting, assemble, make_run, settle
-from circuits.attribution._factored import known_edges, known_gradients
-from circuits.attribution._run import LocalRun
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule
 from circuits.demo.discovery import verification_prompts
 from circuits.demo.questions import Exam
-from circuits.held import Removal, run_held
+from circuits.edges.factored import known_edges, known_gradients
+from circuits.edges.measured import Removal, run_held
+from circuits.edges.run import LocalRun
 from circuits.select import by_layer
 from circuits.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
 from hooks import HookedModel

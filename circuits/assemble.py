@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.attribution import RULES
-from circuits.attribution._run import LocalRun, Rows, make_cuts
-from circuits.attribution._stack import Stack, stack_of, stream_sites
+from circuits.edges.measured import feature_values
+from circuits.edges.run import LocalRun, Rows, make_cuts
+from circuits.edges.stack import Stack, stack_of, stream_sites
 from circuits.graph.graph import Graph
 from circuits.graph.influence import node_influence, start_weights
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from circuits.graph.scores import graph_scores, signed_totals
-from circuits.held import feature_values
 from circuits.scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
 from hooks.errors import TargetError

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from circuits.assemble import Setting, make_run, recorded, score_setting
 from circuits.attribution import RULES
-from circuits.attribution._ends import ends
-from circuits.attribution._heads import Parts, parts_of
-from circuits.attribution._run import LocalRun
-from circuits.attribution._stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.blocks import Rule
+from circuits.edges.ends import ends
+from circuits.edges.heads import Parts, parts_of
+from circuits.edges.run import LocalRun
+from circuits.edges.stack import MIDDLE, Stack, joins_at, read_from, stack_of
 from circuits.graph.graph import Graph
 from circuits.graph.identity import check_same
 from circuits.graph.nodes import ERROR, FEATURE, TARGET

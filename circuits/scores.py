@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution import RULES
-from circuits.attribution._stack import stack_of
+from circuits.edges.stack import stack_of
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.kernels.products import linear_fp32

@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from circuits.assemble import Setting, make_run
 from circuits.attribution import RULES
-from circuits.attribution._chain import chain_gradients
 from circuits.attribution.ose import one_step_scores
+from circuits.edges.totals import chain_gradients
 from circuits.graph.nodes import FEATURE, TARGET
 from circuits.scores import from_gradients
 

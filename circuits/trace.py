@@ -7,8 +7,8 @@ import torch
 
 from circuits.assemble import Setting, assemble, make_run, settle
 from circuits.attribution import RULES
-from circuits.attribution._run import LocalRun
-from circuits.attribution._stack import WRITABLE
+from circuits.edges.run import LocalRun
+from circuits.edges.stack import WRITABLE
 from circuits.graph.graph import Graph
 from circuits.graph.prune import check_thresholds, prune
 from circuits.select import ORDERS, by_layer, coverage, select

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from circuits.agreement import Agreement, agree, rank_correlation
 from circuits.assemble import Setting, recorded, score_setting
+from circuits.edges.measured import Removal, feature_values, run_held
 from circuits.graph.graph import Graph
 from circuits.graph.identity import check_same
 from circuits.graph.nodes import FEATURE, TARGET
-from circuits.held import Removal, feature_values, run_held
 from circuits.scatter import plot_sample
 from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets

@@ -11,8 +11,8 @@ import torch
 from worlds import planted_sink, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import RULES, Mass, prepare
+from circuits.edges.measured import Removal, run_held
 from circuits.graph.nodes import ERROR, FEATURE, TOKEN
-from circuits.held import Removal, run_held
 from hooks import HookedModel, Site
 from hooks.host.frozen_parts import held, record_held
 from hooks.sites import EMBEDDING

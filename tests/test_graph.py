@@ -10,9 +10,9 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from circuits import Graph, Logit, Target, score_features, trace
 from circuits.assemble import make_run, settle
-from circuits.attribution._ends import constants
-from circuits.attribution._run import LocalRun, contract
 from circuits.attribution.exact import edge_rows
+from circuits.edges.ends import constants
+from circuits.edges.run import LocalRun, contract
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
 from circuits.select import by_layer, select
 from hooks import HookedModel, Scale, Site, UserError

@@ -13,7 +13,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Direction, Feature, Logit, Mass
 from circuits.assemble import settle
-from circuits.held import Removal, feature_values, run_held
+from circuits.edges.measured import Removal, feature_values, run_held
 from hooks import HookedModel, Site
 from hooks.checkpoints.store import TranscoderStore
 from hooks.types import Edit
@@ -133,7 +133,7 @@ def test_rows_do_not_depend_on_how_many_share_a_pass(monkeypatch, rows_per_pass)
     site = Site("resid_post", 1)
     rows = [{site: Removal(n % 4, v)} for n, v in enumerate(vectors(7))]
     expected = run_held(setting.model, setting.recording, ALL[2:], rows, {}, setting.targets)
-    monkeypatch.setattr("circuits.held.ROWS", rows_per_pass)
+    monkeypatch.setattr("circuits.edges.measured.ROWS", rows_per_pass)
     seen: dict = {}
     looks = {Site("resid_pre", 2): lambda x, start: seen.update({start + n: row for n, row in enumerate(x)})}
     found = run_held(setting.model, setting.recording, ALL[2:], rows, looks, setting.targets)

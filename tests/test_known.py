@@ -12,8 +12,9 @@ from worlds import ARCHITECTURES, WORDS, random_transcoder, word_tokenizer
 
 from circuits import Direction, Logit, Mass, prepare, score_features, trace
 from circuits.assemble import recorded, settle
-from circuits.attribution import RULES, _stack, autograd
-from circuits.attribution._stack import known_blocks, reproduces, stack_of
+from circuits.attribution import RULES, autograd
+from circuits.edges import stack as _stack
+from circuits.edges.stack import known_blocks, reproduces, stack_of
 from circuits.targets import resolve_targets
 from hooks import HookedModel, Site, UserError
 from hooks.errors import ModelError

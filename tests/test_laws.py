@@ -14,7 +14,6 @@ from test_conventions import ALL, TEXT, dense, hooked, run_of, settled
 from circuits import Direction, Feature, Logit
 from circuits.assemble import assemble, make_run, settle
 from circuits.attribution import RULES
-from circuits.attribution._ends import encoder_bias
 from circuits.blocks import (
     Rule,
     pull_back,
@@ -24,6 +23,7 @@ from circuits.blocks import (
     through_attention,
     through_attention_everywhere,
 )
+from circuits.edges.ends import encoder_bias
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
 from circuits.targets import metric
@@ -265,7 +265,7 @@ def test_conserving_rules_have_no_remainder_but_in_pairs():
 def test_groups_come_from_the_targets_down(rule, monkeypatch):
     """Whoever reads edges as they come may rely on it: what feeds a node comes after all that the node feeds."""
     monkeypatch.setattr("circuits.attribution.autograd.COPIES", 5)
-    monkeypatch.setattr("circuits.attribution._factored.MOST_AT_ONCE", 5)
+    monkeypatch.setattr("circuits.edges.factored.MOST_AT_ONCE", 5)
     run = run_of(replace(settled(SAME), rule=rule), 40)
     blocks = [rows.targets for rows in RULES[rule].edge_rows(run)]
     kinds = [
@@ -281,7 +281,7 @@ def test_groups_come_from_the_targets_down(rule, monkeypatch):
 def test_edges_do_not_depend_on_how_many_targets_are_pulled_back_at_once(rule, monkeypatch):
     run = run_of(replace(settled(SAME), rule=rule), 40)
     expected = dense(run, rule)
-    monkeypatch.setattr("circuits.attribution._factored.MOST_AT_ONCE", 3)
+    monkeypatch.setattr("circuits.edges.factored.MOST_AT_ONCE", 3)
     torch.testing.assert_close(dense(run, rule), expected, rtol=1e-11, atol=1e-13)
 
 

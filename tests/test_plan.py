@@ -18,8 +18,10 @@ from worlds import word_tokenizer
 
 from benchmarks._allocations import allocations
 from circuits import cli, prepare, trace
-from circuits.attribution import _factored, _features, autograd
-from circuits.held import ROWS
+from circuits.attribution import autograd
+from circuits.edges import factored as _factored
+from circuits.edges import features as _features
+from circuits.edges.measured import ROWS
 from circuits.trace import EDGE_BYTES
 from hooks import Clamp, HookedModel, Site, Transcoder
 from hooks.demo import TRANSCODERS, WEIGHTS

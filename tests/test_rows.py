@@ -14,10 +14,12 @@ from torch import Tensor
 from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
 from circuits.assemble import Setting, settle
-from circuits.attribution import RULES, _features, _middle
-from circuits.attribution._middle import project
-from circuits.attribution._room import Room
-from circuits.attribution._run import LocalRun
+from circuits.attribution import RULES
+from circuits.edges import features as _features
+from circuits.edges import one_block as _middle
+from circuits.edges.buffer import Room
+from circuits.edges.one_block import project
+from circuits.edges.run import LocalRun
 from hooks import HookedModel
 from hooks.kernels.products import rows_in_place as rows
 from hooks.kernels.rows_in_place import add_products, cut_blocks, usable

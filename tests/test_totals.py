@@ -15,7 +15,7 @@ from test_conventions import ALL, hooked, local_run, over, run_of, settled
 from circuits import Direction, Logit
 from circuits.assemble import assemble
 from circuits.attribution import RULES
-from circuits.attribution._chain import chain_gradients
+from circuits.edges.totals import chain_gradients
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from circuits.select import total_effects
 from hooks import Site, UserError

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution._ends import constants
-from circuits.attribution._run import LocalRun, Rows, contract
-from circuits.attribution._tokens import token_rows
+from circuits.edges.ends import constants
+from circuits.edges.run import LocalRun, Rows, contract
+from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget, metric
 from hooks.host.host import tap
 from hooks.model import HookedModel

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from circuits.attribution import autograd
-from circuits.attribution._factored import all_edges, all_gradients
-from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
+from circuits.edges.factored import all_edges, all_gradients
+from circuits.edges.run import LocalRun, Rows
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
 from hooks.passes.recording import Recording

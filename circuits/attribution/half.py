@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from circuits.attribution._factored import known_edges, known_gradients
-from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
+from circuits.edges.factored import known_edges, known_gradients
+from circuits.edges.run import LocalRun, Rows
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
 from hooks.passes.recording import Recording

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution._factored import group_edges
-from circuits.attribution._run import Cut, LocalRun, Rows, stretches
-from circuits.attribution._stack import Block, Point, Stack, joins_at, read_from, rotary
-from circuits.attribution._tokens import token_rows
 from circuits.blocks import Rule, record_block
+from circuits.edges.factored import group_edges
+from circuits.edges.run import Cut, LocalRun, Rows, stretches
+from circuits.edges.stack import Block, Point, Stack, joins_at, read_from, rotary
+from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget, metric
 from hooks.errors import UserError
 from hooks.host.host import Host, tap

@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution import exact
-from circuits.attribution._run import Cut, LocalRun, Rows
-from circuits.attribution._stack import joins_at
-from circuits.attribution._tokens import token_rows
-from circuits.held import Removal, feature_values, run_held
+from circuits.edges.measured import Removal, feature_values, run_held
+from circuits.edges.run import Cut, LocalRun, Rows
+from circuits.edges.stack import joins_at
+from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel

@@ -17,7 +17,7 @@ def style(model: nn.Module) -> Literal["biases", "head norms", "plain"] | None:
     """What sets a model's attention apart; None where the blocks are not what the algebra knows.
 
     That is: exactly these matrices, as plain float weights, RMSNorms, SiLU. Whether they are put together as the
-    algebra does it is measured (`circuits.attribution._stack.reproduces`).
+    algebra does it is measured (`circuits.edges.stack.reproduces`).
     """
     layer: Any = decoder_layers(model)[0]
     if not _known(layer):

@@ -391,7 +391,7 @@ def _meet_heads(given, start, stop, left, found, few):
 @cfunc(types.void(types.CPointer(from_dtype(GIVEN_HEADS))), cache=True)
 @no_type_check
 def work_heads(pointer):
-    """`circuits.attribution._features.Lying.put` for one thread of several.
+    """`circuits.edges.features.Lying.put` for one thread of several.
 
     What each name of `GIVEN_HEADS` stands for:
 

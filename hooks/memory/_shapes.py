@@ -264,7 +264,7 @@ class SetShape:
 
 
 def _edges(write: Site, read: Site) -> Edges:
-    """Between what a layer writes and what the next one reads; as in `circuits.attribution._factored.way_to`."""
+    """Between what a layer writes and what the next one reads; as in `circuits.edges.factored.way_to`."""
     if not write.whole_stream or write.depth > read.depth:
         return "walk"
     if write.depth == read.depth:

@@ -17,12 +17,12 @@ On = Literal["cuda", "cpu"]
 Task = Literal["features", "generate", "sweep", "trace"]
 
 # what other modules hold at once; a test keeps these equal to theirs
-TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/attribution/_factored.py
+TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/edges/factored.py
 MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
-HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/held.py
+HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/edges/measured.py
 SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/effects/sweep.py
-POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/attribution/_features.py
+POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/edges/features.py
 CAST, CAST_ROWS, CAST_TILE = (
     1 << 24,
     1 << 20,
@@ -278,7 +278,7 @@ def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
 
 
 def _stack(ask: Ask) -> int:
-    """`circuits.attribution._stack.record_stack`, in fp32; the streams themselves are new only in half precision."""
+    """`circuits.edges.stack.record_stack`, in fp32; the streams themselves are new only in half precision."""
     m, T = ask.model, ask.tokens
     streams = m.d_model * (1 if ask.item >= 4 else 2)
     per_token = streams + m.query + 4 * m.keyvalue + 2 * m.d_ff + m.n_heads * T + 2

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution._ends import constants, ends, target_ends
-from circuits.attribution._middle import Projected, meet, project
-from circuits.attribution._run import Cut, LocalRun, Rows, contract, contract_here
-from circuits.attribution._stack import (
+from circuits.blocks import BLOCKS, Rule
+from circuits.edges.ends import constants, ends, target_ends
+from circuits.edges.one_block import Projected, meet, project
+from circuits.edges.run import Cut, LocalRun, Rows, contract, contract_here
+from circuits.edges.stack import (
     MIDDLE,
     READABLE,
     WRITABLE,
@@ -29,8 +30,7 @@ from circuits.attribution._stack import (
     walk,
     walk_on,
 )
-from circuits.attribution._tokens import token_rows
-from circuits.blocks import BLOCKS, Rule
+from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel

@@ -15,8 +15,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution._run import Cut, stretches
 from circuits.blocks import Pulled
+from circuits.edges.run import Cut, stretches
 from hooks.kernels.products import linear_fp32, matmul_fp32, working_dtype
 from hooks.kernels.rows_in_place import INNER, add_products, compiled, cut_blocks, on_every_thread, usable
 

@@ -7,9 +7,9 @@ replacing a whole position, and the one token explains everything but the encode
 
 import torch
 
-from circuits.attribution._ends import constants, encoder_gradient
-from circuits.attribution._run import LocalRun, Rows
 from circuits.blocks import Rule
+from circuits.edges.ends import constants, encoder_gradient
+from circuits.edges.run import LocalRun, Rows
 from hooks.kernels.products import working_dtype
 
 HELD = Rule(norms="frozen", attention="frozen", gate="frozen")

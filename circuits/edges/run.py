@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from circuits.attribution._room import Room
-from circuits.attribution._stack import Stack, stack_of
+from circuits.edges.buffer import Room
+from circuits.edges.stack import Stack, stack_of
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
 from hooks.checkpoints.store import TranscoderStore

@@ -20,11 +20,11 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution._features import Sources, features_of
-from circuits.attribution._room import Room
-from circuits.attribution._run import Cut
-from circuits.attribution._stack import Block
 from circuits.blocks import BlockRecord, Pulled, Rule
+from circuits.edges.buffer import Room
+from circuits.edges.features import Sources, features_of
+from circuits.edges.run import Cut
+from circuits.edges.stack import Block
 from hooks.checkpoints.store import TranscoderStore
 from hooks.kernels.products import matmul_fp32
 

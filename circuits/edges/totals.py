@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution._ends import before_norm, encoder_gradient, read, target_ends
-from circuits.attribution._stack import (
+from circuits.blocks import Rule
+from circuits.edges.ends import before_norm, encoder_gradient, read, target_ends
+from circuits.edges.stack import (
     READABLE,
     WRITABLE,
     Front,
@@ -23,7 +24,6 @@ from circuits.attribution._stack import (
     step,
     summed,
 )
-from circuits.blocks import Rule
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel

@@ -15,8 +15,8 @@ from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution._stack import MIDDLE, Block, Point
 from circuits.blocks import BlockRecord, BlockWeights, Rule, on_key, on_query, through_mlp
+from circuits.edges.stack import MIDDLE, Block, Point
 from hooks.kernels.products import matmul_fp32
 
 

@@ -7,9 +7,9 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution._run import LocalRun
-from circuits.attribution._stack import Point, Stack, read_from
 from circuits.blocks import Rule, norm_transposed
+from circuits.edges.run import LocalRun
+from circuits.edges.stack import Point, Stack, read_from
 from circuits.targets import AnyTarget, Direction, Feature, Target
 from hooks.host.host import Host
 from hooks.sites import Site
