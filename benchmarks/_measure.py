@@ -20,8 +20,8 @@ import torch
 from circuits import RULES
 
 PHASES = {  # functions that the driver calls, by module → the phase their time counts in
-    ("circuits.assemble", "recorded"): "record",
-    ("circuits.assemble", "score_features"): "score",
+    ("circuits.build.assemble", "recorded"): "record",
+    ("circuits.build.assemble", "score_features"): "score",
     ("circuits.trace", "select"): "select",
     ("circuits.trace", "make_run"): "lay out",
     ("circuits.trace", "assemble"): "keep",

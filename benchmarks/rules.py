@@ -31,15 +31,15 @@ from torch import Tensor
 
 from circuits import RULES, score_features
 from circuits.agreement import correlation, rank_correlation
-from circuits.assemble import Setting, assemble, make_run, settle
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule
+from circuits.build.assemble import Setting, assemble, make_run, settle
+from circuits.build.choose_nodes import by_layer
 from circuits.demo.discovery import verification_prompts
 from circuits.demo.questions import Exam
 from circuits.edges.factored import known_edges, known_gradients
 from circuits.edges.measured import Removal, run_held
 from circuits.edges.run import LocalRun
-from circuits.select import by_layer
 from circuits.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
 from hooks import HookedModel
 from hooks.passes.recording import Recording

@@ -20,6 +20,7 @@ if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).pa
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from circuits.attribution import RULES
+    from circuits.build.feature_scores import FeatureScores, score_features
     from circuits.cases import Pair, make_cases
     from circuits.decompose import decompose
     from circuits.evaluate import completeness, faithfulness
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from circuits.graph.prune import prune
     from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
     from circuits.graph.supernodes import merge_chains, supernode_graph
-    from circuits.scores import FeatureScores, score_features
     from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
     from circuits.trace import prepare, trace
     from circuits.verify import Verification, verify
@@ -74,7 +74,7 @@ lazily(
         "circuits.graph.graph": ("Graph", "check_graph"),
         "circuits.graph.scores": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
         "circuits.graph.prune": ("prune",),
-        "circuits.scores": ("FeatureScores", "score_features"),
+        "circuits.build.feature_scores": ("FeatureScores", "score_features"),
         "circuits.graph.supernodes": ("merge_chains", "supernode_graph"),
         "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
         "circuits.trace": ("prepare", "trace"),

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.assemble import Setting, make_run, recorded, score_setting
 from circuits.attribution import RULES
 from circuits.blocks import Rule
+from circuits.build.assemble import Setting, make_run, recorded, score_setting
 from circuits.edges.ends import ends
 from circuits.edges.heads import Parts, parts_of
 from circuits.edges.run import LocalRun

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution._integrated import integrated_scores
+from circuits.build.feature_scores import score_features
 from circuits.cases import Case, Ranking
-from circuits.scores import score_features
 from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
 from hooks.whole import whole

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from circuits.assemble import Setting, assemble, make_run, settle
 from circuits.attribution import RULES
+from circuits.build.assemble import Setting, assemble, make_run, settle
+from circuits.build.choose_nodes import ORDERS, by_layer, coverage, select
 from circuits.edges.run import LocalRun
 from circuits.edges.stack import WRITABLE
 from circuits.graph.graph import Graph
 from circuits.graph.prune import check_thresholds, prune
-from circuits.select import ORDERS, by_layer, coverage, select
 from circuits.targets import TargetLike, against_token, either
 from circuits.verify import verify_in
 from hooks.errors import UserError
@@ -61,7 +61,7 @@ def trace(
             two, and the default target is this prompt's answer against the other's.
         max_nodes: how many features become nodes; the others act through the rest nodes. None: every active feature,
             the complete graph.
-        select_by: how they are chosen, see `circuits.select`: score, total, ose, influence.
+        select_by: how they are chosen, see `circuits.build.choose_nodes`: score, total, ose, influence.
         max_in_edges: how many of the strongest edges into a node are kept; the normalisation of influence, the
             conservation and the remainder are over all of them.
         budget_bytes: of memory for kept edges; fewer edges per node are kept where they would not fit.

@@ -19,13 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.agreement import Agreement, agree, rank_correlation
-from circuits.assemble import Setting, recorded, score_setting
+from circuits.build.assemble import Setting, recorded, score_setting
+from circuits.build.feature_scores import score_features
 from circuits.edges.measured import Removal, feature_values, run_held
 from circuits.graph.graph import Graph
 from circuits.graph.identity import check_same
 from circuits.graph.nodes import FEATURE, TARGET
 from circuits.scatter import plot_sample
-from circuits.scores import score_features
 from circuits.targets import Target, metric_name, read_targets
 from hooks.host.arithmetic import measured
 from hooks.model import HookedModel

@@ -14,10 +14,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
-from circuits.assemble import assemble, make_run, settle
 from circuits.attribution import RULES
+from circuits.build.assemble import assemble, make_run, settle
+from circuits.build.choose_nodes import by_layer, select
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
-from circuits.select import by_layer, select
 from circuits.verify import measure_edges
 from hooks import HookedModel, UserError
 from hooks.sites import EMBEDDING, SiteSpec

@@ -9,12 +9,12 @@ import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Graph, Logit, Target, score_features, trace
-from circuits.assemble import make_run, settle
 from circuits.attribution.exact import edge_rows
+from circuits.build.assemble import make_run, settle
+from circuits.build.choose_nodes import by_layer, select
 from circuits.edges.ends import constants
 from circuits.edges.run import LocalRun, contract
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
-from circuits.select import by_layer, select
 from hooks import HookedModel, Scale, Site, UserError
 from hooks.errors import CheckpointError, TargetError
 from hooks.host.host import tap

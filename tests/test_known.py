@@ -11,8 +11,8 @@ from torch import nn
 from worlds import ARCHITECTURES, WORDS, random_transcoder, word_tokenizer
 
 from circuits import Direction, Logit, Mass, prepare, score_features, trace
-from circuits.assemble import recorded, settle
 from circuits.attribution import RULES, autograd
+from circuits.build.assemble import recorded, settle
 from circuits.edges import stack as _stack
 from circuits.edges.stack import known_blocks, reproduces, stack_of
 from circuits.targets import resolve_targets

@@ -12,7 +12,6 @@ from test_blocks import LENGTH, block  # noqa: F401  a fixture: random fp64 bloc
 from test_conventions import ALL, TEXT, dense, hooked, run_of, settled
 
 from circuits import Direction, Feature, Logit
-from circuits.assemble import assemble, make_run, settle
 from circuits.attribution import RULES
 from circuits.blocks import (
     Rule,
@@ -23,6 +22,7 @@ from circuits.blocks import (
     through_attention,
     through_attention_everywhere,
 )
+from circuits.build.assemble import assemble, make_run, settle
 from circuits.edges.ends import encoder_bias
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET

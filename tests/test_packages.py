@@ -12,8 +12,8 @@ import pytest
 
 import circuits
 import hooks
-from circuits import select
 from circuits.attribution import RULES
+from circuits.build import choose_nodes as select
 from circuits.export import EXPORTERS
 from circuits.options import convert, export, steer, trace
 from hooks.checkpoints.convert import WRITERS

@@ -13,8 +13,8 @@ from test_conventions import run_of
 from torch import Tensor
 from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
-from circuits.assemble import Setting, settle
 from circuits.attribution import RULES
+from circuits.build.assemble import Setting, settle
 from circuits.edges import features as _features
 from circuits.edges import one_block as _middle
 from circuits.edges.buffer import Room

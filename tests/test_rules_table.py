@@ -10,9 +10,9 @@ import torch
 from benchmarks import rules
 from circuits import RULES, prepare, trace
 from circuits.agreement import correlation, slope
-from circuits.assemble import settle
 from circuits.attribution.ose import one_step, one_step_scores
 from circuits.blocks import Rule, through_attention_everywhere, through_mlp
+from circuits.build.assemble import settle
 from circuits.edges.stack import known_blocks, record_stack
 from circuits.graph.nodes import REMAINDER
 from hooks import Ablate, Scale

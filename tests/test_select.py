@@ -10,10 +10,10 @@ import torch
 from test_conventions import ALL, TEXT, WHOLE, hooked, run_of, settled
 
 from circuits import Feature, Mass, trace
-from circuits.assemble import assemble, settle
 from circuits.attribution.ose import one_step_scores
+from circuits.build.assemble import assemble, settle
+from circuits.build.choose_nodes import KEYS, ORDERS, coverage, select
 from circuits.graph.nodes import FEATURE
-from circuits.select import KEYS, ORDERS, coverage, select
 from hooks import HookedModel, Site, UserError
 from hooks.host.host import tap
 from hooks.types import Edit

@@ -13,11 +13,11 @@ import torch
 from test_conventions import ALL, hooked, local_run, over, run_of, settled
 
 from circuits import Direction, Logit
-from circuits.assemble import assemble
 from circuits.attribution import RULES
+from circuits.build.assemble import assemble
+from circuits.build.choose_nodes import total_effects
 from circuits.edges.totals import chain_gradients
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
-from circuits.select import total_effects
 from hooks import Site, UserError
 
 SETS = [

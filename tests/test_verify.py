@@ -10,7 +10,7 @@ from worlds import random_hooked
 
 from circuits import trace, verify
 from circuits.agreement import rank_correlation
-from circuits.assemble import settle
+from circuits.build.assemble import settle
 from circuits.graph.nodes import FEATURE
 from circuits.verify import measure_edges, measure_nodes, stratified
 from hooks import Ablate, Scale, UserError

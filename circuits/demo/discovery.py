@@ -8,10 +8,10 @@ import pandas as pd
 import torch
 
 from circuits.agreement import rank_correlation
-from circuits.assemble import settle
+from circuits.build.assemble import settle
+from circuits.build.feature_scores import score_features
 from circuits.demo.feature_swap import Selection
 from circuits.demo.questions import STATE_NAMES, Exam
-from circuits.scores import score_features
 from circuits.targets import resolve_targets
 from circuits.trace import trace
 from circuits.verify import measure_edges, measure_nodes

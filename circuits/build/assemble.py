@@ -18,7 +18,7 @@ from circuits.graph.graph import Graph
 from circuits.graph.influence import node_influence, start_weights
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from circuits.graph.scores import graph_scores, signed_totals
-from circuits.scores import FeatureScores, embedding_of, score_features
+from circuits.build.feature_scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
 from hooks.errors import TargetError
 from hooks.host.arithmetic import computes_in

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from circuits.assemble import Setting, make_run
+from circuits.build.assemble import Setting, make_run
 from circuits.attribution import RULES
 from circuits.attribution.ose import one_step_scores
 from circuits.edges.totals import chain_gradients
 from circuits.graph.nodes import FEATURE, TARGET
-from circuits.scores import from_gradients
+from circuits.build.feature_scores import from_gradients
 
 KEYS = ["layer", "pos", "feature"]
 CANDIDATES = 4  # per place, for orders that cost a run of a block each
