@@ -40,7 +40,7 @@ from circuits.demo.questions import Exam
 from circuits.edges.factored import known_edges, known_gradients
 from circuits.edges.measured import Removal, run_held
 from circuits.edges.run import LocalRun
-from circuits.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
+from circuits.verification.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
 from hooks import HookedModel
 from hooks.passes.recording import Recording
 from hooks.sites import Site

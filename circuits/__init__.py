@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from circuits.attribution import RULES
     from circuits.build.feature_scores import FeatureScores, score_features
     from circuits.cases import Pair, make_cases
-    from circuits.decompose import decompose
     from circuits.evaluate import completeness, faithfulness
     from circuits.graph.graph import Graph, check_graph
     from circuits.graph.prune import prune
@@ -30,7 +29,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from circuits.graph.supernodes import merge_chains, supernode_graph
     from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
     from circuits.trace import prepare, trace
-    from circuits.verify import Verification, verify
+    from circuits.verification.decompose import decompose
+    from circuits.verification.verify import Verification, verify
     from hooks.version import __version__ as __version__
 
 __all__ = [
@@ -69,7 +69,7 @@ lazily(
     {
         "circuits.attribution": ("RULES",),
         "circuits.cases": ("Pair", "make_cases"),
-        "circuits.decompose": ("decompose",),
+        "circuits.verification.decompose": ("decompose",),
         "circuits.evaluate": ("completeness", "faithfulness"),
         "circuits.graph.graph": ("Graph", "check_graph"),
         "circuits.graph.scores": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
@@ -78,7 +78,7 @@ lazily(
         "circuits.graph.supernodes": ("merge_chains", "supernode_graph"),
         "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
         "circuits.trace": ("prepare", "trace"),
-        "circuits.verify": ("Verification", "verify"),
+        "circuits.verification.verify": ("Verification", "verify"),
         "hooks.version": ("__version__",),
     },
 )

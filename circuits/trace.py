@@ -13,7 +13,7 @@ from circuits.edges.stack import WRITABLE
 from circuits.graph.graph import Graph
 from circuits.graph.prune import check_thresholds, prune
 from circuits.targets import TargetLike, against_token, either
-from circuits.verify import verify_in
+from circuits.verification.verify import verify_in
 from hooks.errors import UserError
 from hooks.host.arithmetic import measured
 from hooks.host.tokens import Prompt

@@ -18,7 +18,7 @@ from circuits.attribution import RULES
 from circuits.build.assemble import assemble, make_run, settle
 from circuits.build.choose_nodes import by_layer, select
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
-from circuits.verify import measure_edges
+from circuits.verification.verify import measure_edges
 from hooks import HookedModel, UserError
 from hooks.sites import EMBEDDING, SiteSpec
 from hooks.types import Edit

@@ -55,7 +55,7 @@ def test_every_name_is_there(package: ModuleType):
 
 def test_a_function_keeps_its_name_from_the_module_that_defines_it():
     """`circuits.trace` is the function, whichever of the two is imported first; `import hooks` reaches all modules."""
-    code = "import circuits.trace, circuits.verify; from circuits.graph.prune import prune as first\n"
+    code = "import circuits.trace, circuits.verification.verify; from circuits.graph.prune import prune as first\n"
     code += "import circuits; from circuits import trace, verify, prune\n"
     code += "print(callable(trace), callable(verify), prune is first, circuits.trace is trace)\n"
     code += "import hooks; print(hooks.kernels.products.__name__, hooks.Site is hooks.sites.Site)"

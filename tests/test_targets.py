@@ -12,7 +12,7 @@ from circuits import Answer, Direction, Feature, Graph, Logit, Mass, Target, tra
 from circuits.build.assemble import assemble, settle
 from circuits.graph.nodes import FEATURE, REMAINDER, TARGET
 from circuits.targets import metric_name, read_targets
-from circuits.verify import measure_nodes, verify_in
+from circuits.verification.verify import measure_nodes, verify_in
 from hooks import Ablate, HookedModel, Scale, Site
 from hooks.errors import PromptError, TargetError
 from hooks.host.host import tap

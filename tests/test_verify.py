@@ -12,7 +12,7 @@ from circuits import trace, verify
 from circuits.agreement import rank_correlation
 from circuits.build.assemble import settle
 from circuits.graph.nodes import FEATURE
-from circuits.verify import measure_edges, measure_nodes, stratified
+from circuits.verification.verify import measure_edges, measure_nodes, stratified
 from hooks import Ablate, Scale, UserError
 from hooks.types import Edit
 

@@ -14,7 +14,7 @@ from circuits.demo.feature_swap import Selection
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.targets import resolve_targets
 from circuits.trace import trace
-from circuits.verify import measure_edges, measure_nodes
+from circuits.verification.verify import measure_edges, measure_nodes
 from hooks.demo.world import TWO_HOP_TEMPLATES, capital_of_city
 
 PROMPTS = 10

@@ -1,0 +1,1 @@
+"""Predictions of a graph against measurements; edges taken apart by head."""
