@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from circuits.cases import Ablation, Case
-from circuits.curves import LEVEL, Curve, plot_curves
 from circuits.demo.curves import (
     COUNTS,
     FEW,
@@ -29,6 +27,8 @@ from circuits.demo.curves import (
     pick,
 )
 from circuits.demo.questions import Exam
+from circuits.faithfulness.cases import Ablation, Case
+from circuits.faithfulness.curves import LEVEL, Curve, plot_curves
 from hooks import HookedModel
 
 AT_FEW, NEEDED = COUNTS.index(FEW), f"needed_for_{LEVEL}"

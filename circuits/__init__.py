@@ -21,8 +21,8 @@ if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).pa
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from circuits.attribution import RULES
     from circuits.build.feature_scores import FeatureScores, score_features
-    from circuits.cases import Pair, make_cases
-    from circuits.evaluate import completeness, faithfulness
+    from circuits.faithfulness.cases import Pair, make_cases
+    from circuits.faithfulness.evaluate import completeness, faithfulness
     from circuits.graph.graph import Graph, check_graph
     from circuits.graph.prune import prune
     from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
@@ -68,9 +68,9 @@ lazily(
     __name__,
     {
         "circuits.attribution": ("RULES",),
-        "circuits.cases": ("Pair", "make_cases"),
+        "circuits.faithfulness.cases": ("Pair", "make_cases"),
         "circuits.verification.decompose": ("decompose",),
-        "circuits.evaluate": ("completeness", "faithfulness"),
+        "circuits.faithfulness.evaluate": ("completeness", "faithfulness"),
         "circuits.graph.graph": ("Graph", "check_graph"),
         "circuits.graph.scores": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
         "circuits.graph.prune": ("prune",),

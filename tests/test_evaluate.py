@@ -10,13 +10,21 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from circuits import Direction, Logit, Mass, Target, score_features, trace
 from circuits.attribution._integrated import integrated_scores
-from circuits.cases import Pair, check_ablation, make_cases
-from circuits.curves import Curve, area, log_area, plot_curves
 from circuits.demo.curves import all_sites, beats_baselines, city_pairs, pick, ranked
 from circuits.demo.questions import Exam
-from circuits.evaluate import SHARES, check_error, circuits_by_size, completeness, cut, faithfulness, measure
+from circuits.faithfulness.cases import Pair, check_ablation, make_cases
+from circuits.faithfulness.curves import Curve, area, log_area, plot_curves
+from circuits.faithfulness.evaluate import (
+    SHARES,
+    check_error,
+    circuits_by_size,
+    completeness,
+    cut,
+    faithfulness,
+    measure,
+)
+from circuits.faithfulness.rankings import RANKINGS, chance, rank
 from circuits.graph.nodes import FEATURE
-from circuits.rankings import RANKINGS, chance, rank
 from hooks import Ablate, HookedModel, Site, UserError
 from hooks.demo.world import TEST_TEMPLATE
 from hooks.errors import AddressError, CheckpointError, OutputError, PromptError, TargetError
@@ -195,7 +203,7 @@ def test_more_circuits_than_rows_of_a_pass(exact, words, monkeypatch):
     case = case_of(exact, words, target=words[3])
     keep = random_circuits(case, rows=7)
     whole = measure(exact, case, keep)
-    monkeypatch.setattr("circuits.evaluate.ROWS", 3)
+    monkeypatch.setattr("circuits.faithfulness.evaluate.ROWS", 3)
     torch.testing.assert_close(measure(exact, case, keep), whole, rtol=0, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from two_devices import Judged, playing, spread
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Answer, Direction, Feature, Graph, Mass, Pair, decompose, faithfulness, make_cases, trace, verify
-from circuits.rankings import RANKINGS, rank
+from circuits.faithfulness.rankings import RANKINGS, rank
 from hooks import Ablate, Clamp, HookedModel, Scale
 from hooks.check.calibrate import calibrate
 from hooks.check.quality import quality

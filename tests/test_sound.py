@@ -17,8 +17,8 @@ from worlds import random_qwen2, random_transcoder
 
 from circuits import Direction, Feature, Graph, Logit, Mass, Target, check_graph, fold, trace
 from circuits.cli import main
-from circuits.curves import Curve, plot_curves
 from circuits.export import EXPORTERS, export
+from circuits.faithfulness.curves import Curve, plot_curves
 from circuits.graph.nodes import FEATURE, REST, TARGET, NodeIndex
 from circuits.graph.sound import plain
 from circuits.scatter import Panel, scatter_plot

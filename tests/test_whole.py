@@ -54,7 +54,7 @@ import numpy as np, torch
 from worlds import random_hooked
 from circuits import Logit, Mass, Pair, decompose, make_cases, prepare, trace, verify
 from circuits.attribution._integrated import integrated_scores
-from circuits.rankings import chance
+from circuits.faithfulness.rankings import chance
 from hooks import HookedModel, Sampling, Steer, UserError
 from hooks.generation.fast import FastDecoder
 from hooks.check.quality import quality

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from circuits.cases import Ablation, Case, Pair, Ranking, make_cases
-from circuits.curves import Curve
 from circuits.demo.questions import Exam
-from circuits.evaluate import SHARES, CutError, completeness, faithfulness
-from circuits.rankings import rank
+from circuits.faithfulness.cases import Ablation, Case, Pair, Ranking, make_cases
+from circuits.faithfulness.curves import Curve
+from circuits.faithfulness.evaluate import SHARES, CutError, completeness, faithfulness
+from circuits.faithfulness.rankings import rank
 
 PAIRS = 100
 FEW = 16  # features that should be enough at one site

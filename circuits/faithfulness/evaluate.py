@@ -24,8 +24,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.cases import Case, Ranking
-from circuits.curves import Curve, Order
+from circuits.faithfulness.cases import Case, Ranking
+from circuits.faithfulness.curves import Curve, Order
 from hooks.errors import UserError
 from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
@@ -148,7 +148,7 @@ def faithfulness(
     All circuits of a pair, of every ranking, order and size, are rows of the same batch.
 
     Args:
-        rankings: per name, one ranking per case; see `circuits.rankings.rank`.
+        rankings: per name, one ranking per case; see `circuits.faithfulness.rankings.rank`.
         sizes: shares of the universe in (0, 1] (rounded down, as MIB does), or numbers of features (int, at least 1).
 
     Raises:

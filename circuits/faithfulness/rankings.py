@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.attribution._integrated import integrated_scores
 from circuits.build.feature_scores import score_features
-from circuits.cases import Case, Ranking
+from circuits.faithfulness.cases import Case, Ranking
 from hooks.kernels.products import linear_fp32
 from hooks.model import HookedModel
 from hooks.whole import whole
