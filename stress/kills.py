@@ -23,7 +23,7 @@ from _models import main, transcoder
 from circuits import trace
 from circuits.demo.story import PICTURES
 from circuits.export import EXPORTERS, export
-from circuits.sweep_plot import sweep_plot
+from circuits.plots.sweep import sweep_plot
 from hooks import Ablate, HookedModel
 from hooks.check.calibrate import calibrate
 from hooks.check.texts import Texts

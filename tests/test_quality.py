@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import cli
-from circuits.quality_plot import quality_plot
+from circuits.plots.quality import quality_plot
 from hooks import HookedModel, Site, Transcoder, UserError
 from hooks.check.quality import quality
 from hooks.check.quality_report import QualityReport

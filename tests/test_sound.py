@@ -21,9 +21,9 @@ from circuits.export import EXPORTERS, export
 from circuits.faithfulness.curves import Curve, plot_curves
 from circuits.graph.nodes import FEATURE, REST, TARGET, NodeIndex
 from circuits.graph.sound import plain
-from circuits.scatter import Panel, scatter_plot
+from circuits.plots.scatter import Panel, scatter_plot
+from circuits.plots.sweep import sweep_plot
 from circuits.shown import clean, drawn, unique
-from circuits.sweep_plot import sweep_plot
 from hooks import Ablate, HookedModel, Site
 from hooks.errors import OutputError, TargetError, UserError
 from hooks.files.documents import parse_json

@@ -12,7 +12,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from circuits.cli import main
 from circuits.demo.feature_swap import best_site, select, swap_plan
 from circuits.demo.questions import STATE_NAMES, Exam
-from circuits.dose_plot import dose_plot
+from circuits.plots.dose import dose_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.demo import PROMPT
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError

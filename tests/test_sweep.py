@@ -13,7 +13,7 @@ from test_interventions import KINDS, inactive, strongest
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.cli import main
-from circuits.sweep_plot import sweep_plot
+from circuits.plots.sweep import sweep_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
 from hooks.effects.changes import Change, active_features, changed, doses, pairs
 from hooks.effects.staggered import Walk

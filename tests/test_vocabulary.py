@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from circuits import Logit, trace
 from circuits.cli import build_parser, main
-from circuits.colours import OPPOSES, QUIET, ROLE, SUPPORTS
-from circuits.sweep_plot import _cells, _ranking
+from circuits.plots.colours import OPPOSES, QUIET, ROLE, SUPPORTS
+from circuits.plots.sweep import _cells, _ranking
 from hooks import Ablate, Add, Clamp, Scale, Steer
 from hooks.demo import PROMPT
 from hooks.effects.sweep import Question, Sweep

@@ -4,7 +4,7 @@ import argparse
 
 from circuits.commands._options import load
 from circuits.commands._output import Result, finish, say, show, table
-from circuits.quality_plot import quality_plot
+from circuits.plots.quality import quality_plot
 from hooks.check.block_by_block import rows_of
 from hooks.check.quality import quality
 from hooks.check.quality_report import QualityReport, check_report_suffix

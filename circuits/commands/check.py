@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from circuits.check_plot import check_plot
 from circuits.commands import _plan, _quality
 from circuits.commands._options import settle
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
-from circuits.scatter import check_drawing
+from circuits.plots.check import check_plot
+from circuits.plots.scatter import check_drawing
 from hooks.check.calibrate import Calibration, calibrate
 from hooks.check.texts import Texts
 from hooks.checkpoints.findings import FILE, Findings, save

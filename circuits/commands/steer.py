@@ -15,8 +15,8 @@ from circuits.commands._options import (
 )
 from circuits.commands._output import Result, finish, say_inactive, show, table
 from circuits.commands._places import check_places
-from circuits.dose_plot import dose_plot
-from circuits.scatter import check_suffix
+from circuits.plots.dose import dose_plot
+from circuits.plots.scatter import check_suffix
 from hooks.errors import UserError
 from hooks.generation.compare import Comparison, Scored, Setting, compare, prepare
 from hooks.generation.dose import DoseResponse, dose_response, grid

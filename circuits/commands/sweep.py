@@ -12,8 +12,8 @@ from circuits.commands._options import (
 )
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
-from circuits.scatter import check_suffix
-from circuits.sweep_plot import sweep_plot
+from circuits.plots.scatter import check_suffix
+from circuits.plots.sweep import sweep_plot
 from hooks.choices import TABLES
 from hooks.effects.changes import Change, active_features, changed, doses, pairs
 from hooks.effects.sweep import Sweep

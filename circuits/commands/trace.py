@@ -11,7 +11,7 @@ from circuits.commands._output import Result, figure, finish, peak_bytes, say_in
 from circuits.commands._places import check_places
 from circuits.export import export
 from circuits.graph.graph import Graph
-from circuits.scatter import check_suffix
+from circuits.plots.scatter import check_suffix
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.trace import check_options, trace
 from hooks.errors import UserError

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from circuits.colours import INK, MUTED, OPPOSES, ROLES, SUPPORTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
-from circuits.scatter import picture
+from circuits.plots.colours import INK, MUTED, OPPOSES, ROLES, SUPPORTS
+from circuits.plots.scatter import picture
 from circuits.shown import drawn
 from circuits.shown import token as shown_token
 from hooks.errors import OutputError

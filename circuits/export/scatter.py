@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from circuits.graph.graph import Graph
-from circuits.scatter import plot_sample
+from circuits.plots.scatter import plot_sample
 from hooks.errors import OutputError
 
 

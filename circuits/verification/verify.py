@@ -25,7 +25,7 @@ from circuits.edges.measured import Removal, feature_values, run_held
 from circuits.graph.graph import Graph
 from circuits.graph.identity import check_same
 from circuits.graph.nodes import FEATURE, TARGET
-from circuits.scatter import plot_sample
+from circuits.plots.scatter import plot_sample
 from circuits.targets import Target, metric_name, read_targets
 from hooks.host.arithmetic import measured
 from hooks.model import HookedModel

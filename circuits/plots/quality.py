@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.colours import FIRST, INK, QUIET, SECOND
-from circuits.scatter import picture
+from circuits.plots.colours import FIRST, INK, QUIET, SECOND
+from circuits.plots.scatter import picture
 from hooks.check.quality_report import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.colours import FIRST, INK, QUIET, SECOND
-from circuits.scatter import picture
+from circuits.plots.colours import FIRST, INK, QUIET, SECOND
+from circuits.plots.scatter import picture
 from circuits.shown import drawn
 from hooks.check.calibrate import Calibration
 from hooks.check.fits import Option

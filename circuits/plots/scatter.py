@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from circuits.agreement import Agreement, Values, agree
-from circuits.colours import AS_PREDICTED, INK, MUTED, OTHER_SIGN, QUIET
+from circuits.plots.colours import AS_PREDICTED, INK, MUTED, OTHER_SIGN, QUIET
 from circuits.shown import drawn
 from hooks.errors import OutputError
 from hooks.files.output import check_writable, replacing
