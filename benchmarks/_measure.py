@@ -20,12 +20,12 @@ import torch
 from circuits import RULES
 
 PHASES = {  # functions that the driver calls, by module → the phase their time counts in
-    ("circuits.build.assemble", "recorded"): "record",
-    ("circuits.build.assemble", "score_features"): "score",
-    ("circuits.trace", "select"): "select",
-    ("circuits.trace", "make_run"): "lay out",
-    ("circuits.trace", "assemble"): "keep",
-    ("circuits.trace", "prune"): "prune",
+    ("circuits.build.assembly", "recorded"): "record",
+    ("circuits.build.assembly", "score_features"): "score",
+    ("circuits.tracing", "select"): "select",
+    ("circuits.tracing", "make_run"): "lay out",
+    ("circuits.tracing", "assemble"): "keep",
+    ("circuits.tracing", "prune"): "prune",
 }
 
 

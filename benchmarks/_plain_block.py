@@ -16,7 +16,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from circuits.edges.run import Cut, LocalRun
+from circuits.edges import Cut, LocalRun
 
 Pass = tuple[Tensor, Tensor]  # what entered, with gradients wanted, and what came out
 

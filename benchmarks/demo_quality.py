@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from circuits.demo import Exam
 from circuits.demo.discovery import agreement, discovery_ranks
 from circuits.demo.feature_swap import ablate_states, best_site, every_site, select, swap_states
 from circuits.demo.quality import mean_swap_scan, reconstruction_quality, two_hop_accuracy
-from circuits.demo.questions import Exam
 from hooks import HookedModel
 from hooks.demo import WEIGHTS
 

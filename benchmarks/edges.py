@@ -24,7 +24,7 @@ from _worlds import Shape, random_model, random_prompt
 from torch import Tensor
 
 from circuits import RULES, Direction, prepare
-from circuits.edges.run import LocalRun
+from circuits.edges import LocalRun
 from hooks import HookedModel, Site
 
 BEHIND = Site("resid_post", 0)

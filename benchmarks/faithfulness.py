@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from circuits.demo import Exam
 from circuits.demo.curves import (
     COUNTS,
     FEW,
@@ -26,9 +27,8 @@ from circuits.demo.curves import (
     other_ablation,
     pick,
 )
-from circuits.demo.questions import Exam
-from circuits.faithfulness.cases import Ablation, Case
-from circuits.faithfulness.curves import LEVEL, Curve, plot_curves
+from circuits.faithfulness import Ablation, Case, Curve
+from circuits.faithfulness.curves import LEVEL, plot_curves
 from hooks import HookedModel
 
 AT_FEW, NEEDED = COUNTS.index(FEW), f"needed_for_{LEVEL}"

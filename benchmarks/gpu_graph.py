@@ -24,7 +24,7 @@ from _measure import clock, emit, machine, peak_since, phases, say, start_peak
 from _worlds import CONVENTIONS, Shape, random_model, random_prompt
 
 from circuits import Graph, trace
-from circuits.graph.nodes import FEATURE
+from circuits.graph import FEATURE
 from hooks import HookedModel
 
 FULL = Shape(64, 5120, 27648, 40, 8, features=12288, k=1474, vocab=152064, transcoders=63)

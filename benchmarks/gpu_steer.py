@@ -25,7 +25,7 @@ from kernel_speed import captured
 from hooks import Ablate, Clamp, HookedModel, TranscoderStore
 from hooks.formats import native
 from hooks.generation.fast import FastDecoder
-from hooks.kernels.products import select_static
+from hooks.kernels import select_static
 
 PROMPT = 32
 STEERED = 5

@@ -18,7 +18,7 @@ from _worlds import Shape, random_model, random_prompt
 from torch import Tensor
 
 from circuits import RULES, Direction, prepare
-from circuits.edges.run import LocalRun, Rows
+from circuits.edges import LocalRun, Rows
 from hooks import HookedModel, Site
 
 BEHIND = Site("resid_post", 0)

@@ -24,7 +24,7 @@ from _worlds import Shape, random_model
 from torch import Tensor
 
 from hooks import Transcoder
-from hooks.kernels.products import select_static
+from hooks.kernels import select_static
 from hooks.types import SparseActs
 
 FULL = Shape(63, 5120, 8, 1, 1, features=12288, k=1474, head_dim=16, vocab=16, transcoders=1)

@@ -17,7 +17,7 @@ from _measure import emit, machine, say
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hooks import Ablate, HookedModel, Site, Transcoder
-from hooks.host.arithmetic import computing
+from hooks.host import computing
 
 D_MODEL, FEATURES, K = 1536, 3686, 442
 

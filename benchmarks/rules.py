@@ -33,16 +33,14 @@ from circuits import RULES, score_features
 from circuits.agreement import correlation, rank_correlation
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule
-from circuits.build.assemble import Setting, assemble, make_run, settle
-from circuits.build.choose_nodes import by_layer
+from circuits.build import Setting, assemble, by_layer, make_run, settle
+from circuits.demo import Exam
 from circuits.demo.discovery import verification_prompts
-from circuits.demo.questions import Exam
-from circuits.edges.factored import known_edges, known_gradients
-from circuits.edges.measured import Removal, run_held
-from circuits.edges.run import LocalRun
-from circuits.verification.verify import KEYS, measure_edges, measure_nodes, stratified, with_idle
+from circuits.edges import LocalRun, Removal, known_edges, known_gradients, run_held
+from circuits.verification import measure_edges, measure_nodes
+from circuits.verification.verifying import KEYS, stratified, with_idle
 from hooks import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 
 SETS = ("demo", "demo-dense")

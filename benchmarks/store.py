@@ -19,7 +19,7 @@ import torch
 from _measure import clock, emit, machine, peak_since, say, start_peak
 
 from hooks import Site, Transcoder
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.formats import native
 from hooks.sites import SiteSpec
 

@@ -25,7 +25,7 @@ from _worlds import Shape, random_model, random_prompt
 from torch import Tensor
 
 from hooks import Ablate, HookedModel
-from hooks.effects.changes import active_features
+from hooks.effects import active_features
 from hooks.types import FeatureAddress
 
 ROWS_TRIED = (32, 64, 128)  # rows per batch that the batched loop tries

@@ -20,17 +20,23 @@ if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).pa
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from circuits.attribution import RULES
-    from circuits.build.feature_scores import FeatureScores, score_features
-    from circuits.faithfulness.cases import Pair, make_cases
-    from circuits.faithfulness.evaluate import completeness, faithfulness
-    from circuits.graph.graph import Graph, check_graph
-    from circuits.graph.prune import prune
-    from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
-    from circuits.graph.supernodes import merge_chains, supernode_graph
+    from circuits.build import FeatureScores, score_features
+    from circuits.faithfulness import Pair, completeness, faithfulness, make_cases
+    from circuits.graph import (
+        Graph,
+        GraphScores,
+        check_graph,
+        fold,
+        graph_scores,
+        merge_chains,
+        prune,
+        signed_totals,
+        subgraph_scores,
+        supernode_graph,
+    )
     from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
-    from circuits.trace import prepare, trace
-    from circuits.verification.decompose import decompose
-    from circuits.verification.verify import Verification, verify
+    from circuits.tracing import prepare, trace
+    from circuits.verification import Verification, decompose, verify
     from hooks.version import __version__ as __version__
 
 __all__ = [
@@ -68,17 +74,45 @@ lazily(
     __name__,
     {
         "circuits.attribution": ("RULES",),
-        "circuits.faithfulness.cases": ("Pair", "make_cases"),
-        "circuits.verification.decompose": ("decompose",),
-        "circuits.faithfulness.evaluate": ("completeness", "faithfulness"),
-        "circuits.graph.graph": ("Graph", "check_graph"),
-        "circuits.graph.scores": ("GraphScores", "fold", "graph_scores", "signed_totals", "subgraph_scores"),
-        "circuits.graph.prune": ("prune",),
-        "circuits.build.feature_scores": ("FeatureScores", "score_features"),
-        "circuits.graph.supernodes": ("merge_chains", "supernode_graph"),
-        "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
-        "circuits.trace": ("prepare", "trace"),
-        "circuits.verification.verify": ("Verification", "verify"),
+        "circuits.build": (
+            "FeatureScores",
+            "score_features",
+        ),
+        "circuits.faithfulness": (
+            "Pair",
+            "completeness",
+            "faithfulness",
+            "make_cases",
+        ),
+        "circuits.graph": (
+            "Graph",
+            "GraphScores",
+            "check_graph",
+            "fold",
+            "graph_scores",
+            "merge_chains",
+            "prune",
+            "signed_totals",
+            "subgraph_scores",
+            "supernode_graph",
+        ),
+        "circuits.targets": (
+            "Answer",
+            "Direction",
+            "Feature",
+            "Logit",
+            "Mass",
+            "Target",
+        ),
+        "circuits.tracing": (
+            "prepare",
+            "trace",
+        ),
+        "circuits.verification": (
+            "Verification",
+            "decompose",
+            "verify",
+        ),
         "hooks.version": ("__version__",),
     },
 )

@@ -14,11 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.shown import unique
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import TargetError
-from hooks.host.host import Host
-from hooks.host.readout import best_other, token_name
-from hooks.host.tokens import Prompt
+from hooks.host import Host, Prompt
+from hooks.readout import best_other, token_name
 from hooks.sites import Site
 from hooks.transcoder import Transcoder
 from hooks.types import AddressLike, FeatureAddress, Positions

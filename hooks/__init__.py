@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from hooks.lazy import lazily
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
-    from hooks.checkpoints.store import TranscoderStore
-    from hooks.effects.changes import Change
+    from hooks.checkpoints import TranscoderStore
+    from hooks.effects import Change
     from hooks.errors import UserError
-    from hooks.generation.decoding import Sampling
-    from hooks.generation.strength import Steer
-    from hooks.host.hold import Hold
+    from hooks.generation import Sampling, Steer
+    from hooks.host import Hold
     from hooks.interventions.ablate import Ablate
     from hooks.interventions.add import Add
     from hooks.interventions.clamp import Clamp
@@ -47,20 +46,25 @@ __all__ = [
 lazily(
     __name__,
     {
-        "hooks.effects.changes": ("Change",),
+        "hooks.checkpoints": ("TranscoderStore",),
+        "hooks.effects": ("Change",),
         "hooks.errors": ("UserError",),
-        "hooks.generation.decoding": ("Sampling",),
-        "hooks.host.hold": ("Hold",),
+        "hooks.generation": (
+            "Sampling",
+            "Steer",
+        ),
+        "hooks.host": ("Hold",),
         "hooks.interventions.ablate": ("Ablate",),
         "hooks.interventions.add": ("Add",),
         "hooks.interventions.clamp": ("Clamp",),
         "hooks.interventions.scale": ("Scale",),
         "hooks.model": ("HookedModel",),
         "hooks.sites": ("Site",),
-        "hooks.checkpoints.store": ("TranscoderStore",),
-        "hooks.generation.strength": ("Steer",),
         "hooks.transcoder": ("Transcoder",),
-        "hooks.types": ("FeatureAddress", "SparseActs"),
+        "hooks.types": (
+            "FeatureAddress",
+            "SparseActs",
+        ),
         "hooks.version": ("__version__",),
     },
 )

@@ -24,7 +24,7 @@ class LazyPackage(ModuleType):
         return importlib.import_module(whole)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python sets a module as attribute of its package when it is imported; `circuits.trace` stays the function
+        # Python sets a module as attribute of its package; `circuits.faithfulness` stays the function
         if not (isinstance(value, ModuleType) and name in self.names_):
             super().__setattr__(name, value)
 
@@ -35,8 +35,8 @@ class LazyPackage(ModuleType):
 def lazily(package: str, names: Mapping[str, tuple[str, ...]]) -> None:
     """Give `package` its public names: {module: names it defines}; a module is imported at the first use of one.
 
-    A class instead of the function `__getattr__` of PEP 562, for two reasons: some of `circuits`' functions share
-    their name with the module that defines them, and type checkers take a package with `__getattr__` to have any name.
+    A class instead of the function `__getattr__` of PEP 562, for two reasons: `circuits.faithfulness`
+    is a function and the room it is in, and type checkers take a package with `__getattr__` to have any name.
     """
     module = sys.modules[package]
     module.__class__ = LazyPackage

@@ -15,33 +15,83 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.demo import WEIGHTS
-from hooks.effects.changes import Change, active_features, changed
-from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
-from hooks.effects.sweep import Sweep, sweep
+from hooks.effects import (
+    Change,
+    Effects,
+    PathEffect,
+    Sweep,
+    Through,
+    active_features,
+    changed,
+    effects,
+    path_effects,
+    sweep,
+)
 from hooks.errors import CheckpointError, ModelError, TargetError, UserError, first_line
-from hooks.generation.compare import Comparison, Setting, compare_steering
-from hooks.generation.decoding import Generated, Token, check_length, generate, left_pads
-from hooks.generation.dose import DoseResponse, dose_response
-from hooks.generation.observe import Observed, Observer, observed_layers
-from hooks.generation.sampling import Sampling, stop_strings
-from hooks.generation.session import Session
-from hooks.generation.strength import Strength
-from hooks.host.arithmetic import Precision, choose_precision, computing, is_half, measured
-from hooks.host.exclusive import Exclusive, exclusive
-from hooks.host.hold import Hold, HoldLike, check_hold, holding
-from hooks.host.host import Host, fingerprint, tap
-from hooks.host.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
-from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
-from hooks.lens.bridge import Passes, boot, fwd_hooks
-from hooks.lens.cache import FeatureCache
-from hooks.lens.functions import LensHook, lens_edits
+from hooks.generation import (
+    Comparison,
+    DoseResponse,
+    Generated,
+    Observed,
+    Observer,
+    Sampling,
+    Session,
+    Setting,
+    Strength,
+    Token,
+    check_length,
+    compare_steering,
+    dose_response,
+    generate,
+    left_pads,
+    observed_layers,
+    stop_strings,
+)
+from hooks.host import (
+    Batch,
+    Exclusive,
+    Hold,
+    HoldLike,
+    Host,
+    Precision,
+    Prompt,
+    Prompts,
+    check_hold,
+    choose_precision,
+    computing,
+    exclusive,
+    fingerprint,
+    holding,
+    is_half,
+    is_one,
+    listed,
+    measured,
+    tap,
+)
+from hooks.lens import FeatureCache, LensHook, Passes, boot, fwd_hooks, lens_edits
 from hooks.memory import Ask, Task, ask_for, explained
 from hooks.names import dtype_of, transcoder_folder
-from hooks.passes.plan import Interventions, as_interventions, inactive, lists_per_row, make_edits, make_plan
-from hooks.passes.recording import Recording, record
-from hooks.passes.swap import SiteQuality, Swap, SwapEffect, Where, check_modes, marked, site_quality, swap_effect
+from hooks.passes import (
+    Interventions,
+    Recording,
+    SiteQuality,
+    Swap,
+    SwapEffect,
+    Where,
+    as_interventions,
+    check_modes,
+    inactive,
+    lists_per_row,
+    make_edits,
+    make_plan,
+    marked,
+    record,
+    site_quality,
+    swap_effect,
+)
+from hooks.readout import Effect, RankedToken, Rounding, effect, rounding, token_name
 from hooks.renamed import keywords
 from hooks.sites import Site, SiteSpec, module_at
 from hooks.transcoder import Transcoder
@@ -612,7 +662,7 @@ class HookedModel:
         Args:
             interventions: `hooks.generation.strength.Steer`, whose strength may be relative, or anything `run` accepts.
             texts: where typical activations are measured beside the prompt.
-            setting: fields of `hooks.generation.compare.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
+            setting: fields of `hooks.generation.comparison.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
 
         Raises:
             UserError: as `generate`; or a strength cannot be read or measured.
@@ -683,10 +733,10 @@ class HookedModel:
             groups: sets of interventions, each run on its own; None: every active feature of the prompt, one by one, at
                 some `layers` and `positions`, with what `change` says.
             target, against: tokens of the metric logit(target) − logit(against); the clean run's two best by default.
-            options: see `hooks.effects.sweep.sweep`.
+            options: see `hooks.effects.sweeping.sweep`.
 
         Raises:
-            UserError: as `hooks.effects.sweep.sweep`, and as `Change`.
+            UserError: as `hooks.effects.sweeping.sweep`, and as `Change`.
         """
         batch = self.host.batch([prompt])
         if groups is None:

@@ -7,7 +7,7 @@ import torch
 
 from hooks.demo import TRANSCODERS
 from hooks.errors import UserError
-from hooks.files.hub import Resolved, resolve
+from hooks.files import Resolved, resolve
 
 log = logging.getLogger("hooks")
 

@@ -15,15 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import ModelError
-from hooks.kernels.products import (
-    decode_sparse,
-    gather_selected,
-    largest,
-    linear_fp32,
-    select_relu,
-    select_topk,
-    working_dtype,
-)
+from hooks.kernels import decode_sparse, gather_selected, largest, linear_fp32, select_relu, select_topk, working_dtype
 from hooks.sites import Site
 from hooks.types import SparseActs
 

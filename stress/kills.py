@@ -1,7 +1,7 @@
 """kill -9 while files are written: what is there afterwards is whole, old or new, and the next run tidies up.
 
-Every writer of the product is killed at lines of `hooks/files/output.py` and at random moments. A point is a process of its
-own, forked from this one, so that nothing of it survives. Where no file was, there may be none afterwards.
+Every writer of the product is killed at lines of `hooks/files/output.py` and at random moments. A point is a process
+of its own, forked from this one, so that nothing of it survives. Where no file was, there may be none afterwards.
 """
 
 import os
@@ -21,17 +21,16 @@ import torch
 from _models import main, transcoder
 
 from circuits import trace
-from circuits.demo.story import PICTURES
+from circuits.demo import PICTURES
 from circuits.export import EXPORTERS, export
-from circuits.plots.sweep import sweep_plot
+from circuits.plots import sweep_plot
 from hooks import Ablate, HookedModel
-from hooks.check.calibrate import calibrate
-from hooks.check.texts import Texts
-from hooks.checkpoints.convert import WRITERS, convert
-from hooks.checkpoints.findings import save
+from hooks.check import Texts, calibrate
+from hooks.checkpoints import convert, save
+from hooks.checkpoints.conversion import WRITERS
 from hooks.demo import TRANSCODERS
-from hooks.files.output import PREFIX, write_text
-from hooks.files.weight_files import output
+from hooks.files import output, write_text
+from hooks.files.output import PREFIX
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from circuits.cli import main as command_line
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import UserError
 from hooks.formats import native
 from hooks.sites import SiteSpec

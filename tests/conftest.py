@@ -1,17 +1,30 @@
 """Shared models, read-only. One thread: these models are tiny. The hub is never reached."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from worlds import planted_sink, random_hooked
+from worlds import left_behind, planted_sink, random_hooked
 
 from hooks import HookedModel
 
 torch.set_num_threads(1)
+
+
+SHARED = ("demo", "demo_dense", "odd", "sink", "model")
+
+
+@pytest.fixture(autouse=True)
+def shared_models_stay_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves a hook, or a `forward` of its own, in a model that other tests use."""
+    used = {name: request.getfixturevalue(name) for name in SHARED if name in request.fixturenames}
+    yield
+    for name, model in used.items():
+        assert not left_behind(model.host.model), f"{name} is not as it was"
 
 
 @pytest.fixture(scope="session")

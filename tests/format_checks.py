@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import FORMATS, Checkpoint, native, recognise
 from hooks.transcoder import WEIGHTS, Transcoder

@@ -16,8 +16,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from circuits.agreement import Agreement, agree, correlation, rank_correlation, slope, top_precision
-from circuits.plots.colours import AS_PREDICTED, OTHER_SIGN, QUIET
-from circuits.plots.scatter import Panel, _draw, scatter_plot
+from circuits.drawing.colours import AS_PREDICTED, OTHER_SIGN, QUIET
+from circuits.drawing.scatter import Panel, _draw, scatter_plot
 from hooks.errors import OutputError
 
 NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False, width=32)

@@ -20,13 +20,13 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
-from worlds import random_qwen2, random_transcoder, word_tokenizer
+from worlds import left_behind, random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError
-from hooks.host.host import CACHE, tap
+from hooks.host import CACHE, tap
+from hooks.lens import lens_edits
 from hooks.lens.bridge import LENS_CACHE
-from hooks.lens.functions import lens_edits
 from hooks.types import SparseActs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformer-lens's own imports
@@ -363,7 +363,7 @@ def test_the_twin_shares_every_tensor_and_the_plain_model_stays_plain(odd):
     assert made["lm_head._original_component.bias"].abs().sum() == 0
     assert {t.data_ptr() for t in odd.bridge.parameters()} - own <= {t.data_ptr() for t in made.values()}
     assert {name: type(module) for name, module in plain.named_modules()} == before
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
+    assert not left_behind(plain)
     assert plain.config._attn_implementation == "sdpa"
     assert torch.equal(odd.run(ROWS[0]).baseline, logits)
 

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hooks import HookedModel
+from hooks.check import Texts, calibrate, rows_of
 from hooks.check.avoidable import avoidable_by_row, separation
-from hooks.check.block_by_block import rows_of, walk
-from hooks.check.calibrate import calibrate
+from hooks.check.block_by_block import walk
 from hooks.check.fits import fits, options, sink_mask
 from hooks.check.selection_rule import Rule, selection
-from hooks.check.texts import Texts, paragraphs
-from hooks.checkpoints.findings import Findings
-from hooks.checkpoints.store import TranscoderStore
+from hooks.check.texts import paragraphs
+from hooks.checkpoints import Findings, TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.demo.world import SentenceSource, training_sentences
 from hooks.errors import CheckpointError, PromptError
 from hooks.formats import Checkpoint, LayerSource, recognise
-from hooks.host.host import Host, fingerprint
+from hooks.host import Host, fingerprint
 from hooks.sites import Site, SiteSpec
 
 TEXTS = Texts.built_in(demo=True)

@@ -11,8 +11,8 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from circuits.commands import check as command
-from hooks.checkpoints.findings import FILE, Candidate, Findings, Selection, of, save
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import FILE, Candidate, Findings, Selection, TranscoderStore, save
+from hooks.checkpoints.findings import of
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError
 from hooks.formats import native, recognise

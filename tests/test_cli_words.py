@@ -1,11 +1,13 @@
 """What is typed and what is printed: mistakes, values that look like options, streams that end or know only ASCII."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -208,6 +210,25 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert running.returncode == 130
     assert out == ""
     assert [line for line in err.splitlines() if not line.startswith("  ")] == ["interrupted"]
+
+
+def test_an_interrupt_that_something_swallows_is_raised_again(monkeypatch, capsys):
+    """As a finaliser does, and a library that catches everything while it is imported."""
+    monkeypatch.setattr(cli, "AGAIN", 0.05)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+
+    def swallow(args: object) -> dict[str, object]:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(5)
+        return {}
+
+    monkeypatch.setattr(cli, "run", swallow)
+    began = time.monotonic()
+    assert cli.main(["completion", "bash"]) == 130
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().err == "interrupted\n"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
 PLAIN = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "MPLBACKEND": "nonsense"}

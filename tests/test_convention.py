@@ -10,10 +10,16 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from hooks import HookedModel, Site, UserError
-from hooks.checkpoints import findings
-from hooks.checkpoints.convert import convert
-from hooks.checkpoints.findings import Candidate, DecoderFinding, Findings, LayerFinding, Selection
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import (
+    Candidate,
+    DecoderFinding,
+    Findings,
+    LayerFinding,
+    Selection,
+    TranscoderStore,
+    convert,
+    findings,
+)
 from hooks.errors import CheckpointError
 from hooks.formats import native
 from hooks.sites import SiteSpec

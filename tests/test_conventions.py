@@ -15,10 +15,9 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from circuits.attribution import RULES
-from circuits.build.assemble import assemble, make_run, settle
-from circuits.build.choose_nodes import by_layer, select
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
-from circuits.verification.verify import measure_edges
+from circuits.build import assemble, by_layer, make_run, select, settle
+from circuits.graph import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
+from circuits.verification import measure_edges
 from hooks import HookedModel, UserError
 from hooks.sites import EMBEDDING, SiteSpec
 from hooks.types import Edit

@@ -9,11 +9,10 @@ from test_formats import FEATURES, D, state_dict, wrapped
 from test_formats import write as write_layer
 from worlds import random_transcoder
 
-from hooks.checkpoints.convert import convert
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore, convert
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError
-from hooks.files.weight_files import sha256
+from hooks.files import sha256
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder

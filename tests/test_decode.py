@@ -12,7 +12,7 @@ from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserEr
 from hooks.errors import AddressError, InterventionError, ModelError, PromptError
 from hooks.generation.fast import FastDecoder
 from hooks.generation.fast_step import EntryBuffers
-from hooks.passes.plan import make_plan
+from hooks.passes import make_plan
 
 N = 6
 HOT = Sampling(temperature=1.0, seed=3)  # the demo would end at once if greedy

@@ -10,7 +10,7 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 from circuits import Feature, trace
 from circuits.attribution import RULES
 from circuits.cli import main
-from circuits.trace import prepare
+from circuits.tracing import prepare
 from hooks import HookedModel, UserError
 
 TEXT = "w1 w2 w3 w4"

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from circuits import trace
+from circuits.demo import Exam
 from circuits.demo.discovery import agreement, discovery_ranks
 from circuits.demo.feature_swap import ablate_states, average_precision, best_site, select
 from circuits.demo.quality import mean_swap_scan, reconstruction_quality, two_hop_accuracy
-from circuits.demo.questions import STATE_NAMES, Exam
+from circuits.demo.questions import STATE_NAMES
 from circuits.demo.story import label_states
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.demo.world import HEADLINE_PROMPT, STATE_OF_CITY, TEST_TEMPLATE, TWO_HOP_TEMPLATES
-from hooks.files.weight_files import sha256
+from hooks.files import sha256
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_the_split_of_the_protocol_holds(exam):
 SWAP_ALL = """
 import dataclasses, json, sys, torch
 from circuits.demo.feature_swap import best_site, select, swap_states
-from circuits.demo.questions import Exam
+from circuits.demo import Exam
 from hooks import HookedModel
 torch.set_num_threads(1)
 exam = Exam.of(HookedModel.load("demo"))

@@ -1,6 +1,7 @@
 """Faithfulness: cuts against a dense twin, exact ends, areas by hand, rankings, and what damaged input says."""
 
 import builtins
+import sys
 import xml.etree.ElementTree as ET
 from itertools import product
 
@@ -9,22 +10,15 @@ import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Direction, Logit, Mass, Target, score_features, trace
-from circuits.attribution._integrated import integrated_scores
+from circuits.attribution import integrated_scores
+from circuits.demo import Exam
 from circuits.demo.curves import all_sites, beats_baselines, city_pairs, pick, ranked
-from circuits.demo.questions import Exam
-from circuits.faithfulness.cases import Pair, check_ablation, make_cases
-from circuits.faithfulness.curves import Curve, area, log_area, plot_curves
-from circuits.faithfulness.evaluate import (
-    SHARES,
-    check_error,
-    circuits_by_size,
-    completeness,
-    cut,
-    faithfulness,
-    measure,
-)
-from circuits.faithfulness.rankings import RANKINGS, chance, rank
-from circuits.graph.nodes import FEATURE
+from circuits.faithfulness import SHARES, Curve, Pair, completeness, faithfulness, make_cases, rank
+from circuits.faithfulness.cases import check_ablation
+from circuits.faithfulness.curves import area, log_area, plot_curves
+from circuits.faithfulness.evaluate import check_error, circuits_by_size, cut, measure
+from circuits.faithfulness.rankings import RANKINGS, chance
+from circuits.graph import FEATURE
 from hooks import Ablate, HookedModel, Site, UserError
 from hooks.demo.world import TEST_TEMPLATE
 from hooks.errors import AddressError, CheckpointError, OutputError, PromptError, TargetError
@@ -203,7 +197,7 @@ def test_more_circuits_than_rows_of_a_pass(exact, words, monkeypatch):
     case = case_of(exact, words, target=words[3])
     keep = random_circuits(case, rows=7)
     whole = measure(exact, case, keep)
-    monkeypatch.setattr("circuits.faithfulness.evaluate.ROWS", 3)
+    monkeypatch.setattr(sys.modules["circuits.faithfulness.evaluate"], "ROWS", 3)
     torch.testing.assert_close(measure(exact, case, keep), whole, rtol=0, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ import torch
 from worlds import random_qwen2, word_tokenizer
 
 from hooks import Ablate, HookedModel, Site, Transcoder, UserError
-from hooks.host.exclusive import Exclusive
+from hooks.host import Exclusive
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ import pytest
 from circuits import Graph, prune, trace
 from circuits.export import EXPORTERS, export
 from circuits.export._picture import choose
-from circuits.graph.nodes import FEATURE, TARGET, TOKEN
+from circuits.graph import FEATURE, TARGET, TOKEN
 from hooks.errors import OutputError
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hooks.errors import CheckpointError
-from hooks.files.weight_files import weight_files as files
+from hooks.files import weight_files as files
 
 
 def listing(root: Path) -> dict[str, bytes]:

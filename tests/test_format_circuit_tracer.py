@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from worlds import random_transcoder
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import CheckpointError, UserError
-from hooks.files.weight_files import safetensors_shapes
+from hooks.files import safetensors_shapes
 from hooks.formats import circuit_tracer, native, recognise
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder

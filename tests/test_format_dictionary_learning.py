@@ -20,7 +20,7 @@ from format_checks import (
 )
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.formats import recognise
 from hooks.sites import Site, SiteSpec
 

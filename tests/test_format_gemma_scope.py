@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import CheckpointError
-from hooks.files.weight_files import npz_load, npz_shapes
+from hooks.files import npz_load, npz_shapes
 from hooks.formats import recognise
 from hooks.sites import Site
 

@@ -18,7 +18,7 @@ from format_checks import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.formats import recognise
 from hooks.sites import SiteSpec

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks.checkpoints.convert import convert
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore, convert
 from hooks.errors import CheckpointError
 from hooks.formats import native, recognise
 from hooks.formats._folds import fold_gate

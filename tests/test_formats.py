@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from worlds import random_transcoder
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import native, recognise
 from hooks.sites import Site, SiteSpec

@@ -13,9 +13,10 @@ from worlds import ARCHITECTURES, WORDS, word_tokenizer
 
 from circuits.blocks import Rule, pull_back, read_block, record_block
 from hooks import UserError
-from hooks.generation.decoding import Sampling, generate
+from hooks.generation import generate
+from hooks.generation.decoding import Sampling
+from hooks.host import Host, tap
 from hooks.host.frozen_parts import PARTS, Held, held, record_held
-from hooks.host.host import Host, tap
 from hooks.sites import Site
 from hooks.types import Edit
 

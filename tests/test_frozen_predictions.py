@@ -2,7 +2,8 @@
 
 circuit-tracer's own test (100 random features doubled, every error and token added once more; pre-activations atol 5e-4
 rtol 1e-5, demeaned logits atol 1e-5 rtol 1e-3), against our graph. Measured with the model's own modules: attention
-pattern, norm scales and gates held by `hooks.host.frozen_parts`, all cuts at their clean values, the encoder's norm scale held.
+pattern, norm scales and gates held by `hooks.host.frozen_parts`, all cuts at their clean values, the encoder's norm
+scale held.
 """
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from worlds import planted_sink, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import RULES, Mass, prepare
-from circuits.edges.measured import Removal, run_held
-from circuits.graph.nodes import ERROR, FEATURE, TOKEN
+from circuits.edges import Removal, run_held
+from circuits.graph import ERROR, FEATURE, TOKEN
 from hooks import HookedModel, Site
 from hooks.host.frozen_parts import held, record_held
 from hooks.sites import EMBEDDING

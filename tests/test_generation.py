@@ -11,7 +11,7 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.errors import AddressError, CheckpointError, InterventionError, ModelError, PromptError
-from hooks.generation.decoding import generate
+from hooks.generation import generate
 from hooks.host.host import Attached
 from hooks.types import Edit
 

@@ -10,14 +10,13 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from circuits import Graph, Logit, Target, score_features, trace
 from circuits.attribution.exact import edge_rows
-from circuits.build.assemble import make_run, settle
-from circuits.build.choose_nodes import by_layer, select
-from circuits.edges.ends import constants
-from circuits.edges.run import LocalRun, contract
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
+from circuits.build import by_layer, make_run, select, settle
+from circuits.edges import LocalRun, constants, contract
+from circuits.graph import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN
+from circuits.graph.nodes import KINDS
 from hooks import HookedModel, Scale, Site, UserError
 from hooks.errors import CheckpointError, TargetError
-from hooks.host.host import tap
+from hooks.host import tap
 from hooks.types import Edit
 
 TEXT = "w1 w2 w3 w4 w5"

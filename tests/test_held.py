@@ -12,10 +12,10 @@ from test_conventions import ALL, TEXT, WIDTH, exact_edges, hooked, settled
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Direction, Feature, Logit, Mass
-from circuits.build.assemble import settle
-from circuits.edges.measured import Removal, feature_values, run_held
+from circuits.build import settle
+from circuits.edges import Removal, feature_values, run_held
 from hooks import HookedModel, Site
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.types import Edit
 
 SAME, NEXT, MLP = ("resid_pre", "resid_pre", ALL), ("resid_pre", "resid_post", ALL), ("mlp_in", "mlp_out", ALL)

@@ -10,7 +10,7 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 from circuits import trace
 from hooks import Ablate, HookedModel, Site, UserError
 from hooks.errors import ModelError, PromptError, TargetError
-from hooks.host.host import Host, tap
+from hooks.host import Host, tap
 from hooks.sites import SITE_NAMES
 from hooks.types import Edit
 

@@ -29,11 +29,10 @@ from torch import nn
 from worlds import random_transcoder
 
 from circuits.cli import main
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import OutputError, UserError
-from hooks.files.output import new_folder, write_text
-from hooks.files.weight_files import write_safetensors
+from hooks.files import new_folder, write_safetensors, write_text
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec, from_lens, from_module
 from hooks.transcoder import WEIGHTS as PARTS

@@ -16,11 +16,10 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from hooks import HookedModel
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import CheckpointError
-from hooks.files.hub import Resolved, resolve
-from hooks.files.links import hub_snapshot
+from hooks.files import Resolved, hub_snapshot, resolve
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 

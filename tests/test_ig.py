@@ -6,9 +6,9 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from circuits import RULES, prepare, trace
 from circuits.attribution import ig
-from circuits.edges.measured import feature_values
+from circuits.edges import feature_values
 from hooks import HookedModel, Site, UserError
-from hooks.host.host import tap
+from hooks.host import tap
 from hooks.types import Edit
 
 TEXT = "w1 w2 w3 w4 w5"

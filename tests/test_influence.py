@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits import Graph, prune
-from circuits.graph.influence import levels, mass_threshold, node_influence, start_weights
-from circuits.graph.nodes import ERROR, FEATURE, REMAINDER, TARGET, TOKEN, NodeIndex
+from circuits.graph import ERROR, FEATURE, REMAINDER, TARGET, TOKEN, NodeIndex, node_influence, start_weights
+from circuits.graph.influence import levels, mass_threshold
 from hooks import UserError
 
 # tokens 0, 1 → layer 0: features A@0, B@1 → layer 1: C@1, D@1 → target

@@ -5,7 +5,7 @@ import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Target, score_features
-from circuits.attribution._integrated import integrated_scores
+from circuits.attribution import integrated_scores
 from hooks import HookedModel, Site, UserError
 from hooks.errors import PromptError
 from hooks.types import Edit

@@ -11,10 +11,9 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError, InterventionError
-from hooks.generation.strength import Steer
+from hooks.generation import Steer
 from hooks.interventions import check_when_inactive
-from hooks.passes.plan import listed
-from hooks.passes.swap import check_modes
+from hooks.passes import check_modes, listed
 from hooks.sites import SiteSpec
 from hooks.types import Edit
 

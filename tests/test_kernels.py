@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 
 from hooks import Ablate, Add, Clamp, Scale
 from hooks.errors import ModelError
-from hooks.kernels.products import (
-    _linear_cast,
-    _split_product,
+from hooks.kernels import (
     count_before,
-    decode_plain,
     decode_sparse,
     gather_features,
     gather_selected,
@@ -19,12 +16,17 @@ from hooks.kernels.products import (
     select_relu,
     select_static,
     select_topk,
+    working_dtype,
+)
+from hooks.kernels.products import (
+    _linear_cast,
+    _split_product,
+    decode_plain,
     topk_mask,
     topk_mask_plain,
     topk_mask_static,
-    working_dtype,
 )
-from hooks.passes.plan import NEVER, LayerTable, make_edits, make_plan
+from hooks.passes import NEVER, LayerTable, make_edits, make_plan
 from hooks.types import Pass, SparseActs
 
 

@@ -12,14 +12,15 @@ from worlds import ARCHITECTURES, WORDS, random_transcoder, word_tokenizer
 
 from circuits import Direction, Logit, Mass, prepare, score_features, trace
 from circuits.attribution import RULES, autograd
-from circuits.build.assemble import recorded, settle
+from circuits.build import recorded, settle
 from circuits.edges import stack as _stack
-from circuits.edges.stack import known_blocks, reproduces, stack_of
+from circuits.edges import stack_of
+from circuits.edges.stack import known_blocks, reproduces
 from circuits.targets import resolve_targets
 from hooks import HookedModel, Site, UserError
 from hooks.errors import ModelError
+from hooks.host import Host
 from hooks.host.frozen_parts import held, record_held
-from hooks.host.host import Host
 from hooks.sites import EMBEDDING
 
 PROMPT = " ".join(f"w{n}" for n in range(12))

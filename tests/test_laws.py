@@ -22,14 +22,13 @@ from circuits.blocks import (
     through_attention,
     through_attention_everywhere,
 )
-from circuits.build.assemble import assemble, make_run, settle
-from circuits.edges.ends import encoder_bias
-from circuits.graph.influence import node_influence
-from circuits.graph.nodes import BIAS, FEATURE, NONE, REMAINDER, TARGET
+from circuits.build import assemble, make_run, settle
+from circuits.edges.metric_ends import encoder_bias
+from circuits.graph import BIAS, FEATURE, NONE, REMAINDER, TARGET, node_influence
 from circuits.targets import metric
 from hooks import Site
-from hooks.kernels.products import linear_fp32, matmul_fp32
-from hooks.kernels.products import products as kernels
+from hooks.kernels import linear_fp32, matmul_fp32
+from hooks.kernels import products as kernels
 
 SAME, MLP = ("resid_pre", "resid_pre", ALL), ("mlp_in", "mlp_out", ALL)
 FACTORED = {name: rule.RULE for name, rule in RULES.items() if hasattr(rule, "RULE") and name != "ig"}

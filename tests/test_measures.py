@@ -10,9 +10,22 @@ from hypothesis import strategies as st
 from test_influence import dense_influence, dense_shares, graph_of, layered
 
 from circuits import Graph, trace
-from circuits.graph.influence import start_weights
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, REMAINDER, REST, TARGET, TOKEN, NodeIndex
-from circuits.graph.scores import fold, graph_scores, signed_totals, subgraph_scores
+from circuits.graph import (
+    BIAS,
+    ERROR,
+    FEATURE,
+    REMAINDER,
+    REST,
+    TARGET,
+    TOKEN,
+    NodeIndex,
+    fold,
+    graph_scores,
+    signed_totals,
+    start_weights,
+    subgraph_scores,
+)
+from circuits.graph.nodes import KINDS
 from hooks import UserError
 
 # tokens 0, 1 → layer 0: features A@0, B@1 → layer 2: C@1 → targets G and H; A also acts on G directly

@@ -9,7 +9,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from hooks import Ablate, HookedModel
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hooks.errors import OutputError
-from hooks.files.weight_files import output
+from hooks.files import output
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from circuits.attribution import RULES
 from circuits.build import choose_nodes as select
 from circuits.export import EXPORTERS
 from circuits.options import convert, export, steer, trace
-from hooks.checkpoints.convert import WRITERS
+from hooks.checkpoints.conversion import WRITERS
 from hooks.interventions import INTERVENTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -54,10 +54,10 @@ def test_every_name_is_there(package: ModuleType):
 
 
 def test_a_function_keeps_its_name_from_the_module_that_defines_it():
-    """`circuits.trace` is the function, whichever of the two is imported first; `import hooks` reaches all modules."""
-    code = "import circuits.trace, circuits.verification.verify; from circuits.graph.prune import prune as first\n"
-    code += "import circuits; from circuits import trace, verify, prune\n"
-    code += "print(callable(trace), callable(verify), prune is first, circuits.trace is trace)\n"
+    """`circuits.faithfulness` is the function, not the room it is in; `import hooks` reaches all rooms."""
+    code = "import circuits.faithfulness; from circuits.faithfulness.evaluate import faithfulness as first\n"
+    code += "import circuits; from circuits import faithfulness, trace\n"
+    code += "print(callable(trace), callable(faithfulness), faithfulness is first, circuits.faithfulness is first)\n"
     code += "import hooks; print(hooks.kernels.products.__name__, hooks.Site is hooks.sites.Site)"
     assert fresh(code).split() == ["True"] * 4 + ["hooks.kernels.products", "True"]
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
-from hooks.effects.paths import path_effects
+from hooks.effects import path_effects
+from hooks.host import Hold, module, modules, tap
 from hooks.host.frozen_parts import PARTS, record_held
-from hooks.host.hold import Hold, module, modules
-from hooks.host.host import tap
 from hooks.sites import Site
 
 TEXT = "w1 w2 w3 w4 w5"

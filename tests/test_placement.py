@@ -15,11 +15,10 @@ from two_devices import Judged, playing, spread
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Answer, Direction, Feature, Graph, Mass, Pair, decompose, faithfulness, make_cases, trace, verify
-from circuits.faithfulness.rankings import RANKINGS, rank
+from circuits.faithfulness import rank
+from circuits.faithfulness.rankings import RANKINGS
 from hooks import Ablate, Clamp, HookedModel, Scale
-from hooks.check.calibrate import calibrate
-from hooks.check.quality import quality
-from hooks.check.texts import Texts
+from hooks.check import Texts, calibrate, quality
 from hooks.formats import recognise
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS
@@ -288,7 +287,7 @@ def test_graphs_are_verified_taken_apart_and_evaluated(both, alone, convention):
 
 def test_layers_move_when_they_are_placed_elsewhere(tmp_path, machine):
     """From files: loaded on one device, then on the other, then back on the CPU. (Threads are not played.)"""
-    from hooks.checkpoints.store import TranscoderStore
+    from hooks.checkpoints import TranscoderStore
 
     made = [random_transcoder(layer, 40) for layer in LAYERS]
     store = TranscoderStore.open(save_native(tmp_path, made), budget_bytes=2 * made[0].nbytes, prefetch=False)

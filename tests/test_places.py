@@ -9,9 +9,9 @@ from circuits.cli import main
 from circuits.commands._places import SIGNS, check_places
 from circuits.demo import report
 from circuits.export import EXPORTERS, export
-from circuits.graph.graph import Graph
+from circuits.graph import Graph
 from hooks import Ablate
-from hooks.check.quality import quality
+from hooks.check import quality
 from hooks.choices import REPORTS, TABLES
 from hooks.demo import PROMPT
 from hooks.errors import OutputError

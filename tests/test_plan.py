@@ -22,13 +22,13 @@ from circuits.attribution import autograd
 from circuits.edges import factored as _factored
 from circuits.edges import features as _features
 from circuits.edges.measured import ROWS
-from circuits.trace import EDGE_BYTES
+from circuits.tracing import EDGE_BYTES
 from hooks import Clamp, HookedModel, Site, Transcoder
 from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.effects import sweep
+from hooks.effects import sweeping as sweep
 from hooks.errors import ModelError, UserError
 from hooks.formats import native, recognise
-from hooks.kernels.products import products as kernels
+from hooks.kernels import products as kernels
 from hooks.memory import (
     QWEN25,
     Ask,

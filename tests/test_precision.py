@@ -13,7 +13,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from circuits import trace
 from hooks import Ablate, Clamp, HookedModel, UserError
 from hooks.errors import ModelError
-from hooks.kernels.products import products as kernels
+from hooks.kernels import products as kernels
 
 TEXT = "w1 w2 w3 w4 w5"
 HALF = [torch.bfloat16, torch.float16]

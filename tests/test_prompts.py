@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from worlds import WORDS, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.targets import Answer
-from circuits.trace import trace
+from circuits.tracing import trace
 from hooks import Clamp, HookedModel, UserError
 from hooks.errors import ModelError, PromptError, TargetError
-from hooks.host.host import Host
-from hooks.host.tokens import Tokens, is_one, listed
+from hooks.host import Host, is_one, listed
+from hooks.host.tokens import Tokens
 
 IDS = [5, 6, 7]
 

@@ -10,17 +10,16 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
+from worlds import left_behind, random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import cli
-from circuits.plots.quality import quality_plot
+from circuits.plots import quality_plot
 from hooks import HookedModel, Site, Transcoder, UserError
-from hooks.check.quality import quality
-from hooks.check.quality_report import QualityReport
+from hooks.check import QualityReport, quality
 from hooks.check.sums import site_sums
 from hooks.demo.world import held_out_sentences
 from hooks.errors import CheckpointError, OutputError, PromptError
-from hooks.passes.swap import site_quality, swap_effect
+from hooks.passes import site_quality, swap_effect
 from hooks.sites import SiteSpec
 from hooks.types import Edit
 
@@ -301,7 +300,7 @@ def test_a_text_twice_counts_twice(odd):
 def test_nothing_stays_attached_and_the_model_is_as_it_was(odd):
     before = odd.run(TEXTS[0]).baseline
     quality(odd, TEXTS)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in odd.host.model.modules())
+    assert not left_behind(odd.host.model)
     assert torch.equal(odd.run(TEXTS[0]).baseline, before)
 
 

@@ -21,11 +21,11 @@ from worlds import random_transcoder
 
 import hooks.checkpoints.loading
 import hooks.checkpoints.store
+from hooks.checkpoints import TranscoderStore
 from hooks.checkpoints.loading import LEAST_PART_BYTES, PART_BYTES, load_weights, part_bytes, stored
 from hooks.checkpoints.residency import following
-from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import AddressError, CheckpointError
-from hooks.files.weight_files import safetensors_rows, write_safetensors
+from hooks.files import safetensors_rows, write_safetensors
 from hooks.formats import LayerSource, TensorSource
 from hooks.transcoder import Transcoder
 
@@ -140,7 +140,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -14,15 +14,15 @@ from torch import Tensor
 from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
 from circuits.attribution import RULES
-from circuits.build.assemble import Setting, settle
+from circuits.build import Setting, settle
+from circuits.edges import LocalRun
 from circuits.edges import features as _features
 from circuits.edges import one_block as _middle
 from circuits.edges.buffer import Room
 from circuits.edges.one_block import project
-from circuits.edges.run import LocalRun
 from hooks import HookedModel
-from hooks.kernels.products import rows_in_place as rows
-from hooks.kernels.rows_in_place import add_products, cut_blocks, usable
+from hooks.kernels import add_products, cut_blocks, usable
+from hooks.kernels import rows_in_place as rows
 
 pytest.importorskip("numba")
 if rows.compiled() is None:
@@ -124,7 +124,7 @@ def fewer():
 binding.get_host_cpu_features = fewer
 import torch
 from test_rows import Case
-from hooks.kernels.products import _tiles
+from hooks.kernels import _tiles
 assert _tiles.LANES == 8
 for narrow in (False, True):
     case = Case(5, 20, 50, 24, narrow)

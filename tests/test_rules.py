@@ -8,7 +8,7 @@ from worlds import WORDS, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from circuits.attribution import RULES
-from circuits.graph.nodes import BIAS, FEATURE, TARGET
+from circuits.graph import BIAS, FEATURE, TARGET
 from hooks import HookedModel, Site, UserError
 
 WHOLE = {"node_threshold": 1.0, "edge_threshold": 1.0, "sample": 0}

@@ -10,11 +10,12 @@ import torch
 from benchmarks import rules
 from circuits import RULES, prepare, trace
 from circuits.agreement import correlation, slope
-from circuits.attribution.ose import one_step, one_step_scores
+from circuits.attribution import one_step_scores
+from circuits.attribution.ose import one_step
 from circuits.blocks import Rule, through_attention_everywhere, through_mlp
-from circuits.build.assemble import settle
+from circuits.build import settle
 from circuits.edges.stack import known_blocks, record_stack
-from circuits.graph.nodes import REMAINDER
+from circuits.graph import REMAINDER
 from hooks import Ablate, Scale
 from hooks.sites import Site
 from hooks.types import Edit

@@ -10,12 +10,12 @@ import torch
 from test_conventions import ALL, TEXT, WHOLE, hooked, run_of, settled
 
 from circuits import Feature, Mass, trace
-from circuits.attribution.ose import one_step_scores
-from circuits.build.assemble import assemble, settle
-from circuits.build.choose_nodes import KEYS, ORDERS, coverage, select
-from circuits.graph.nodes import FEATURE
+from circuits.attribution import one_step_scores
+from circuits.build import ORDERS, assemble, coverage, select, settle
+from circuits.build.choose_nodes import KEYS
+from circuits.graph import FEATURE
 from hooks import HookedModel, Site, UserError
-from hooks.host.host import tap
+from hooks.host import tap
 from hooks.types import Edit
 
 SAME, NEXT, MLP = ("resid_pre", "resid_pre", ALL), ("resid_pre", "resid_post", ALL), ("mlp_in", "mlp_out", ALL)

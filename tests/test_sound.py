@@ -17,12 +17,12 @@ from worlds import random_qwen2, random_transcoder
 
 from circuits import Direction, Feature, Graph, Logit, Mass, Target, check_graph, fold, trace
 from circuits.cli import main
+from circuits.drawing.scatter import Panel, scatter_plot
 from circuits.export import EXPORTERS, export
-from circuits.faithfulness.curves import Curve, plot_curves
-from circuits.graph.nodes import FEATURE, REST, TARGET, NodeIndex
-from circuits.graph.sound import plain
-from circuits.plots.scatter import Panel, scatter_plot
-from circuits.plots.sweep import sweep_plot
+from circuits.faithfulness import Curve
+from circuits.faithfulness.curves import plot_curves
+from circuits.graph import FEATURE, REST, TARGET, NodeIndex, plain
+from circuits.plots import sweep_plot
 from circuits.shown import clean, drawn, unique
 from hooks import Ablate, HookedModel, Site
 from hooks.errors import OutputError, TargetError, UserError

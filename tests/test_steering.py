@@ -10,16 +10,17 @@ from test_interventions import inactive, strongest
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.cli import main
+from circuits.demo import Exam
 from circuits.demo.feature_swap import best_site, select, swap_plan
-from circuits.demo.questions import STATE_NAMES, Exam
-from circuits.plots.dose import dose_plot
+from circuits.demo.questions import STATE_NAMES
+from circuits.plots import dose_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.demo import PROMPT
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
-from hooks.generation.compare import Comparison, Scored, perplexity
-from hooks.generation.dose import grid
-from hooks.generation.strength import Steer, Strength, check_how, resolve
-from hooks.host.host import Host
+from hooks.generation import Comparison, Scored, Steer, Strength, grid
+from hooks.generation.comparison import perplexity
+from hooks.generation.strength import check_how, resolve
+from hooks.host import Host
 from hooks.types import Pass
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from hooks import Ablate, Clamp, HookedModel
-from hooks.checkpoints.store import Convention, TranscoderStore
+from hooks.checkpoints import TranscoderStore
+from hooks.checkpoints.store import Convention
 from hooks.errors import CheckpointError, UserError
 from hooks.formats import native
 from hooks.sites import Site, SiteSpec

@@ -13,8 +13,7 @@ from test_influence import graph_of
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Graph, trace
-from circuits.graph.nodes import FEATURE, REST, TARGET, TOKEN, NodeIndex
-from circuits.graph.supernodes import merge_chains, supernode_graph
+from circuits.graph import FEATURE, REST, TARGET, TOKEN, NodeIndex, merge_chains, supernode_graph
 from hooks import HookedModel, UserError
 
 LAYERS = (0, 1, 3)  # layer 2 has no transcoder, so 1 and 3 are neighbours

@@ -11,8 +11,8 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 from circuits.cli import main
 from hooks import Ablate, Clamp, HookedModel, Scale, Site, UserError
 from hooks.errors import AddressError
-from hooks.passes.recording import is_sink, sink_tokens
-from hooks.passes.swap import Where
+from hooks.passes import Where, is_sink
+from hooks.passes.recording import sink_tokens
 from hooks.types import Positions, SparseActs
 
 FACT = "fact: the capital of the state containing Dallas is"

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_interventions import KINDS, inactive, strongest
-from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
+from worlds import left_behind, random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.cli import main
-from circuits.plots.sweep import sweep_plot
+from circuits.plots import sweep_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
-from hooks.effects.changes import Change, active_features, changed, doses, pairs
+from hooks.effects import Change, active_features, changed, doses, pairs
 from hooks.effects.staggered import Walk
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
 from hooks.host.frozen_parts import held, record_held
@@ -250,7 +250,7 @@ def test_when_nothing_fits_the_message_says_so(odd, monkeypatch, error):
     monkeypatch.setattr(Walk, "_through", full)
     with pytest.raises(UserError, match="memory does not hold"):
         odd.sweep(TEXT)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in odd.host.model.modules())
+    assert not left_behind(odd.host.model)
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(odd, monkeypatch):

@@ -9,13 +9,13 @@ import torch
 from test_conventions import ALL, TEXT, WHOLE, dense, hooked, local_run, run_of
 
 from circuits import Answer, Direction, Feature, Graph, Logit, Mass, Target, trace, verify
-from circuits.build.assemble import assemble, settle
-from circuits.graph.nodes import FEATURE, REMAINDER, TARGET
+from circuits.build import assemble, settle
+from circuits.graph import FEATURE, REMAINDER, TARGET
 from circuits.targets import metric_name, read_targets
-from circuits.verification.verify import measure_nodes, verify_in
+from circuits.verification import measure_nodes, verify_in
 from hooks import Ablate, HookedModel, Scale, Site
 from hooks.errors import PromptError, TargetError
-from hooks.host.host import tap
+from hooks.host import tap
 from hooks.types import Edit
 
 STEP = 1e-3

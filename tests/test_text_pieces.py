@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from worlds import word_tokenizer
 
 from hooks import UserError
-from hooks.generation.sampling import TextPieces, stop_strings
+from hooks.generation import stop_strings
+from hooks.generation.sampling import TextPieces
 
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ã", "©"), ("ð", "Ł"), ("Ġt", "he")]  # " t", "he", "é", half an emoji, " the"
 

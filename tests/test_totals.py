@@ -14,10 +14,10 @@ from test_conventions import ALL, hooked, local_run, over, run_of, settled
 
 from circuits import Direction, Logit
 from circuits.attribution import RULES
-from circuits.build.assemble import assemble
+from circuits.build import assemble
 from circuits.build.choose_nodes import total_effects
-from circuits.edges.totals import chain_gradients
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
+from circuits.edges import chain_gradients
+from circuits.graph import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from hooks import Site, UserError
 
 SETS = [

@@ -13,7 +13,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from circuits.attribution import RULES
-from circuits.edges.ends import encoder_bias, encoder_gradient, encoder_value
+from circuits.edges.metric_ends import encoder_bias, encoder_gradient, encoder_value
 from hooks import Ablate, Clamp, HookedModel, Site, UserError
 from hooks.transcoder import Transcoder
 

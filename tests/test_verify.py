@@ -10,9 +10,10 @@ from worlds import random_hooked
 
 from circuits import trace, verify
 from circuits.agreement import rank_correlation
-from circuits.build.assemble import settle
-from circuits.graph.nodes import FEATURE
-from circuits.verification.verify import measure_edges, measure_nodes, stratified
+from circuits.build import settle
+from circuits.graph import FEATURE
+from circuits.verification import measure_edges, measure_nodes
+from circuits.verification.verifying import stratified
 from hooks import Ablate, Scale, UserError
 from hooks.types import Edit
 

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from circuits import Logit, trace
 from circuits.cli import build_parser, main
-from circuits.plots.colours import OPPOSES, QUIET, ROLE, SUPPORTS
+from circuits.drawing import OPPOSES, QUIET, ROLE, SUPPORTS
 from circuits.plots.sweep import _cells, _ranking
 from hooks import Ablate, Add, Clamp, Scale, Steer
 from hooks.demo import PROMPT
-from hooks.effects.sweep import Question, Sweep
+from hooks.effects import Sweep
+from hooks.effects.sweeping import Question
 from hooks.errors import UserError
 from hooks.renamed import Table, keywords
 

@@ -53,11 +53,11 @@ import json
 import numpy as np, torch
 from worlds import random_hooked
 from circuits import Logit, Mass, Pair, decompose, make_cases, prepare, trace, verify
-from circuits.attribution._integrated import integrated_scores
+from circuits.attribution import integrated_scores
 from circuits.faithfulness.rankings import chance
 from hooks import HookedModel, Sampling, Steer, UserError
 from hooks.generation.fast import FastDecoder
-from hooks.check.quality import quality
+from hooks.check import quality
 
 model, start = random_hooked(missing=None), "w1 w2 w3"
 demo, fact = HookedModel.load("demo"), "fact: the capital of the state containing Dallas is"

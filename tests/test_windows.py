@@ -8,7 +8,7 @@ from worlds import WORDS, random_transcoder, word_tokenizer
 from hooks import Ablate, HookedModel, Site
 from hooks.effects import staggered as rows_of_a_prompt
 from hooks.errors import ModelError
-from hooks.host.host import tap
+from hooks.host import tap
 from stress import sweeps
 
 IDS = list(range(3, 11))

@@ -1,6 +1,7 @@
 """Small models and transcoder sets that tests build in memory."""
 
 import torch
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,6 +20,18 @@ ARCHITECTURES = {  # whose blocks the algebra knows
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 WORDS = ["<end>", "<unk>", *(f"w{i}" for i in range(62))]
+
+
+def left_behind(hf: nn.Module) -> list[str]:
+    """What is attached to a model's modules; transformers' own hooks, which it leaves there for good, do not count."""
+    out = []
+    for path, module in hf.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        out += [
+            f"a hook on {path}" for hook in hooks if not getattr(hook, "__module__", "").startswith("transformers.")
+        ]
+        out += [f"a forward of its own in {path}"] * ("forward" in vars(module))
+    return out
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

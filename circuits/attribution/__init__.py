@@ -8,6 +8,10 @@ A rule defines
                              the metric's gradient in the plain model, [pos d_model] per site
 """
 
+from circuits.attribution._integrated import integrated_scores
+from circuits.attribution.ose import one_step_scores
 from hooks.plugins import discover
 
 RULES = discover(__name__, ("CONSERVES", "edge_rows", "gradients"))
+
+__all__ = ["RULES", "integrated_scores", "one_step_scores"]

@@ -23,9 +23,9 @@ from torch import Tensor
 from circuits.attribution.ig import STEPS, mean_gradient
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
-from hooks.passes.recording import LayerRecord, Recording, check_same_length
+from hooks.passes import LayerRecord, Recording, check_same_length
 from hooks.transcoder import Transcoder
 from hooks.whole import whole
 

@@ -16,13 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.edges.ends import constants
-from circuits.edges.run import LocalRun, Rows, contract
-from circuits.edges.tokens import token_rows
+from circuits.edges import LocalRun, Rows, constants, contract, token_rows
 from circuits.targets import AnyTarget, metric
-from hooks.host.host import tap
+from hooks.host import tap
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import EMBEDDING, Site
 from hooks.types import Edit, Pass
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from circuits.attribution import autograd
 from circuits.blocks import Rule
-from circuits.edges.factored import all_edges, all_gradients
-from circuits.edges.run import LocalRun, Rows
+from circuits.edges import LocalRun, Rows, all_edges, all_gradients
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 
 CONSERVES = False

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from circuits.blocks import Rule
-from circuits.edges.factored import known_edges, known_gradients
-from circuits.edges.run import LocalRun, Rows
+from circuits.edges import LocalRun, Rows, known_edges, known_gradients
 from circuits.targets import AnyTarget
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 
 CONSERVES = True

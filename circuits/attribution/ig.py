@@ -16,15 +16,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import Rule, record_block
-from circuits.edges.factored import group_edges
-from circuits.edges.run import Cut, LocalRun, Rows, stretches
-from circuits.edges.stack import Block, Point, Stack, joins_at, read_from, rotary
-from circuits.edges.tokens import token_rows
+from circuits.edges import (
+    Block,
+    Cut,
+    LocalRun,
+    Point,
+    Rows,
+    Stack,
+    group_edges,
+    joins_at,
+    read_from,
+    rotary,
+    stretches,
+    token_rows,
+)
 from circuits.targets import AnyTarget, metric
 from hooks.errors import UserError
-from hooks.host.host import Host, tap
+from hooks.host import Host, tap
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

@@ -20,14 +20,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution import exact
-from circuits.edges.measured import Removal, feature_values, run_held
-from circuits.edges.run import Cut, LocalRun, Rows
-from circuits.edges.stack import joins_at
-from circuits.edges.tokens import token_rows
+from circuits.edges import Cut, LocalRun, Removal, Rows, feature_values, joins_at, run_held, token_rows
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import EMBEDDING, Site
 
 CONSERVES = False

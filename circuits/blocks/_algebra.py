@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hooks.kernels.products import matmul_fp32
+from hooks.kernels import matmul_fp32
 
 Gate = Literal["exact", "half", "frozen"]
 

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from circuits.build.assemble import Setting, make_run
+from circuits.build.assembly import Setting, make_run
 from circuits.attribution import RULES
-from circuits.attribution.ose import one_step_scores
-from circuits.edges.totals import chain_gradients
-from circuits.graph.nodes import FEATURE, TARGET
+from circuits.attribution import one_step_scores
+from circuits.edges import chain_gradients
+from circuits.graph import FEATURE, TARGET
 from circuits.build.feature_scores import from_gradients
 
 KEYS = ["layer", "pos", "feature"]

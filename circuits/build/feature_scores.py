@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution import RULES
-from circuits.edges.stack import stack_of
+from circuits.edges import stack_of
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
-from hooks.passes.recording import LayerRecord, Recording
+from hooks.passes import LayerRecord, Recording
 from hooks.sites import EMBEDDING
 
 

@@ -10,7 +10,7 @@ import transformers
 
 from circuits.commands._output import say
 from hooks.errors import InterventionError, UserError
-from hooks.host.arithmetic import is_half
+from hooks.host import is_half
 from hooks.interventions import INTERVENTIONS
 from hooks.model import HookedModel
 

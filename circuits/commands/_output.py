@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from hooks.errors import PictureError, UserError, first_line, printable
-from hooks.host.readout import RankedToken
+from hooks.readout import RankedToken
 from hooks.types import FeatureAddress
 
 Result = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hooks.errors import OutputError
-from hooks.files.output import check_writable
+from hooks.files import check_writable
 
 SIGNS = {  # what stands among the first bytes of a file of the kind
     "graph": b"qwen-circuits-graph",

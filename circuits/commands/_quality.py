@@ -4,13 +4,9 @@ import argparse
 
 from circuits.commands._options import load
 from circuits.commands._output import Result, finish, say, show, table
-from circuits.plots.quality import quality_plot
-from hooks.check.block_by_block import rows_of
-from hooks.check.quality import quality
-from hooks.check.quality_report import QualityReport, check_report_suffix
-from hooks.check.texts import Texts
-from hooks.host.host import Host
-from hooks.host.tokens import Prompt
+from circuits.plots import quality_plot
+from hooks.check import QualityReport, Texts, check_report_suffix, quality, rows_of
+from hooks.host import Host, Prompt
 
 SITES = ("swapped", "fvu", "fvu_calm", "fvu_normed", "cosine", "norm_ratio", "l0", "dead", "always_on", "features")
 LOSSES = ("loss", "stored_loss")

@@ -10,14 +10,13 @@ from circuits.commands import _plan, _quality
 from circuits.commands._options import settle
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
-from circuits.plots.check import check_plot
-from circuits.plots.scatter import check_drawing
-from hooks.check.calibrate import Calibration, calibrate
-from hooks.check.texts import Texts
-from hooks.checkpoints.findings import FILE, Findings, save
+from circuits.drawing import check_drawing
+from circuits.plots import check_plot
+from hooks.check import Calibration, Texts, calibrate
+from hooks.checkpoints import FILE, Findings, save
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
-from hooks.files.output import check_writable
+from hooks.files import check_writable
 from hooks.formats import Checkpoint, recognise
 from hooks.memory import explained
 from hooks.model import load_host

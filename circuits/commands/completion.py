@@ -7,7 +7,7 @@ from typing import Any
 
 import shtab
 
-from circuits.options._all import build_parser
+from circuits.options import build_parser
 
 FOLDERS = ("model", "transcoders", "source", "target")
 

@@ -5,7 +5,7 @@ import argparse
 import pandas as pd
 
 from circuits.commands._output import Result, say, show, table
-from hooks.checkpoints.convert import convert
+from hooks.checkpoints import convert
 from hooks.names import dtype_of, transcoder_folder
 
 

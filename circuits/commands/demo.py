@@ -7,10 +7,8 @@ from dataclasses import asdict
 from circuits.commands._options import settle
 from circuits.commands._output import Result, say, show
 from circuits.commands._places import check_places
-from circuits.demo import report
-from circuits.demo.questions import Exam
-from circuits.demo.story import PICTURES, tell
-from hooks.files.output import write_text
+from circuits.demo import PICTURES, Exam, report_markdown, report_terminal, tell
+from hooks.files import write_text
 from hooks.model import HookedModel
 
 
@@ -24,9 +22,9 @@ def run(args: argparse.Namespace) -> Result:
     model = HookedModel.load("demo", args.transcoders)
     story = tell(Exam.of(model), args.out, lambda text: say(f"  {text} …"))
     seconds = time.perf_counter() - started
-    write_text(args.out / "report.md", report.markdown(story, seconds))
+    write_text(args.out / "report.md", report_markdown(story, seconds))
     files = [*story.files, args.out / "report.md"]
-    show(args, report.terminal(story) + f"written to {args.out}/: {', '.join(path.name for path in files)}")
+    show(args, report_terminal(story) + f"written to {args.out}/: {', '.join(path.name for path in files)}")
     return {
         "prompt": story.prompt,
         "two_hop": asdict(story.two_hop),

@@ -5,7 +5,7 @@ import argparse
 from circuits.commands._output import Result, show
 from circuits.commands._places import check_places
 from circuits.export import check_format, export
-from circuits.graph.graph import Graph
+from circuits.graph import Graph
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -15,16 +15,26 @@ from circuits.commands._options import (
 )
 from circuits.commands._output import Result, finish, say_inactive, show, table
 from circuits.commands._places import check_places
-from circuits.plots.dose import dose_plot
-from circuits.plots.scatter import check_suffix
+from circuits.drawing import check_suffix
+from circuits.plots import dose_plot
 from hooks.errors import UserError
-from hooks.generation.compare import Comparison, Scored, Setting, compare, prepare
-from hooks.generation.dose import DoseResponse, dose_response, grid
-from hooks.generation.sampling import Sampling
-from hooks.generation.strength import Resolved, Steer, preliminary
-from hooks.host.readout import Effect
-from hooks.host.tokens import Prompt
+from hooks.generation import (
+    Comparison,
+    DoseResponse,
+    Resolved,
+    Sampling,
+    Scored,
+    Setting,
+    Steer,
+    compare,
+    dose_response,
+    grid,
+    preliminary,
+    prepare,
+)
+from hooks.host import Prompt
 from hooks.model import HookedModel
+from hooks.readout import Effect
 
 
 def run(args: argparse.Namespace) -> Result:

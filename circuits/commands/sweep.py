@@ -12,13 +12,12 @@ from circuits.commands._options import (
 )
 from circuits.commands._output import Result, finish, say, show, table
 from circuits.commands._places import check_places
-from circuits.plots.scatter import check_suffix
-from circuits.plots.sweep import sweep_plot
+from circuits.drawing import check_suffix
+from circuits.plots import sweep_plot
 from hooks.choices import TABLES
-from hooks.effects.changes import Change, active_features, changed, doses, pairs
-from hooks.effects.sweep import Sweep
+from hooks.effects import Change, Sweep, active_features, changed, doses, pairs
 from hooks.errors import OutputError, UserError
-from hooks.generation.dose import grid
+from hooks.generation import grid
 from hooks.model import HookedModel
 from hooks.types import Positions
 

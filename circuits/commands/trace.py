@@ -9,11 +9,11 @@ import pandas as pd
 from circuits.commands._options import computes_in, load
 from circuits.commands._output import Result, figure, finish, peak_bytes, say_inactive, show, table
 from circuits.commands._places import check_places
+from circuits.drawing import check_suffix
 from circuits.export import export
-from circuits.graph.graph import Graph
-from circuits.plots.scatter import check_suffix
+from circuits.graph import Graph
 from circuits.targets import Answer, Feature, Logit, Mass
-from circuits.trace import check_options, trace
+from circuits.tracing import check_options, trace
 from hooks.errors import UserError
 from hooks.interventions.ablate import Ablate
 from hooks.model import HookedModel

@@ -12,10 +12,19 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from circuits.demo.questions import Exam
-from circuits.faithfulness.cases import Ablation, Case, Pair, Ranking, make_cases
-from circuits.faithfulness.curves import Curve
-from circuits.faithfulness.evaluate import SHARES, CutError, completeness, faithfulness
-from circuits.faithfulness.rankings import rank
+from circuits.faithfulness import (
+    SHARES,
+    Ablation,
+    Case,
+    Curve,
+    CutError,
+    Pair,
+    Ranking,
+    completeness,
+    faithfulness,
+    make_cases,
+    rank,
+)
 
 PAIRS = 100
 FEW = 16  # features that should be enough at one site

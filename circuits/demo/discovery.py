@@ -8,13 +8,12 @@ import pandas as pd
 import torch
 
 from circuits.agreement import rank_correlation
-from circuits.build.assemble import settle
-from circuits.build.feature_scores import score_features
+from circuits.build import score_features, settle
 from circuits.demo.feature_swap import Selection
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.targets import resolve_targets
-from circuits.trace import trace
-from circuits.verification.verify import measure_edges, measure_nodes
+from circuits.tracing import trace
+from circuits.verification import measure_edges, measure_nodes
 from hooks.demo.world import TWO_HOP_TEMPLATES, capital_of_city
 
 PROMPTS = 10

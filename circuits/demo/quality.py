@@ -9,7 +9,7 @@ from torch import Tensor
 
 from circuits.demo.questions import POSITIONS, STATE_NAMES, Exam, Questions
 from hooks.demo.world import TEST_TEMPLATE, TWO_HOP_TEMPLATES, held_out_sentences
-from hooks.passes.swap import SiteQuality, site_quality
+from hooks.passes import SiteQuality, site_quality
 from hooks.sites import Site
 from hooks.types import Edit, ErrorMode, Pass
 

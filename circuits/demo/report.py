@@ -2,7 +2,7 @@
 
 from circuits.demo.story import Story, state_layer_note
 from hooks.demo.world import HEADLINE_CITY, OTHER_CITY, STATE_OF_CITY
-from hooks.host.readout import RankedToken
+from hooks.readout import RankedToken
 
 SHOWN_MOVES = 5
 

@@ -21,13 +21,12 @@ from circuits.demo.feature_swap import (
 from circuits.demo.quality import TwoHop, reconstruction_quality, two_hop_accuracy
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.export import export
-from circuits.graph.graph import Graph
-from circuits.graph.nodes import FEATURE
-from circuits.trace import trace
+from circuits.graph import FEATURE, Graph
+from circuits.tracing import trace
 from hooks.demo.world import HEADLINE_CITY, HEADLINE_PROMPT, OTHER_PROMPT, STATE_OF_CITY, STATES
-from hooks.host.readout import Effect, RankedToken
 from hooks.interventions.ablate import Ablate
-from hooks.passes.swap import SiteQuality
+from hooks.passes import SiteQuality
+from hooks.readout import Effect, RankedToken
 
 LABEL_PRECISION = 0.8
 PICTURES = {"circuit.png": "png", "circuit.svg": "svg", "circuit.graphml": "graphml", "circuit.json": "json"}

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.blocks import BLOCKS, Rule
-from circuits.edges.ends import constants, ends, target_ends
+from circuits.edges.metric_ends import constants, ends, target_ends
 from circuits.edges.one_block import Projected, meet, project
 from circuits.edges.run import Cut, LocalRun, Rows, contract, contract_here
 from circuits.edges.stack import (
@@ -34,7 +34,7 @@ from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 
 MOST_AT_ONCE, ENTRIES_AT_ONCE = 1024, 1 << 25  # targets, and entries of a block of edges

@@ -2,7 +2,8 @@
 
 At each position stand some probes: the gradients of the targets there, then, where norms respond, the normed stream.
 They meet the decoder rows of the features there; v̄ and k̄ of the targets at or after the position meet their images.
-`Lying` reads rows where they lie (`hooks.kernels.rows_in_place`). `Gathered` says the same in plain tensor operations, anywhere.
+`Lying` reads rows where they are (`hooks.kernels.rows_in_place`). `Gathered` says the same in plain tensor operations,
+anywhere.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,17 @@ from torch import Tensor
 
 from circuits.blocks import Pulled
 from circuits.edges.run import Cut, stretches
-from hooks.kernels.products import linear_fp32, matmul_fp32, working_dtype
-from hooks.kernels.rows_in_place import INNER, add_products, compiled, cut_blocks, on_every_thread, usable
+from hooks.kernels import (
+    INNER,
+    add_products,
+    compiled,
+    cut_blocks,
+    linear_fp32,
+    matmul_fp32,
+    on_every_thread,
+    usable,
+    working_dtype,
+)
 
 ROWS_AT_ONCE = 64  # of a decoder: what stays in a core's cache
 GATHERED = 60  # products with a decoder row that take as long as gathering it (measured: 2 cores and d_model 5120)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.blocks import BlockRecord, BlockWeights, Rule, on_key, on_query, through_mlp
 from circuits.edges.stack import MIDDLE, Block, Point
-from hooks.kernels.products import matmul_fp32
+from hooks.kernels import matmul_fp32
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.targets import AnyTarget
-from hooks.host.tokens import Batch
+from hooks.host import Batch
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

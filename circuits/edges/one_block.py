@@ -25,8 +25,8 @@ from circuits.edges.buffer import Room
 from circuits.edges.features import Sources, features_of
 from circuits.edges.run import Cut
 from circuits.edges.stack import Block
-from hooks.checkpoints.store import TranscoderStore
-from hooks.kernels.products import matmul_fp32
+from hooks.checkpoints import TranscoderStore
+from hooks.kernels import matmul_fp32
 
 
 @dataclass(frozen=True)

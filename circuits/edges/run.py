@@ -19,12 +19,12 @@ from torch.nn.functional import pad
 
 from circuits.edges.buffer import Room
 from circuits.edges.stack import Stack, stack_of
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
+from circuits.graph import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
-from hooks.checkpoints.store import TranscoderStore
-from hooks.kernels.products import gather_features
+from hooks.checkpoints import TranscoderStore
+from hooks.kernels import gather_features
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.sites import EMBEDDING, Site
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs

@@ -27,9 +27,9 @@ from circuits.blocks import (
     through_attention_everywhere,
     through_mlp,
 )
-from hooks.host.host import Host
-from hooks.kernels.products import linear_fp32
-from hooks.passes.recording import Recording
+from hooks.host import Host
+from hooks.kernels import linear_fp32
+from hooks.passes import Recording
 from hooks.sites import Site
 
 Point = tuple[int, int]

@@ -8,9 +8,9 @@ replacing a whole position, and the one token explains everything but the encode
 import torch
 
 from circuits.blocks import Rule
-from circuits.edges.ends import constants, encoder_gradient
+from circuits.edges.metric_ends import constants, encoder_gradient
 from circuits.edges.run import LocalRun, Rows
-from hooks.kernels.products import working_dtype
+from hooks.kernels import working_dtype
 
 HELD = Rule(norms="frozen", attention="frozen", gate="frozen")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import Rule
-from circuits.edges.ends import before_norm, encoder_gradient, read, target_ends
+from circuits.edges.metric_ends import before_norm, encoder_gradient, read, target_ends
 from circuits.edges.stack import (
     READABLE,
     WRITABLE,
@@ -27,7 +27,7 @@ from circuits.edges.stack import (
 from circuits.targets import AnyTarget
 from hooks.errors import UserError
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording
+from hooks.passes import Recording
 from hooks.transcoder import Transcoder
 from hooks.types import SparseActs
 

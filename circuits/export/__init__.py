@@ -7,7 +7,7 @@ A format is a module with
 
 from pathlib import Path
 
-from circuits.graph.graph import Graph, check_graph
+from circuits.graph import Graph, check_graph
 from hooks.errors import OutputError
 from hooks.plugins import discover
 
@@ -34,3 +34,6 @@ def export(graph: Graph, path: str | Path, format: str) -> None:
     check_format(format)
     check_graph(graph)
     EXPORTERS[format].write(graph, Path(path))
+
+
+__all__ = ["EXPORTERS", "check_format", "export"]

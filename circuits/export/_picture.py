@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from circuits.graph.graph import Graph
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN
-from circuits.plots.colours import INK, MUTED, OPPOSES, ROLES, SUPPORTS
-from circuits.plots.scatter import picture
+from circuits.drawing import INK, MUTED, OPPOSES, ROLES, SUPPORTS, picture
+from circuits.graph import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, Graph
 from circuits.shown import drawn
 from circuits.shown import token as shown_token
 from hooks.errors import OutputError

@@ -3,7 +3,7 @@
 import networkx as nx
 
 from circuits.export._names import relabelled
-from circuits.graph.graph import Graph
+from circuits.graph import Graph
 from circuits.shown import clean
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pydot
 
 from circuits.export._names import relabelled
-from circuits.graph.graph import Graph
-from hooks.files.output import write_text
+from circuits.graph import Graph
+from hooks.files import write_text
 
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\0": "\ufffd"})
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import networkx as nx
 
 from circuits.export._xml import clean_network
-from circuits.graph.graph import Graph
-from hooks.files.output import replacing
+from circuits.graph import Graph
+from hooks.files import replacing
 
 
 def write(graph: Graph, path: Path) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import networkx as nx
 
-from circuits.graph.graph import Graph
-from circuits.graph.sound import plain
-from hooks.files.output import write_json
+from circuits.graph import Graph, plain
+from hooks.files import write_json
 
 
 def write(graph: Graph, path: Path) -> None:

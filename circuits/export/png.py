@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from circuits.export._picture import draw
-from circuits.graph.graph import Graph
+from circuits.graph import Graph
 
 
 def write(graph: Graph, path: Path) -> None:

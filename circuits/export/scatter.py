@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from circuits.graph.graph import Graph
-from circuits.plots.scatter import plot_sample
+from circuits.drawing import plot_sample
+from circuits.graph import Graph
 from hooks.errors import OutputError
 
 
@@ -17,6 +17,6 @@ def write(graph: Graph, path: Path) -> None:
         raise OutputError(
             "the graph was not verified, so there is nothing to draw",
             expected="a graph traced with --sample above 0",
-            repair="trace it again, or call circuits.verification.verify(model, graph).plot(path)",
+            repair="trace it again, or call circuits.verification.verifying(model, graph).plot(path)",
         )
     plot_sample(graph.meta["verification_sample"], path)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from circuits.targets import Target, TargetLike, resolve_targets
 from hooks.errors import AddressError, PromptError, TargetError, UserError
-from hooks.host.tokens import Prompt
+from hooks.host import Prompt
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording, check_same_length
+from hooks.passes import Recording, check_same_length
 from hooks.whole import whole, wholes
 
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]

@@ -18,7 +18,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.plots.scatter import picture, plain_decades
+from circuits.drawing import picture, plain_decades
 from circuits.shown import drawn
 
 Order = Literal["signed", "absolute"]

@@ -27,7 +27,7 @@ from torch import Tensor
 from circuits.faithfulness.cases import Case, Ranking
 from circuits.faithfulness.curves import Curve, Order
 from hooks.errors import UserError
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.types import Edit, Pass
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution._integrated import integrated_scores
-from circuits.build.feature_scores import score_features
+from circuits.attribution import integrated_scores
+from circuits.build import score_features
 from circuits.faithfulness.cases import Case, Ranking
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.whole import whole
 

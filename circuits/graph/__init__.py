@@ -1,1 +1,37 @@
 """The graph, and everything that is computed from it alone."""
+
+from circuits.graph.graph import Graph, check_graph
+from circuits.graph.identity import check_same
+from circuits.graph.influence import node_influence, start_weights
+from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
+from circuits.graph.pruning import check_thresholds, prune
+from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
+from circuits.graph.sound import plain
+from circuits.graph.supernodes import merge_chains, supernode_graph
+
+__all__ = [
+    "BIAS",
+    "ERROR",
+    "FEATURE",
+    "NONE",
+    "REMAINDER",
+    "REST",
+    "TARGET",
+    "TOKEN",
+    "Graph",
+    "GraphScores",
+    "NodeIndex",
+    "check_graph",
+    "check_same",
+    "check_thresholds",
+    "fold",
+    "graph_scores",
+    "merge_chains",
+    "node_influence",
+    "plain",
+    "prune",
+    "signed_totals",
+    "start_weights",
+    "subgraph_scores",
+    "supernode_graph",
+]

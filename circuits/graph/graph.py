@@ -24,9 +24,15 @@ from circuits.graph.nodes import FEATURE, KINDS, NONE, NodeIndex
 from circuits.graph.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TEXT_LIMIT, check_parts, check_size, plain
 from circuits.shown import drawn, unique
 from hooks.errors import CheckpointError, UserError, first_line
-from hooks.files.checks import Stored, check_safetensors
-from hooks.files.documents import shown
-from hooks.files.weight_files import safetensors_header, safetensors_metadata, safetensors_tensors, write_safetensors
+from hooks.files import (
+    Stored,
+    check_safetensors,
+    safetensors_header,
+    safetensors_metadata,
+    safetensors_tensors,
+    shown,
+    write_safetensors,
+)
 from hooks.renamed import Table
 
 _VERSION = 1
@@ -50,8 +56,8 @@ class Graph:
             further target: in that target's own logits).
         meta: JSON-able facts: prompt, tokens, targets, rule, model, convention, verification.
         baseline: in a pair of prompts, the activation (or value) in the counterfactual; else None, which means 0.
-        total: signed total effect along all paths of the graph before it was pruned (`circuits.graph.scores`); None where
-            too many edges were left out to say.
+        total: signed total effect along all paths of the graph before it was pruned (`circuits.graph.scores`); None
+            where too many edges were left out to say.
     """
 
     index: NodeIndex

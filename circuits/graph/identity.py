@@ -1,11 +1,30 @@
 """Whether a graph belongs to a model."""
 
+from typing import Protocol, runtime_checkable
+
 from circuits.graph.graph import Graph
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import UserError
-from hooks.model import HookedModel
 
 
-def check_same(model: HookedModel, graph: Graph) -> None:
+@runtime_checkable
+class Loaded(Protocol):
+    """A model and its transcoders: a `HookedModel`, as far as it is needed here."""
+
+    store: TranscoderStore
+
+    @property
+    def name(self) -> str:
+        """What the user called the model."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models and sets apart."""
+        ...
+
+
+def check_same(model: Loaded, graph: Graph) -> None:
     """Refuse a graph of another model.
 
     Raises:

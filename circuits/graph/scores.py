@@ -1,7 +1,7 @@
 """What a graph explains as a whole: circuit-tracer's two scores, signed total effects, and honest scores of subgraphs.
 
-Scores are unsigned shares (`circuits.graph.influence`); totals keep the sign and add up where a rule conserves. A subgraph
-is scored with the features it leaves out folded into the rest nodes: what is merely dropped cannot count as
+Scores are unsigned shares (`circuits.graph.influence`); totals keep the sign and add up where a rule conserves. A
+subgraph is scored with the features it leaves out folded into the rest nodes: what is merely dropped cannot count as
 unexplained, and so the fewer features stay, the better a graph would look.
 """
 

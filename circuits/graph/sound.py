@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, KINDS, NONE, REMAINDER, REST, TARGET, TOKEN
 from hooks.errors import UserError, first_line
-from hooks.files.documents import shown
+from hooks.files import shown
 from hooks.types import FeatureAddress
 
 NODE_NUMBERS = ("kind", "layer", "pos", "feature")

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from circuits.plots.colours import FIRST, INK, QUIET, SECOND
-from circuits.plots.scatter import picture
+from circuits.drawing import FIRST, INK, QUIET, SECOND, picture
 from circuits.shown import drawn
-from hooks.check.calibrate import Calibration
-from hooks.check.fits import Option
-from hooks.checkpoints.findings import Findings
+from hooks.check import Calibration, Option
+from hooks.checkpoints import Findings
 from hooks.sites import SiteSpec
 
 CELL, SIDE, LEAST = 0.46, 3.4, 3.2  # inches

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from circuits import shown
-from circuits.plots.colours import FIRST, INK, QUIET, SECOND
-from circuits.plots.scatter import picture
-from hooks.generation.dose import DoseResponse
+from circuits.drawing import FIRST, INK, QUIET, SECOND, picture
+from hooks.generation import DoseResponse
 
 WIDTH, HEIGHT = 8.6, 3.7  # inches
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from circuits.plots.colours import FIRST, INK, QUIET, SECOND
-from circuits.plots.scatter import picture
-from hooks.check.quality_report import QualityReport
+from circuits.drawing import FIRST, INK, QUIET, SECOND, picture
+from hooks.check import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches
 LINES = (  # dashes, because without sinks in the text the two lines are one

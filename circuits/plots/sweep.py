@@ -2,7 +2,7 @@
 
 A cell holds the effect of largest magnitude among the features at that layer and position; a cell in which none rises
 above the noise floor stays grey. The bars beside it are the strongest single effects. Colours say what a feature does
-for the target, `circuits.plots.colours`; the bars' direction says what the change did to the metric.
+for the target, `circuits.drawing.colours`; the bars' direction says what the change did to the metric.
 """
 
 from pathlib import Path
@@ -13,9 +13,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from circuits import shown
-from circuits.plots.colours import INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SUPPORTS
-from circuits.plots.scatter import picture
-from hooks.effects.sweep import Sweep
+from circuits.drawing import INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SUPPORTS, picture
+from hooks.effects import Sweep
 from hooks.errors import UserError
 
 BARS = 15  # of the ranking

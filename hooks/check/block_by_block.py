@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import PromptError
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch, Prompt
+from hooks.host import Batch, Host, Prompt, tap
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

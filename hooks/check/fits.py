@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooks.check.block_by_block import Streams
 from hooks.check.sums import CONSTANT
-from hooks.passes.recording import is_sink
+from hooks.passes import is_sink
 from hooks.sites import SITE_NAMES, SiteSpec
 from hooks.transcoder import Transcoder
 

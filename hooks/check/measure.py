@@ -17,11 +17,10 @@ from hooks.check.block_by_block import Rows, Streams, walk
 from hooks.check.fits import Fit, Option, fits, sink_mask, target
 from hooks.check.selection_rule import Curve, Rule, curve_at, finer, fit_by_rule, rules
 from hooks.check.verdict import CLOSE, Evidence, Ranking, rank
-from hooks.checkpoints.convention import Convention, choose, named_layers
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import Convention, TranscoderStore, choose, named_layers
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
-from hooks.host.host import Host
+from hooks.host import Host
 from hooks.sites import SiteSpec
 from hooks.transcoder import Transcoder
 

@@ -1,4 +1,4 @@
-"""What `hooks.check.quality` found out about a set of transcoders, per layer and per group of replaced sites."""
+"""What `quality_figures` found out about a set of transcoders, per layer and per group of replaced sites."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import pandas as pd
 
 from hooks.choices import REPORTS
 from hooks.errors import OutputError
-from hooks.files.output import replacing, write_json
+from hooks.files import replacing, write_json
 
 _SUMMED = ("dead", "always_on", "features")
 _NOTHING_LOST = 1e-6  # nats; an ablation that costs less is no yardstick

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooks.check.avoidable import avoidable_by_row
 from hooks.check.fits import Target
-from hooks.checkpoints.findings import CurvePoint, Selection
+from hooks.checkpoints import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
 from hooks.transcoder import Transcoder
 

@@ -7,7 +7,7 @@ from random import Random
 
 from hooks.demo.world import SentenceSource
 from hooks.errors import PromptError
-from hooks.host.tokens import Prompt
+from hooks.host import Prompt
 
 _SAMPLE = Path(__file__).with_name("sample_text.txt")
 _SENTENCES = 4096

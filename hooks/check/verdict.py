@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks.check.avoidable import separation
 from hooks.check.fits import Fit, Option
-from hooks.checkpoints.findings import Candidate, LayerFinding, Verdict
+from hooks.checkpoints import Candidate, LayerFinding, Verdict
 from hooks.formats import Checkpoint
 
 CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their avoidable error

@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.documents import read_json
-from hooks.files.links import is_there
-from hooks.files.output import write_json
+from hooks.files import is_there, read_json, write_json
 from hooks.formats import OPEN, native
 from hooks.sites import SiteSpec
 

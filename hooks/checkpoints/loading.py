@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files.weight_files import (
+from hooks.files import (
     check_pt_sums,
     maps_pt,
     npz_dtypes,

@@ -36,10 +36,9 @@ from hooks.demo.world import (
     held_out_cities,
     training_sentences,
 )
-from hooks.files.output import write_json
-from hooks.files.weight_files import sha256
+from hooks.files import sha256, write_json
 from hooks.formats import native
-from hooks.host.host import Host
+from hooks.host import Host
 from hooks.sites import SiteSpec
 
 SPARSE_RECIPE = TranscoderRecipe(d_features=640, k=9)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hooks.demo.world import N_COPYING_SENTENCES
-from hooks.host.host import Host
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host
 from hooks.sites import Site
 from hooks.transcoder import Transcoder
 

@@ -1,1 +1,22 @@
 """Many edits of one prompt, measured: sweeps, effects along paths, and what rounding does to them."""
+
+from hooks.effects.changes import Change, active_features, changed, doses, pairs
+from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
+from hooks.effects.staggered import out_of_memory
+from hooks.effects.sweeping import Sweep, sweep
+
+__all__ = [
+    "Change",
+    "Effects",
+    "PathEffect",
+    "Sweep",
+    "Through",
+    "active_features",
+    "changed",
+    "doses",
+    "effects",
+    "out_of_memory",
+    "pairs",
+    "path_effects",
+    "sweep",
+]

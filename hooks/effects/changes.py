@@ -14,7 +14,7 @@ from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
 from hooks.interventions.scale import Scale
-from hooks.passes.recording import Recording, check_same_length
+from hooks.passes import Recording, check_same_length
 from hooks.types import FeatureAddress, Positions
 from hooks.whole import wholes
 

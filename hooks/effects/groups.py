@@ -15,13 +15,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.effects.staggered import Clean, Rows, Walk
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host, tap
 from hooks.interventions import change
-from hooks.kernels.products import gather_features
-from hooks.passes.plan import Interventions, LayerTable, make_edits, make_plan
+from hooks.kernels import gather_features
+from hooks.passes import Interventions, LayerTable, make_edits, make_plan
 from hooks.sites import Site
 from hooks.types import Edit, Pass, SparseActs
 

@@ -19,17 +19,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import AddressError, InterventionError, TargetError, UserError
-from hooks.host.hold import ENTRY, HoldLike, check_hold, check_layer, module, modules, parts_held
-from hooks.host.host import Host, tap
-from hooks.host.readout import Effect, effect
-from hooks.host.tokens import Batch
+from hooks.host import ENTRY, Batch, HoldLike, Host, check_hold, check_layer, module, modules, parts_held, tap
 from hooks.interventions import FeatureIntervention
 from hooks.interventions.ablate import Ablate
 from hooks.interventions.clamp import Clamp
-from hooks.kernels.products import gather_features
-from hooks.passes.plan import Interventions, as_interventions, listed, make_edits, make_plan
+from hooks.kernels import gather_features
+from hooks.passes import Interventions, as_interventions, listed, make_edits, make_plan
+from hooks.readout import Effect, effect
 from hooks.renamed import deprecated
 from hooks.sites import Site
 from hooks.types import AddressLike, Edit, FeatureAddress

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host, tap
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

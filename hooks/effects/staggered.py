@@ -27,9 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import memory_ran_out
-from hooks.host.frozen_parts import own_attention, plain_attention, unknown_attention
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host, own_attention, plain_attention, tap, unknown_attention
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 

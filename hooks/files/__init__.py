@@ -1,1 +1,69 @@
-"""Bytes on disk, none of them trusted: weight files, their headers, folders and links, the hub's cache, what is written."""
+"""Bytes on disk, none of them trusted: weight files and their headers, folders, links, the hub's cache, output."""
+
+from hooks.files.checks import FLOATS, Stored, check_safetensors
+from hooks.files.documents import bare, flag, read_json, read_yaml, real, shown, whole
+from hooks.files.hub import Resolved, resolve
+from hooks.files.links import check_file, check_links, found, hub_snapshot, is_file, is_folder, is_there, what_is
+from hooks.files.output import check_writable, new_folder, replacing, write_json, write_text
+from hooks.files.weight_files import (
+    check_pt_sums,
+    maps_pt,
+    npz_dtypes,
+    npz_load,
+    npz_shapes,
+    open_pt,
+    safetensors_dtypes,
+    safetensors_header,
+    safetensors_load,
+    safetensors_metadata,
+    safetensors_parts,
+    safetensors_rows,
+    safetensors_shapes,
+    safetensors_tensors,
+    sha256,
+    write_safetensors,
+)
+
+__all__ = [
+    "FLOATS",
+    "Resolved",
+    "Stored",
+    "bare",
+    "check_file",
+    "check_links",
+    "check_pt_sums",
+    "check_safetensors",
+    "check_writable",
+    "flag",
+    "found",
+    "hub_snapshot",
+    "is_file",
+    "is_folder",
+    "is_there",
+    "maps_pt",
+    "new_folder",
+    "npz_dtypes",
+    "npz_load",
+    "npz_shapes",
+    "open_pt",
+    "read_json",
+    "read_yaml",
+    "real",
+    "replacing",
+    "resolve",
+    "safetensors_dtypes",
+    "safetensors_header",
+    "safetensors_load",
+    "safetensors_metadata",
+    "safetensors_parts",
+    "safetensors_rows",
+    "safetensors_shapes",
+    "safetensors_tensors",
+    "sha256",
+    "shown",
+    "what_is",
+    "whole",
+    "write_json",
+    "write_safetensors",
+    "write_text",
+]

@@ -17,8 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files.documents import read_json
-from hooks.files.links import check_file, check_links, hub_snapshot, is_folder, what_is
+from hooks.files import check_file, check_links, hub_snapshot, is_folder, read_json, what_is
 from hooks.plugins import discover
 from hooks.sites import SiteSpec
 from hooks.transcoder import Activation
@@ -229,3 +228,17 @@ def _unreadable(root: Path) -> str:
         except CheckpointError as error:
             return f"; {path.name} cannot be read: {error.found}"
     return ""
+
+
+__all__ = [
+    "FORMATS",
+    "OPEN",
+    "Checkpoint",
+    "LayerSource",
+    "Norm",
+    "Source",
+    "TensorSource",
+    "encoders",
+    "for_decoder",
+    "recognise",
+]

@@ -8,8 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from hooks.errors import CheckpointError
-from hooks.files.output import write_json, write_text
-from hooks.files.weight_files import sha256, write_safetensors
+from hooks.files import sha256, write_json, write_safetensors, write_text
 from hooks.formats import Source
 from hooks.sites import SiteSpec, to_lens
 from hooks.transcoder import Transcoder

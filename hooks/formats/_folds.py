@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hooks.kernels.products import working_dtype
+from hooks.kernels import working_dtype
 
 
 def fold_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:

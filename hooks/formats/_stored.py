@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files.checks import FLOATS
-from hooks.files.documents import read_json as read_any_json
-from hooks.files.documents import shown
-from hooks.files.weight_files import npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes
+from hooks.files import FLOATS, npz_shapes, open_pt, safetensors_dtypes, safetensors_shapes, shown
+from hooks.files import read_json as read_any_json
 from hooks.sites import Site, SiteSpec
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,9 +18,7 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.documents import read_yaml, shown, whole
-from hooks.files.links import is_file, is_there
-from hooks.files.weight_files import safetensors_load
+from hooks.files import is_file, is_there, read_yaml, safetensors_load, shown, whole
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
 from hooks.formats._circuit_tracer_writer import CONFIG, CONVERSION, KEYS, PARTS, RMS_EPS, TOPK_NOTE
 from hooks.formats._circuit_tracer_writer import save as save

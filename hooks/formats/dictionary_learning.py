@@ -20,8 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files.documents import shown, whole
-from hooks.files.links import found
+from hooks.files import found, shown, whole
 from hooks.formats import Checkpoint, Finish, LayerSource, Source, TensorSource
 from hooks.formats._folds import fold_gate
 from hooks.formats._stored import (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.links import found, is_file
+from hooks.files import found, is_file
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import (
     Sites,

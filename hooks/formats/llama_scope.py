@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.documents import flag, real, shown, whole
-from hooks.files.links import found
+from hooks.files import flag, found, real, shown, whole
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._folds import add_norm, fold_decoder_norm
 from hooks.formats._stored import (
@@ -32,7 +31,7 @@ from hooks.formats._stored import (
     one_per_layer,
     read_json,
 )
-from hooks.kernels.products import working_dtype
+from hooks.kernels import working_dtype
 from hooks.sites import Site, from_lens
 from hooks.transcoder import Activation
 

@@ -24,11 +24,18 @@ from pydantic import (
 )
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.checks import FLOATS
-from hooks.files.documents import read_json, shown
-from hooks.files.links import hub_snapshot, is_file
-from hooks.files.output import write_json
-from hooks.files.weight_files import safetensors_dtypes, safetensors_shapes, sha256, write_safetensors
+from hooks.files import (
+    FLOATS,
+    hub_snapshot,
+    is_file,
+    read_json,
+    safetensors_dtypes,
+    safetensors_shapes,
+    sha256,
+    shown,
+    write_json,
+    write_safetensors,
+)
 from hooks.formats import Checkpoint, LayerSource, Norm, Source, TensorSource
 from hooks.sites import SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder

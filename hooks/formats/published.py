@@ -19,9 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from hooks.errors import CheckpointError
-from hooks.files.checks import FLOATS
-from hooks.files.documents import bare, shown
-from hooks.files.weight_files import open_pt
+from hooks.files import FLOATS, bare, open_pt, shown
 from hooks.formats import Checkpoint, LayerSource, Source, TensorSource
 from hooks.transcoder import Activation
 

@@ -16,9 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from hooks.errors import CheckpointError, UserError
-from hooks.files.documents import bare, flag, shown, whole
-from hooks.files.links import found
-from hooks.files.weight_files import safetensors_load
+from hooks.files import bare, flag, found, safetensors_load, shown, whole
 from hooks.formats import Checkpoint, Finish, LayerSource, TensorSource
 from hooks.formats._folds import add_norm, fold_decoder_norm, fold_gate, lift_threshold
 from hooks.formats._stored import (

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import CheckpointError
-from hooks.files.documents import bare, flag, shown, whole
-from hooks.files.links import check_file, found, hub_snapshot, is_file, is_there
-from hooks.files.weight_files import safetensors_load
+from hooks.files import bare, check_file, flag, found, hub_snapshot, is_file, is_there, safetensors_load, shown, whole
 from hooks.formats import Checkpoint, LayerSource, TensorSource
 from hooks.formats._stored import (
     Sites,

@@ -21,9 +21,7 @@ from hooks.errors import ModelError, PromptError, UserError
 from hooks.generation.generation_config import Processing
 from hooks.generation.observe import Observer
 from hooks.generation.sampling import Sampling, TextPieces
-from hooks.host.arithmetic import Precision, computing
-from hooks.host.host import Host
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host, Precision, computing
 from hooks.renamed import deprecated
 from hooks.types import Edit, SparseActs
 from hooks.whole import whole

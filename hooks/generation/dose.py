@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from hooks.errors import InterventionError, TargetError, UserError
-from hooks.generation.compare import (
+from hooks.generation.comparison import (
     ROWS_PER_PASS,
     Scored,
     Setting,
@@ -21,11 +21,9 @@ from hooks.generation.compare import (
 )
 from hooks.generation.decoding import Generated
 from hooks.generation.strength import UNITS, Resolved, Steer, Strength
-from hooks.host.arithmetic import computing
-from hooks.host.exclusive import Exclusive
-from hooks.host.readout import Effect, effect
-from hooks.host.tokens import Prompt
-from hooks.passes.plan import Interventions, listed
+from hooks.host import Exclusive, Prompt, computing
+from hooks.passes import Interventions, listed
+from hooks.readout import Effect, effect
 from hooks.renamed import Table
 
 

@@ -15,17 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import StaticCache
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
 from hooks.generation.decoding import Generated, Row, seeded
 from hooks.generation.fast_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.generation.observe import Observed, observed_layers
 from hooks.generation.sampling import Sampling, stop_strings
-from hooks.host.host import CACHE, Host, execution_device
-from hooks.host.tokens import Batch, Prompt
-from hooks.kernels.products import select_static
-from hooks.passes.plan import Interventions, Plan, listed, make_edits, make_plan
-from hooks.passes.swap import Swap
+from hooks.host import CACHE, Batch, Host, Prompt, execution_device
+from hooks.kernels import select_static
+from hooks.passes import Interventions, Plan, Swap, listed, make_edits, make_plan
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
 

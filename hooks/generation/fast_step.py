@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.interventions import change
-from hooks.kernels.products import count_before, select_static, working_dtype
-from hooks.passes.plan import LayerTable
+from hooks.kernels import count_before, select_static, working_dtype
+from hooks.passes import LayerTable
 from hooks.transcoder import Transcoder
 from hooks.types import Edit, Pass, SparseActs
 

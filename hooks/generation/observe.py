@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import UserError
-from hooks.kernels.products import select_relu
+from hooks.kernels import select_relu
 from hooks.sites import Site
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole

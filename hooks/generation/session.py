@@ -12,10 +12,8 @@ import torch
 from hooks.generation.decoding import Decoding, Generated, Row, Token, advance, check_length, seeded, stream
 from hooks.generation.generation_config import check_config
 from hooks.generation.sampling import Sampling, stop_strings
-from hooks.host.arithmetic import Precision
-from hooks.host.host import Host
-from hooks.host.tokens import Batch
-from hooks.passes.plan import NEVER, Interventions, as_interventions, listed
+from hooks.host import Batch, Host, Precision
+from hooks.passes import NEVER, Interventions, as_interventions, listed
 from hooks.types import Edit
 
 

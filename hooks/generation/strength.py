@@ -18,15 +18,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import InterventionError
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch, Prompt
+from hooks.host import Batch, Host, Prompt, tap
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
-from hooks.passes.plan import as_interventions, make_plan
-from hooks.passes.recording import is_sink
+from hooks.passes import as_interventions, is_sink, make_plan
 from hooks.sites import Site
 from hooks.types import AddressLike, FeatureAddress
 

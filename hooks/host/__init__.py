@@ -1,1 +1,41 @@
 """The language model: where hooks attach, who uses it, what is read from it, and what can be held still in it."""
+
+from hooks.host.arithmetic import Precision, choose_precision, computes_in, computing, is_half, measured
+from hooks.host.exclusive_use import Exclusive, exclusive
+from hooks.host.frozen_parts import own_attention, plain_attention, unknown_attention
+from hooks.host.hold import ENTRY, Hold, HoldLike, check_hold, check_layer, holding, module, modules, parts_held
+from hooks.host.host import CACHE, Host, execution_device, fingerprint, tap
+from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
+
+__all__ = [
+    "CACHE",
+    "ENTRY",
+    "Batch",
+    "Exclusive",
+    "Hold",
+    "HoldLike",
+    "Host",
+    "Precision",
+    "Prompt",
+    "Prompts",
+    "check_hold",
+    "check_layer",
+    "choose_precision",
+    "computes_in",
+    "computing",
+    "exclusive",
+    "execution_device",
+    "fingerprint",
+    "holding",
+    "is_half",
+    "is_one",
+    "listed",
+    "measured",
+    "module",
+    "modules",
+    "own_attention",
+    "parts_held",
+    "plain_attention",
+    "tap",
+    "unknown_attention",
+]

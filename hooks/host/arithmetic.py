@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from hooks.choices import PRECISIONS
 from hooks.errors import ModelError, UserError
-from hooks.host.exclusive import Exclusive
+from hooks.host.exclusive_use import Exclusive
 from hooks.host.host import Host, forward_of
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
 
 log = logging.getLogger("hooks")
 

@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooks.errors import UserError
-from hooks.host.exclusive import Exclusive
+from hooks.host.exclusive_use import Exclusive
 from hooks.host.host import Host, forward_of
 from hooks.host.tokens import Batch
 

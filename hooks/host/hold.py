@@ -1,7 +1,7 @@
 """What a run holds at its clean value while edits act: parts of the model, and outputs of its modules.
 
 A block adds the outputs of two modules to the stream, attention and MLP. A module whose output stands at its clean
-value passes nothing on: it closes every path through it. Parts (`hooks.host.frozen_parts`) keep their module live, and make it
+value passes nothing on: it closes every path through it. Parts (`frozen_parts`) keep their module live, and make it
 affine.
 
 clean run → parts put in their places → module outputs of the unedited run under these parts → edits that put them back

@@ -22,10 +22,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from hooks.errors import ModelError, first_line, memory_ran_out
 from hooks.host.context import context_of
-from hooks.host.exclusive import Exclusive, uninterrupted
-from hooks.host.readout import RankedToken
+from hooks.host.exclusive_use import Exclusive, uninterrupted
 from hooks.host.tokens import Batch, Tokens, load_tokenizer
-from hooks.kernels.products import linear_fp32
+from hooks.kernels import linear_fp32
+from hooks.readout import RankedToken
 from hooks.sites import Site, branches_off, decoder_layers, module_at
 from hooks.types import Edit, Pass
 from hooks.whole import whole

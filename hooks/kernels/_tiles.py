@@ -3,7 +3,7 @@
 A tile takes `LEFT` vectors and `ROWS` rows at once: each number that is loaded meets three to eight others, the sums
 stay in registers, and no row is copied anywhere. numba's own vectoriser does not keep such sums in registers, so the
 tile is written in LLVM's vector types; everything around it is plain numba. Rows may be bf16: they are widened as they
-are loaded. Only imported where numba is installed (`hooks.kernels.rows_in_place`). All of it stands in one file: numba's cache on disk
+are loaded. Only imported where numba is installed (`rows_in_place`). All of it is in one file: numba's cache on disk
 would not notice a change in another one.
 """
 
@@ -238,7 +238,7 @@ def _add_blocks(given, begin_block, end_block, found):
 @cfunc(types.void(types.CPointer(from_dtype(GIVEN))), cache=True)
 @no_type_check
 def work(pointer):
-    """`hooks.kernels.rows_in_place.add_products` for one thread of several: take part after part of the blocks until none is left."""
+    """`rows_in_place.add_products` for one thread of several: take part after part of the blocks until none is left."""
     given = carray(pointer, 1)[0]
     bounds = carray(i64_at(given.bounds), given.parts + 1)
     found = _aligned(given.most + LEFT, -(-given.widest // LANES) * LANES + LANES)

@@ -40,8 +40,8 @@ def linear_fp32(
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
     No copy of a half-precision weight is made. On the CPU its rows are widened in registers where there are few tokens
-    (numba, `hooks.kernels.rows_in_place`), else some rows at a time in one buffer. On CUDA the products run in the stored precision with
-    fp32 results: x is split into half-precision numbers, so that its own rounding is not lost. Gradients flow to x.
+    (numba, `rows_in_place`), else some rows at a time in one buffer. On CUDA the products run in the stored precision
+    with fp32 results: x is split into half-precision numbers, so that its rounding is not lost. Gradients flow to x.
     """
     dtype = working_dtype(weight)
     if weight.dtype == dtype:

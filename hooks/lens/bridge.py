@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import ModelError, UserError
-from hooks.host.host import CACHE, Host
-from hooks.passes.plan import Interventions, Plan, listed, make_edits, make_plan
-from hooks.passes.swap import EVERYWHERE, Places, Swap, Where
+from hooks.host import CACHE, Host
+from hooks.passes import EVERYWHERE, Interventions, Places, Plan, Swap, Where, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
 from hooks.types import Edit, MaskMode, Pass
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import UserError
-from hooks.host.tokens import Batch
-from hooks.passes.recording import Recording
+from hooks.host import Batch
+from hooks.passes import Recording
 from hooks.sites import SITE_NAMES, Site
 from hooks.types import SparseActs
 

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.choices import ITEM
-from hooks.effects.staggered import out_of_memory
+from hooks.effects import out_of_memory
 from hooks.errors import ModelError
 from hooks.memory._modes import Mode, Plan, gb, gib, plan
 from hooks.memory._shapes import ModelShape, SetShape

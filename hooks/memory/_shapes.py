@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hooks.choices import ITEM
 from hooks.errors import ModelError
-from hooks.files.weight_files import open_pt
+from hooks.files import open_pt
 from hooks.formats import Checkpoint, LayerSource
 from hooks.sites import Site, SiteSpec
 

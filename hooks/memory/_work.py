@@ -18,10 +18,10 @@ Task = Literal["features", "generate", "sweep", "trace"]
 
 # what other modules hold at once; a test keeps these equal to theirs
 TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/edges/factored.py
-MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/trace.py
+MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/tracing.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/edges/measured.py
-SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/effects/sweep.py
+SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/effects/sweeping.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/edges/features.py
 CAST, CAST_ROWS, CAST_TILE = (
     1 << 24,

@@ -17,13 +17,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import AddressError, InterventionError
-from hooks.host.host import Host, tap
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host, tap
 from hooks.interventions import INTERVENTIONS, FeatureIntervention, change
 from hooks.interventions.clamp import Clamp
-from hooks.kernels.products import gather_features, working_dtype
+from hooks.kernels import gather_features, working_dtype
 from hooks.passes.swap import Swap
 from hooks.sites import Site
 from hooks.transcoder import Transcoder

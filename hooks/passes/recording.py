@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import PromptError
-from hooks.host.host import Host
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host
 from hooks.sites import Site
 from hooks.types import Edit, Pass, SparseActs
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hooks.choices import ERROR_MODES, MASK_MODES, SKIPS
 from hooks.errors import UserError
-from hooks.host.host import Host
-from hooks.host.tokens import Batch
+from hooks.host import Batch, Host
 from hooks.passes.recording import LayerRecord, Recording, sink_tokens
 from hooks.transcoder import Transcoder
 from hooks.types import ErrorMode, Pass, Positions, SparseActs

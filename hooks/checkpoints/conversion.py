@@ -17,8 +17,7 @@ from hooks.checkpoints import findings
 from hooks.checkpoints.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
-from hooks.files.output import new_folder
-from hooks.files.weight_files import sha256
+from hooks.files import new_folder, sha256
 from hooks.formats import FORMATS, Checkpoint, LayerSource
 from hooks.transcoder import Transcoder
 

@@ -15,13 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.generation.sampling import Sampling, stop_strings
 from hooks.generation.strength import Resolved, preliminary, resolve
-from hooks.host.arithmetic import Precision
-from hooks.host.host import Host
-from hooks.host.tokens import Prompt
-from hooks.passes.plan import Interventions, listed
+from hooks.host import Host, Precision, Prompt
+from hooks.passes import Interventions, listed
 from hooks.types import Edit, ErrorMode, MaskMode
 
 GREEDY = Sampling()

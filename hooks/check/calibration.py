@@ -24,11 +24,11 @@ from hooks.check.measure import Passes, Settled
 from hooks.check.selection_rule import selection
 from hooks.check.texts import Texts
 from hooks.check.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
-from hooks.checkpoints.findings import DecoderFinding, Findings
+from hooks.checkpoints import DecoderFinding, Findings
 from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders
-from hooks.host.host import Host, fingerprint
+from hooks.host import Host, fingerprint
 from hooks.sites import SiteSpec
 
 

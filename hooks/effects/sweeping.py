@@ -25,19 +25,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.choices import METRICS, TABLES
 from hooks.effects.groups import Work, lay_out, live_groups, run_groups, run_whole
 from hooks.effects.rounding import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
 from hooks.effects.staggered import Clean, misses, out_of_memory, record_clean
 from hooks.errors import OutputError, UserError
-from hooks.files.output import replacing
-from hooks.host.arithmetic import computes_in, is_half
-from hooks.host.host import Host, execution_device
-from hooks.host.readout import best_other
-from hooks.host.tokens import Batch
+from hooks.files import replacing
+from hooks.host import Batch, Host, computes_in, execution_device, is_half
 from hooks.interventions import FeatureIntervention, change
-from hooks.passes.plan import Interventions, LayerTable, as_interventions, listed, make_plan
+from hooks.passes import Interventions, LayerTable, as_interventions, listed, make_plan
+from hooks.readout import best_other
 from hooks.whole import whole
 
 log = logging.getLogger("hooks")
@@ -285,7 +283,8 @@ def _rounding_floors(
 ) -> Float[Tensor, " group"]:
     """`SPREADS` root mean squares of the rounding errors of each group's `delta`, 0 for groups that change nothing.
 
-    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters (see `hooks.effects.rounding`).
+    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters
+    (see `hooks.effects.rounding`).
     """
 
     def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:

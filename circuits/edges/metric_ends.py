@@ -11,7 +11,7 @@ from circuits.blocks import Rule, norm_transposed
 from circuits.edges.run import LocalRun
 from circuits.edges.stack import Point, Stack, read_from
 from circuits.targets import AnyTarget, Direction, Feature, Target
-from hooks.host.host import Host
+from hooks.host import Host
 from hooks.sites import Site
 from hooks.transcoder import Transcoder
 

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from circuits.attribution import RULES
-from circuits.build.assemble import Setting, assemble, make_run, settle
-from circuits.build.choose_nodes import ORDERS, by_layer, coverage, select
-from circuits.edges.run import LocalRun
-from circuits.edges.stack import WRITABLE
-from circuits.graph.graph import Graph
-from circuits.graph.prune import check_thresholds, prune
+from circuits.build import ORDERS, Setting, assemble, by_layer, coverage, make_run, select, settle
+from circuits.edges import WRITABLE, LocalRun
+from circuits.graph import Graph, check_thresholds, prune
 from circuits.targets import TargetLike, against_token, either
-from circuits.verification.verify import verify_in
+from circuits.verification import verify_in
 from hooks.errors import UserError
-from hooks.host.arithmetic import measured
-from hooks.host.tokens import Prompt
+from hooks.host import Prompt, measured
 from hooks.memory import explained
 from hooks.model import HookedModel
 from hooks.whole import whole
@@ -66,7 +62,7 @@ def trace(
             conservation and the remainder are over all of them.
         budget_bytes: of memory for kept edges; fewer edges per node are kept where they would not fit.
         rule: an attribution rule, a file in `circuits/attribution/`.
-        node_threshold, edge_threshold: see `circuits.graph.prune`; 1.0 keeps everything.
+        node_threshold, edge_threshold: see `circuits.graph.pruning`; 1.0 keeps everything.
         sample: how many nodes and edges are verified by real interventions; 0 skips the verification.
         seed: of that sample.
         progress: show a bar on stderr.

@@ -11,20 +11,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.attribution import RULES
-from circuits.edges.measured import feature_values
-from circuits.edges.run import LocalRun, Rows, make_cuts
-from circuits.edges.stack import Stack, stack_of, stream_sites
-from circuits.graph.graph import Graph
-from circuits.graph.influence import node_influence, start_weights
-from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
-from circuits.graph.scores import graph_scores, signed_totals
+from circuits.edges import feature_values
+from circuits.edges import LocalRun, Rows, make_cuts
+from circuits.edges import Stack, stack_of, stream_sites
+from circuits.graph import Graph
+from circuits.graph import node_influence, start_weights
+from circuits.graph import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
+from circuits.graph import graph_scores, signed_totals
 from circuits.build.feature_scores import FeatureScores, embedding_of, score_features
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
 from hooks.errors import TargetError
-from hooks.host.arithmetic import computes_in
-from hooks.host.tokens import Prompt
+from hooks.host import computes_in
+from hooks.host import Prompt
 from hooks.model import HookedModel
-from hooks.passes.recording import Recording, check_same_length, is_sink, record
+from hooks.passes import Recording, check_same_length, is_sink, record
 
 KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
 

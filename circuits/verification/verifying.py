@@ -19,15 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.agreement import Agreement, agree, rank_correlation
-from circuits.build.assemble import Setting, recorded, score_setting
-from circuits.build.feature_scores import score_features
-from circuits.edges.measured import Removal, feature_values, run_held
-from circuits.graph.graph import Graph
-from circuits.graph.identity import check_same
-from circuits.graph.nodes import FEATURE, TARGET
-from circuits.plots.scatter import plot_sample
+from circuits.build import Setting, recorded, score_features, score_setting
+from circuits.drawing import plot_sample
+from circuits.edges import Removal, feature_values, run_held
+from circuits.graph import FEATURE, TARGET, Graph, check_same
 from circuits.targets import Target, metric_name, read_targets
-from hooks.host.arithmetic import measured
+from hooks.host import measured
 from hooks.model import HookedModel
 from hooks.sites import Site
 from hooks.whole import whole

@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from hooks.check.quality_report import LayerQuality, Prediction, QualityReport, Replacement
 from hooks.check.sums import SiteSums, site_sums
-from hooks.checkpoints.store import TranscoderStore
+from hooks.checkpoints import TranscoderStore
 from hooks.errors import PromptError, UserError
-from hooks.host.host import Host
-from hooks.host.tokens import Batch, Prompt
+from hooks.host import Batch, Host, Prompt
 from hooks.model import HookedModel
-from hooks.passes.recording import sink_norm
+from hooks.passes import sink_norm
 from hooks.types import Edit, Pass
 from hooks.whole import whole, wholes
 

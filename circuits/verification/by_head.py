@@ -13,17 +13,12 @@ from torch import Tensor
 
 from circuits.attribution import RULES
 from circuits.blocks import Rule
-from circuits.build.assemble import Setting, make_run, recorded, score_setting
-from circuits.edges.ends import ends
-from circuits.edges.heads import Parts, parts_of
-from circuits.edges.run import LocalRun
-from circuits.edges.stack import MIDDLE, Stack, joins_at, read_from, stack_of
-from circuits.graph.graph import Graph
-from circuits.graph.identity import check_same
-from circuits.graph.nodes import ERROR, FEATURE, TARGET
+from circuits.build import Setting, make_run, recorded, score_setting
+from circuits.edges import MIDDLE, LocalRun, Parts, Stack, ends, joins_at, parts_of, read_from, stack_of
+from circuits.graph import ERROR, FEATURE, TARGET, Graph, check_same
 from circuits.targets import read_targets
 from hooks.errors import UserError
-from hooks.host.arithmetic import measured
+from hooks.host import measured
 from hooks.model import HookedModel
 from hooks.whole import whole, wholes
 
