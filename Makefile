@@ -8,6 +8,7 @@ TORCH ?= --requirement locks/torch.txt
 # a lock names everything, so nothing is resolved; what is built from source is built with the locked setuptools
 LOCKED := -m pip install --quiet --no-deps --no-build-isolation --require-hashes --requirement
 EDITABLE := -m pip install --quiet --no-deps --no-build-isolation --editable
+CHECKED := --jaxtyping-packages=hooks,circuits,beartype.beartype
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -16,8 +17,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: .stamp-demo
 	$(BIN)/circuits demo --out demo-out
 
+# Everything, then one case of every test with the shapes and dtypes of all signatures checked.
 test: .stamp-install
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --one-each $(CHECKED)
 
 check: lint types test notebooks
 
@@ -64,6 +67,7 @@ test-newest:
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -c "from hooks.kernels.rows_in_place import compiled; compiled()"
 	.venv-newest/bin/python -m pytest --numprocesses auto --dist worksteal
+	.venv-newest/bin/python -m pytest --numprocesses auto --dist worksteal --one-each $(CHECKED)
 
 .stamp-venv: locks/build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -15,6 +15,25 @@ from hooks import HookedModel
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-each", action="store_true", help="the first case of every test that is not slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shapes and dtypes are checked on one case of every test: that doubles its time, and cases differ in numbers."""
+    if not config.getoption("--one-each"):
+        return
+    seen: set[str] = set()
+    kept, left_out = [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        chosen = name not in seen and item.get_closest_marker("slow") is None
+        seen.add(name)
+        (kept if chosen else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 SHARED = ("demo", "demo_dense", "odd", "sink", "model")
 
 

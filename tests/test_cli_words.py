@@ -215,6 +215,7 @@ def test_ctrl_c_is_one_line(tmp_path):
 def test_an_interrupt_that_something_swallows_is_raised_again(monkeypatch, capsys):
     """As a finaliser does, and a library that catches everything while it is imported."""
     monkeypatch.setattr(cli, "AGAIN", 0.05)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
 
     def swallow(args: object) -> dict[str, object]:
@@ -229,6 +230,7 @@ def test_an_interrupt_that_something_swallows_is_raised_again(monkeypatch, capsy
     assert time.monotonic() - began < 5
     assert capsys.readouterr().err == "interrupted\n"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
+    signal.signal(signal.SIGINT, handler)
 
 
 PLAIN = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "MPLBACKEND": "nonsense"}
