@@ -20,8 +20,8 @@ import torch
 from circuits import RULES
 
 PHASES = {  # functions that the driver calls, by module → the phase their time counts in
-    ("circuits.build.assembly", "recorded"): "record",
-    ("circuits.build.assembly", "score_features"): "score",
+    ("circuits.building.assembly", "recorded"): "record",
+    ("circuits.building.assembly", "score_features"): "score",
     ("circuits.tracing", "select"): "select",
     ("circuits.tracing", "make_run"): "lay out",
     ("circuits.tracing", "assemble"): "keep",

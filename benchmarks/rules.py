@@ -33,7 +33,7 @@ from circuits import RULES, score_features
 from circuits.agreement import correlation, rank_correlation
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule
-from circuits.build import Setting, assemble, by_layer, make_run, settle
+from circuits.building import Setting, assemble, by_layer, make_run, settle
 from circuits.demo import Exam
 from circuits.demo.discovery import verification_prompts
 from circuits.edges import LocalRun, Removal, known_edges, known_gradients, run_held

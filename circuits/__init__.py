@@ -20,7 +20,7 @@ if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).pa
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from circuits.attribution import RULES
-    from circuits.build import FeatureScores, score_features
+    from circuits.building import FeatureScores, score_features
     from circuits.faithfulness import Pair, completeness, faithfulness, make_cases
     from circuits.graph import (
         Graph,
@@ -74,7 +74,7 @@ lazily(
     __name__,
     {
         "circuits.attribution": ("RULES",),
-        "circuits.build": (
+        "circuits.building": (
             "FeatureScores",
             "score_features",
         ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from circuits.attribution import RULES
-from circuits.build import ORDERS, Setting, assemble, by_layer, coverage, make_run, select, settle
+from circuits.building import ORDERS, Setting, assemble, by_layer, coverage, make_run, select, settle
 from circuits.edges import WRITABLE, LocalRun
 from circuits.graph import Graph, check_thresholds, prune
 from circuits.targets import TargetLike, against_token, either
@@ -57,7 +57,7 @@ def trace(
             two, and the default target is this prompt's answer against the other's.
         max_nodes: how many features become nodes; the others act through the rest nodes. None: every active feature,
             the complete graph.
-        select_by: how they are chosen, see `circuits.build.choose_nodes`: score, total, ose, influence.
+        select_by: how they are chosen, see `circuits.building.choose_nodes`: score, total, ose, influence.
         max_in_edges: how many of the strongest edges into a node are kept; the normalisation of influence, the
             conservation and the remainder are over all of them.
         budget_bytes: of memory for kept edges; fewer edges per node are kept where they would not fit.

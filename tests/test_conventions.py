@@ -15,7 +15,7 @@ from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import trace
 from circuits.attribution import RULES
-from circuits.build import assemble, by_layer, make_run, select, settle
+from circuits.building import assemble, by_layer, make_run, select, settle
 from circuits.graph import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from circuits.verification import measure_edges
 from hooks import HookedModel, UserError

@@ -10,7 +10,7 @@ from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenize
 
 from circuits import Graph, Logit, Target, score_features, trace
 from circuits.attribution.exact import edge_rows
-from circuits.build import by_layer, make_run, select, settle
+from circuits.building import by_layer, make_run, select, settle
 from circuits.edges import LocalRun, constants, contract
 from circuits.graph import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN
 from circuits.graph.nodes import KINDS

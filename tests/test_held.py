@@ -12,7 +12,7 @@ from test_conventions import ALL, TEXT, WIDTH, exact_edges, hooked, settled
 from worlds import random_qwen2, random_transcoder, word_tokenizer
 
 from circuits import Direction, Feature, Logit, Mass
-from circuits.build import settle
+from circuits.building import settle
 from circuits.edges import Removal, feature_values, run_held
 from hooks import HookedModel, Site
 from hooks.checkpoints import TranscoderStore

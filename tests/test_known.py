@@ -12,7 +12,7 @@ from worlds import ARCHITECTURES, WORDS, random_transcoder, word_tokenizer
 
 from circuits import Direction, Logit, Mass, prepare, score_features, trace
 from circuits.attribution import RULES, autograd
-from circuits.build import recorded, settle
+from circuits.building import recorded, settle
 from circuits.edges import stack as _stack
 from circuits.edges import stack_of
 from circuits.edges.stack import known_blocks, reproduces

@@ -22,7 +22,7 @@ from circuits.blocks import (
     through_attention,
     through_attention_everywhere,
 )
-from circuits.build import assemble, make_run, settle
+from circuits.building import assemble, make_run, settle
 from circuits.edges.metric_ends import encoder_bias
 from circuits.graph import BIAS, FEATURE, NONE, REMAINDER, TARGET, node_influence
 from circuits.targets import metric

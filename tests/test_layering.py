@@ -16,7 +16,7 @@ ORDER = {  # lowest first: a room, or a file beside the rooms, imports only what
         "lens", "demo", "names", "memory", "model", "check",
     ],
     "circuits": [
-        "agreement", "shown", "drawing", "targets", "blocks", "graph", "edges", "attribution", "build", "plots",
+        "agreement", "shown", "drawing", "targets", "blocks", "graph", "edges", "attribution", "building", "plots",
         "export", "faithfulness", "verification", "tracing", "demo", "options", "commands", "cli", "__main__",
     ],
 }  # fmt: skip

@@ -189,7 +189,7 @@ def test_a_full_device_is_said():
 @pytest.mark.parametrize("into", ["a file", "a pipe"])
 def test_an_open_descriptor_is_written_to(tmp_path, name, into):
     """What is printed before and after stays in its place: the file behind the descriptor is not replaced."""
-    code = "import sys; from pathlib import Path; from hooks import output; print('before', flush=True)\n"
+    code = "import sys; from pathlib import Path; from hooks.files import output; print('before', flush=True)\n"
     code += f"output.check_writable(Path({name!r})); output.write_text(Path({name!r}), 'file\\n'); print('after')"
     command = [sys.executable, "-c", code]
     if into == "a pipe":
@@ -257,7 +257,9 @@ def test_a_folder_that_cannot_be_searched_and_a_file_that_is_read_only(tmp_path)
 
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
-    code = "import os, signal, sys; from pathlib import Path; from hooks import output; here = Path(sys.argv[1])\n"
+    code = "import os, signal, sys; from pathlib import Path; from hooks.files import output\nhere = Path(sys.argv[1])\n"
+        "import os, signal, sys; from pathlib import Path; from hooks.files import output; here = Path(sys.argv[1])\n"
+    )
     code += "with output.replacing(here / 'x.json') as file, output.new_folder(here / 'set', 1) as folder:\n"
     code += "    (folder / 'part').write_text('half'); file.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)

@@ -13,7 +13,7 @@ import pytest
 import circuits
 import hooks
 from circuits.attribution import RULES
-from circuits.build import choose_nodes as select
+from circuits.building import choose_nodes as select
 from circuits.export import EXPORTERS
 from circuits.options import convert, export, steer, trace
 from hooks.checkpoints.conversion import WRITERS

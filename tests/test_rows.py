@@ -14,7 +14,7 @@ from torch import Tensor
 from worlds import ARCHITECTURES, random_transcoder, word_tokenizer
 
 from circuits.attribution import RULES
-from circuits.build import Setting, settle
+from circuits.building import Setting, settle
 from circuits.edges import LocalRun
 from circuits.edges import features as _features
 from circuits.edges import one_block as _middle

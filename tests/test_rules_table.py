@@ -13,7 +13,7 @@ from circuits.agreement import correlation, slope
 from circuits.attribution import one_step_scores
 from circuits.attribution.ose import one_step
 from circuits.blocks import Rule, through_attention_everywhere, through_mlp
-from circuits.build import settle
+from circuits.building import settle
 from circuits.edges.stack import known_blocks, record_stack
 from circuits.graph import REMAINDER
 from hooks import Ablate, Scale

@@ -11,8 +11,8 @@ from test_conventions import ALL, TEXT, WHOLE, hooked, run_of, settled
 
 from circuits import Feature, Mass, trace
 from circuits.attribution import one_step_scores
-from circuits.build import ORDERS, assemble, coverage, select, settle
-from circuits.build.choose_nodes import KEYS
+from circuits.building import ORDERS, assemble, coverage, select, settle
+from circuits.building.choose_nodes import KEYS
 from circuits.graph import FEATURE
 from hooks import HookedModel, Site, UserError
 from hooks.host import tap

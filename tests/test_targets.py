@@ -9,7 +9,7 @@ import torch
 from test_conventions import ALL, TEXT, WHOLE, dense, hooked, local_run, run_of
 
 from circuits import Answer, Direction, Feature, Graph, Logit, Mass, Target, trace, verify
-from circuits.build import assemble, settle
+from circuits.building import assemble, settle
 from circuits.graph import FEATURE, REMAINDER, TARGET
 from circuits.targets import metric_name, read_targets
 from circuits.verification import measure_nodes, verify_in

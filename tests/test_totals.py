@@ -14,8 +14,8 @@ from test_conventions import ALL, hooked, local_run, over, run_of, settled
 
 from circuits import Direction, Logit
 from circuits.attribution import RULES
-from circuits.build import assemble
-from circuits.build.choose_nodes import total_effects
+from circuits.building import assemble
+from circuits.building.choose_nodes import total_effects
 from circuits.edges import chain_gradients
 from circuits.graph import BIAS, ERROR, FEATURE, REST, TARGET, TOKEN
 from hooks import Site, UserError

@@ -10,7 +10,7 @@ from worlds import random_hooked
 
 from circuits import trace, verify
 from circuits.agreement import rank_correlation
-from circuits.build import settle
+from circuits.building import settle
 from circuits.graph import FEATURE
 from circuits.verification import measure_edges, measure_nodes
 from circuits.verification.verifying import stratified

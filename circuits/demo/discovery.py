@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from circuits.agreement import rank_correlation
-from circuits.build import score_features, settle
+from circuits.building import score_features, settle
 from circuits.demo.feature_swap import Selection
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.targets import resolve_targets

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution import integrated_scores
-from circuits.build import score_features
+from circuits.building import score_features
 from circuits.faithfulness.cases import Case, Ranking
 from hooks.kernels import linear_fp32
 from hooks.model import HookedModel

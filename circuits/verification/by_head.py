@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.attribution import RULES
 from circuits.blocks import Rule
-from circuits.build import Setting, make_run, recorded, score_setting
+from circuits.building import Setting, make_run, recorded, score_setting
 from circuits.edges import MIDDLE, LocalRun, Parts, Stack, ends, joins_at, parts_of, read_from, stack_of
 from circuits.graph import ERROR, FEATURE, TARGET, Graph, check_same
 from circuits.targets import read_targets

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.agreement import Agreement, agree, rank_correlation
-from circuits.build import Setting, recorded, score_features, score_setting
+from circuits.building import Setting, recorded, score_features, score_setting
 from circuits.drawing import plot_sample
 from circuits.edges import Removal, feature_values, run_held
 from circuits.graph import FEATURE, TARGET, Graph, check_same

@@ -15,12 +15,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from circuits.build.assembly import Setting, make_run
-from circuits.attribution import RULES
-from circuits.attribution import one_step_scores
+from circuits.attribution import RULES, one_step_scores
+from circuits.building.assembly import Setting, make_run
+from circuits.building.feature_scores import from_gradients
 from circuits.edges import chain_gradients
 from circuits.graph import FEATURE, TARGET
-from circuits.build.feature_scores import from_gradients
 
 KEYS = ["layer", "pos", "feature"]
 CANDIDATES = 4  # per place, for orders that cost a run of a block each

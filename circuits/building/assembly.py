@@ -11,18 +11,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from circuits.attribution import RULES
-from circuits.edges import feature_values
-from circuits.edges import LocalRun, Rows, make_cuts
-from circuits.edges import Stack, stack_of, stream_sites
-from circuits.graph import Graph
-from circuits.graph import node_influence, start_weights
-from circuits.graph import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
-from circuits.graph import graph_scores, signed_totals
-from circuits.build.feature_scores import FeatureScores, embedding_of, score_features
+from circuits.building.feature_scores import FeatureScores, embedding_of, score_features
+from circuits.edges import LocalRun, Rows, Stack, feature_values, make_cuts, stack_of, stream_sites
+from circuits.graph import (
+    BIAS,
+    ERROR,
+    FEATURE,
+    NONE,
+    REMAINDER,
+    REST,
+    TARGET,
+    TOKEN,
+    Graph,
+    NodeIndex,
+    graph_scores,
+    node_influence,
+    signed_totals,
+    start_weights,
+)
 from circuits.targets import AnyTarget, TargetLike, resolve_targets, whole_prompt
 from hooks.errors import TargetError
-from hooks.host import computes_in
-from hooks.host import Prompt
+from hooks.host import Prompt, computes_in
 from hooks.model import HookedModel
 from hooks.passes import Recording, check_same_length, is_sink, record
 
