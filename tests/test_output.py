@@ -257,9 +257,8 @@ def test_a_folder_that_cannot_be_searched_and_a_file_that_is_read_only(tmp_path)
 
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
-    code = "import os, signal, sys; from pathlib import Path; from hooks.files import output\nhere = Path(sys.argv[1])\n"
-        "import os, signal, sys; from pathlib import Path; from hooks.files import output; here = Path(sys.argv[1])\n"
-    )
+    code = "import os, signal, sys\nfrom pathlib import Path\nfrom hooks.files import output\n"
+    code += "here = Path(sys.argv[1])\n"
     code += "with output.replacing(here / 'x.json') as file, output.new_folder(here / 'set', 1) as folder:\n"
     code += "    (folder / 'part').write_text('half'); file.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
