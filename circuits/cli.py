@@ -12,25 +12,21 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any, TextIO
 
 from circuits.options import build_parser
 from hooks.errors import PictureError, UserError, first_line, printable
 
 INTERRUPTED, READER_GONE = 130, 141  # as a shell shows a command that the signals INT and PIPE have ended
-AGAIN = 1.0  # seconds until an interrupt that has not arrived is raised again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     _open_streams()
     try:
-        with _insistent_interrupts(), _flushed():
+        with _flushed():
             return _answer(argv)
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -87,32 +83,6 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def _insistent_interrupts() -> Iterator[None]:
-    """Ctrl-C is raised again every second until it arrives here.
-
-    Python drops an exception that is raised inside a finaliser or a callback, and some libraries catch every exception
-    while they are imported; the command would then go on as if nothing had been pressed.
-    """
-    ours = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        raise KeyboardInterrupt
-
-    alarm = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGALRM, alarm)
 
 
 @contextlib.contextmanager
