@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -55,17 +56,22 @@ def module_of(dotted: str) -> str | None:
     return parent if parent in MODULES else None
 
 
-def parsed() -> Iterator[tuple[str, Path, ast.Module]]:
+@cache
+def parsed() -> list[tuple[str, Path, ast.Module]]:
+    out = []
     for path in SOURCES:
         where = path.relative_to(ROOT)
         if where.parts[1:] != ("__init__.py",):  # the two packages name what they give, from everywhere
-            yield ".".join(where.with_suffix("").parts).removesuffix(".__init__"), where, ast.parse(path.read_text())
+            module = ".".join(where.with_suffix("").parts).removesuffix(".__init__")
+            out.append((module, where, ast.parse(path.read_text())))
+    return out
 
 
-def imports() -> Iterator[tuple[str, Path, str]]:
-    for module, path, tree in parsed():
-        for node in ast.walk(tree):
-            yield from ((module, path, name) for name in names(node, path))
+@cache
+def imports() -> list[tuple[str, Path, str]]:
+    return [
+        (module, path, name) for module, path, tree in parsed() for node in ast.walk(tree) for name in names(node, path)
+    ]
 
 
 def test_imports_point_down() -> None:
@@ -139,6 +145,7 @@ OWNERS = {  # pattern in the code → files that may contain it
 }
 
 
+@cache
 def code_of(path: Path) -> str:
     """The source without docstrings and comments."""
     tree = ast.parse(path.read_text())
