@@ -75,6 +75,10 @@ class InterventionError(UserError):
     """Interventions that contradict each other or carry an unusable strength."""
 
 
+class TrainingError(UserError):
+    """A training cannot go on."""
+
+
 class OutputError(UserError):
     """A place that cannot be written to, or an export format that is not known."""
 

@@ -23,6 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from hooks.errors import ModelError, first_line, memory_ran_out
 from hooks.host.context import context_of
 from hooks.host.exclusive_use import Exclusive, uninterrupted
+from hooks.host.gguf import is_gguf, load_gguf
 from hooks.host.tokens import Batch, Tokens, load_tokenizer
 from hooks.kernels import linear_fp32
 from hooks.readout import RankedToken
@@ -71,7 +72,7 @@ class Host(Tokens):
         device_map: str | None = None,
         context: int | None = None,
     ) -> "Host":
-        """A local folder, or a hub id.
+        """A local folder, a GGUF file, or a hub id.
 
         Raises:
             ModelError: it cannot be found, or is not a causal language model.
@@ -82,8 +83,12 @@ class Host(Tokens):
         if device_map:
             options["device_map"] = device_map
         try:
+            if is_gguf(name):
+                return cls(*load_gguf(Path(name), dtype), context)
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
             tokenizer = load_tokenizer(name)
+        except ModelError:
+            raise
         except Exception as error:  # transformers, safetensors and the hub client raise many kinds
             if memory_ran_out(error):
                 raise

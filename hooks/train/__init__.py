@@ -1,0 +1,6 @@
+"""Transcoders from text: for any model, in the published form."""
+
+from hooks.train.recipe import Recipe
+from hooks.train.training import Training, train
+
+__all__ = ["Recipe", "Training", "train"]
