@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
     from hooks.interventions.scale import Scale
     from hooks.model import HookedModel
     from hooks.sites import Site
+    from hooks.train import Recipe, train
     from hooks.transcoder import Transcoder
     from hooks.types import FeatureAddress, SparseActs
     from hooks.version import __version__ as __version__
@@ -33,6 +34,7 @@ __all__ = [
     "FeatureAddress",
     "Hold",
     "HookedModel",
+    "Recipe",
     "Sampling",
     "Scale",
     "Site",
@@ -41,6 +43,7 @@ __all__ = [
     "Transcoder",
     "TranscoderStore",
     "UserError",
+    "train",
 ]
 
 lazily(
@@ -60,6 +63,7 @@ lazily(
         "hooks.interventions.scale": ("Scale",),
         "hooks.model": ("HookedModel",),
         "hooks.sites": ("Site",),
+        "hooks.train": ("Recipe", "train"),
         "hooks.transcoder": ("Transcoder",),
         "hooks.types": (
             "FeatureAddress",

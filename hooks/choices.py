@@ -17,6 +17,9 @@ REPORTS = (".csv", ".json", ".parquet")
 CHECK_TOKENS = 4096
 """Tokens that a set's sites are measured on."""
 
+TRAIN_TOKENS = 1_000_000
+"""Tokens that a set is trained on."""
+
 DEVICES = {"rtx4090": 24, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141}
 """GB by name. A card's GB count as 10^9 bytes; what it has beyond (up to 7 %) is for driver, context and fragments."""
 

@@ -14,7 +14,7 @@ ORDER = {  # lowest first: a room, or a file beside the rooms, imports only what
     "hooks": [
         "version", "lazy", "errors", "whole", "choices", "renamed", "plugins", "sites", "types", "readout", "kernels",
         "transcoder", "files", "formats", "checkpoints", "interventions", "host", "passes", "effects", "generation",
-        "lens", "demo", "names", "memory", "model", "check",
+        "lens", "demo", "names", "memory", "model", "check", "train",
     ],
     "circuits": [
         "agreement", "shown", "drawing", "targets", "blocks", "graph", "edges", "attribution", "building", "plots",

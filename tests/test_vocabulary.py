@@ -81,7 +81,7 @@ def test_an_option_means_the_same_in_every_command(name):
     ],
 )
 def test_layers_are_written_alike_in_every_command(command, typed, read):
-    before = ["set", "folder"] if command == "convert" else [] if command == "check" else [PROMPT]
+    before = {"convert": ["set", "folder"], "check": [], "train": ["--out", "folder"]}.get(command, [PROMPT])
     assert build_parser().parse_args([command, *before, "--layers", *typed]).layers == read
     assert build_parser().parse_args([command, "--layers", *typed, *before]).layers == read
 

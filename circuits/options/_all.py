@@ -1,11 +1,24 @@
 """The parser of the whole command line."""
 
-from circuits.options import ablate, check, completion, convert, demo, export, features, steer, swap, sweep, trace
+from circuits.options import (
+    ablate,
+    check,
+    completion,
+    convert,
+    demo,
+    export,
+    features,
+    steer,
+    swap,
+    sweep,
+    trace,
+    train,
+)
 from circuits.options._parser import Parser
 from hooks.version import __version__
 
 # in the order of the help
-COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert, completion)
+COMMANDS = (demo, check, features, swap, ablate, sweep, steer, trace, export, convert, train, completion)
 
 
 def build_parser() -> Parser:

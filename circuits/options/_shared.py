@@ -45,9 +45,9 @@ def command(commands: Any, name: str, help: str, *, examples: Sequence[str], mod
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
     """What the files of a set may not say."""
-    parser.add_argument("--read", metavar="SITE", help="the site the transcoders read, if the files do not say")
-    parser.add_argument("--write", metavar="SITE", help="the site they reconstruct, likewise")
-    parser.add_argument("--k", type=whole, metavar="N", help="features TopK keeps, if the files do not say")
+    parser.add_argument("--read", metavar="SITE", help="the site the transcoders read (if the files do not say)")
+    parser.add_argument("--write", metavar="SITE", help="the site they reconstruct (likewise)")
+    parser.add_argument("--k", type=whole, metavar="N", help="features TopK keeps (if the files do not say)")
     parser.add_argument("--encoder", metavar="E", help="trained (default), or card: as on the published set's card")
     parser.add_argument("--decoder", type=whole, metavar="N", help="which one, where a file has several (from 0)")
 

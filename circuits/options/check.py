@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     about = "measure which sites a set of transcoders reads and writes on a model"
     check = command(commands, "check", about, examples=EXAMPLES)
     group = check.add_argument_group("measurement")
-    group.add_argument("--text", type=Path, metavar="FILE", help="the text to measure on (default: built in)")
+    group.add_argument("--text", type=Path, metavar="FILE", help="a text file, .jsonl or .parquet (default: built in)")
     how_much = f"how much of it (default {CHECK_TOKENS})"
     group.add_argument("--tokens", type=count, default=CHECK_TOKENS, metavar="N", help=how_much)
     add_layers(group)

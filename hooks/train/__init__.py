@@ -2,5 +2,6 @@
 
 from hooks.train.recipe import Recipe
 from hooks.train.training import Training, train
+from hooks.train.written import written_by
 
-__all__ = ["Recipe", "Training", "train"]
+__all__ = ["Recipe", "Training", "train", "written_by"]

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from hooks.choices import TRAIN_TOKENS
 from hooks.errors import UserError
 from hooks.sites import SiteSpec
 from hooks.whole import whole
 
 EXPANSION, ACTIVE = 2.4, 0.12  # of the published set: features per dimension, and the share of them that TopK keeps
-TOKENS = 1_000_000
 RATE, RATE_FEATURES = 1.5e-3, 4096  # the learning rate, and up to how many features; it falls with their square root
 
 
@@ -39,7 +39,7 @@ class Recipe:
     k: int
     read: str = "resid_pre"
     write: str = "resid_pre"
-    tokens: int = TOKENS
+    tokens: int = TRAIN_TOKENS
     batch: int = 1024
     learning_rate: float = RATE
     warm_up: int = 100
