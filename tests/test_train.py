@@ -1,17 +1,21 @@
 """Training transcoders: what is read; going on after a kill, to the same bytes; how good what comes out is."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from circuits.cli import main
 from hooks import HookedModel
+from hooks.check import Texts
 from hooks.errors import OutputError, PromptError, TrainingError, UserError
 from hooks.sites import Site
-from hooks.train import Recipe, train, training
+from hooks.train import Recipe, train, training, written_by
 from hooks.train.activations import capture
 from hooks.train.layer import TrainedLayer
 from hooks.train.state import FILE, FOLDER
@@ -281,3 +285,51 @@ def test_the_default_is_the_published_form():
     assert recipe.rate(0, 10_000) == recipe.learning_rate
     assert recipe.rate(recipe.tokens, 10_000) == 0
     assert recipe.rate(0, 0) < recipe.learning_rate / 50
+
+
+def test_text_that_the_model_writes_is_the_same_for_a_seed(odd):
+    one, two = (written_by(odd.host, 200, 16, 3) for _ in range(2))
+    assert one == two != written_by(odd.host, 200, 16, 4)
+    assert sum(map(len, one)) >= 200
+    assert all(1 < len(row) <= 16 for row in one)
+
+
+def test_the_command_trains_a_set_and_draws_how_it_went(tmp_path, capsys):
+    words = ["train", "--tokens", "4000", "--chunk", "2048", "--layers", "2", "--features", "64", "--k", "8", "--json"]
+    assert main([*words, "--out", str(tmp_path / "set"), "--plot", str(tmp_path / "a.png"), "--memory-gb", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["layer"] for row in result["layers"]] == [2]
+    assert result["curves"]["2"][-1]["fvu"] == result["layers"][0]["fvu"] < 0.9
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert main(["features", "fact: Dallas is in", "--transcoders", str(tmp_path / "set"), "--json"]) == 0
+    assert {row["layer"] for row in json.loads(capsys.readouterr().out)["features"]} == {2}
+    assert main([*words, "--out", str(tmp_path / "set")]) == 2
+    assert "holds a set already" in capsys.readouterr().err
+
+
+def test_texts_of_every_kind_of_file(tmp_path):
+    texts = ["one text", "two\nlines, é"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in texts) + "\n\n")
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("one text\n\ntwo lines, é\n")
+    assert Texts.of_file(tmp_path / "a.jsonl").texts == tuple(texts)
+    assert Texts.of_file(tmp_path / "a.parquet").texts == tuple(texts)
+    assert Texts.of_file(tmp_path / "a.txt").texts == ("one text", "two lines, é")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": 3}', "line 2 of"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of"),
+        ("a.jsonl", b"\xff\xfe", "cannot read the text"),
+        ("a.parquet", b"PAR1 nonsense", "cannot read the column text"),
+    ],
+)
+def test_files_that_hold_no_texts_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError, match=words):
+        Texts.of_file(tmp_path / name)
+    for missing in ("b.jsonl", "b.parquet", "b.txt"):
+        with pytest.raises(PromptError, match="cannot read the text"):
+            Texts.of_file(tmp_path / missing)

@@ -1,5 +1,7 @@
 """Text that a model writes itself: what it was trained on, as far as it shows."""
 
+from typing import Any
+
 import torch
 from tqdm import tqdm
 
@@ -47,7 +49,8 @@ def _first(host: Host) -> torch.Tensor:
 
 def _sampled(host: Host, first: torch.Tensor, context: int) -> list[list[int]]:
     ends = torch.tensor(sorted(host.end_tokens), dtype=torch.int64)
-    made = host.model.generate(
+    model: Any = host.model
+    made: torch.Tensor = model.generate(
         first.to(host.device),
         attention_mask=torch.ones_like(first).to(host.device),
         max_new_tokens=max(1, context - 1),
@@ -56,9 +59,9 @@ def _sampled(host: Host, first: torch.Tensor, context: int) -> list[list[int]]:
         top_k=0,
         top_p=1.0,
         pad_token_id=int(ends[0]) if len(ends) else 0,
-    ).cpu()
+    )
     rows = []
-    for row in made:
+    for row in made.cpu():
         stop = torch.isin(row[1:], ends).nonzero()
         rows.append(row[: int(stop[0]) + 1 if len(stop) else len(row)].tolist())
     return [row for row in rows if len(row) > 1] or [made[0].tolist()]
