@@ -1,6 +1,6 @@
-"""What arguments may be, where it is a word, a unit or a default: importing this costs nothing.
+"""Allowed values of arguments that are words, with units and defaults. Importing this file loads no library.
 
-The command line's options and their help stand on these, so that `circuits --help` needs neither torch nor
+The options of the command line and their help are made from these, so `circuits --help` needs neither torch nor
 transformers. The modules that act on a word import it from here.
 """
 

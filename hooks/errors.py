@@ -35,8 +35,8 @@ class UserError(ValueError):
         super().__init__(printable("\n".join(parts)))
 
 
-# what moves a terminal's cursor, colours it or turns its text round: C0 but tab and line feed, DEL, C1, line
-# separators, overrides of direction; and lone surrogates, which no stream can encode
+# Characters that move a terminal's cursor, change its colours or reverse its text: C0 except tab and line feed, DEL,
+# C1, line separators, overrides of direction. Lone surrogates are here too, since no stream can encode them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -80,14 +80,14 @@ class TrainingError(UserError):
 
 
 class OutputError(UserError):
-    """A place that cannot be written to, or an export format that is not known."""
+    """A file or folder that cannot be written, or an unknown export format."""
 
 
 class PictureError(OutputError):
-    """A picture failed, and all else is done: what was to be written is written.
+    """A picture could not be drawn; everything else was computed and written.
 
     Attributes:
-        result: of the command; nothing that was measured is lost to a picture.
+        result: the result of the command, so that no measurement is lost.
     """
 
     def __init__(self, problem: str, result: dict[str, Any], **parts: str):
@@ -99,6 +99,6 @@ def memory_ran_out(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on either kind of device."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    # torch's own class by its name: the command line starts with this file, and without torch
+    # torch's class is compared by its name, because the command line imports this file before it imports torch
     said = str(error).lower()  # of a RuntimeError of torch, or what safetensors makes of the system's refusal
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said or "cannot allocate" in said

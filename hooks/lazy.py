@@ -35,8 +35,8 @@ class LazyPackage(ModuleType):
 def lazily(package: str, names: Mapping[str, tuple[str, ...]]) -> None:
     """Give `package` its public names: {module: names it defines}; a module is imported at the first use of one.
 
-    A class instead of the function `__getattr__` of PEP 562, for two reasons: `circuits.faithfulness`
-    is a function and the room it is in, and type checkers take a package with `__getattr__` to have any name.
+    This is a class and not the function `__getattr__` of PEP 562, for two reasons. `circuits.faithfulness` is both a
+    function and the folder that defines it. And type checkers assume that a package with `__getattr__` has every name.
     """
     module = sys.modules[package]
     module.__class__ = LazyPackage

@@ -1,4 +1,4 @@
-"""What a user names: a set of transcoders, a dtype."""
+"""Names that a user gives → what they mean: a set of transcoders → its folder, a dtype's name → the dtype."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ log = logging.getLogger("hooks")
 
 
 def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
-    """Where the set of this name is: an embedded one, a local folder, or a hub id, fetched if need be.
+    """The folder of a set: an embedded one, a local folder, or a hub id, which is downloaded if it is not in the cache.
 
     Raises:
         CheckpointError: see `hooks.files.hub.resolve`.
@@ -27,10 +27,10 @@ def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolve
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name; None stays None.
+    """The dtype of this name; None stays None.
 
     Raises:
-        UserError: it is none that weights are held in.
+        UserError: weights cannot be held in a dtype of this name.
     """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype

@@ -28,9 +28,9 @@ def discover(package: str, requires: tuple[str, ...]) -> dict[str, ModuleType]:
 
 
 def names(package: str, defines: str) -> tuple[str, ...]:
-    """The plug-ins of a folder whose source defines a function or imports it under its own name; imports none of them.
+    """The plug-ins of a folder whose source text defines or imports the function `defines`. No plug-in is imported.
 
-    What `discover` finds, for help and completion: a name is known before the libraries that it works with are loaded.
+    Help and completion use this instead of `discover`, because it loads none of the libraries that a plug-in needs.
     """
     spec = find_spec(package)
     assert spec is not None, f"there is no package {package}"

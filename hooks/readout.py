@@ -1,7 +1,7 @@
 """Reading logits: a token's logit, probability and rank, the top tokens, and the default metric.
 
-The default metric everywhere is logit(target) − logit(best other token). The other token is named by the user or is
-the best one of the *clean* run; it is then held fixed, so before and after are measured on the same axis.
+The default metric is logit(target) − logit(other token). The user names the other token; by default it is the best
+other token of the *clean* run. It stays the same afterwards, so before and after are values of the same metric.
 """
 
 import html
@@ -16,7 +16,7 @@ from hooks.renamed import deprecated
 
 @dataclass(frozen=True)
 class Standing:
-    """How one token stands in one distribution. `rank` 1 is the most likely."""
+    """Logit, probability and rank of one token in one distribution. `rank` 1 is the most likely."""
 
     logit: float
     prob: float
@@ -76,7 +76,7 @@ class Effect:
 
     @property
     def name(self) -> str:
-        """The metric in words; a token without a text of its own goes by its id."""
+        """The metric in words; a token without text is named by its id."""
         return " − ".join(
             token_name(text, token)
             for text, token in ((self.target_text, self.target), (self.against_text, self.against))

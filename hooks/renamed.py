@@ -15,7 +15,7 @@ COLUMNS = {"id": "name", "position": "pos", "delta_metric": "delta"}  # of table
 
 
 def deprecated(earlier: str, name: str) -> None:
-    """Say that a name has changed, to whoever called us: what lies between them and here is not theirs."""
+    """Warn that a name has changed. The warning points at the first caller outside this project's own files."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""The places of a decoder block that can be read or written, under TransformerLens names.
+"""The sites of a decoder block that can be read or written, under TransformerLens names.
 
 This is the only file that knows hook names and HF module paths (docs/architecture.md, "Sites"):
 
@@ -11,7 +11,7 @@ This is the only file that knows hook names and HF module paths (docs/architectu
 | attn_out L | `blocks.L.hook_attn_out`, `.attn.hook_out` | output of `layers[L].self_attn`, or of `.linear_attn` |
 | resid_post L | `blocks.L.hook_resid_post`, `.hook_out` | output of `layers[L]` |
 
-`blocks.L.ln2.hook_in` is no other name of resid_mid: a TransformerBridge hook there edits a branch of the stream.
+`blocks.L.ln2.hook_in` is not resid_mid: a TransformerBridge hook there edits only the copy that the MLP's norm reads.
 """
 
 import re
@@ -88,7 +88,7 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class Site:
-    """One place in one block of a model.
+    """One site in one block of a model.
 
     Example:
         >>> Site("resid_pre", 3).lens_name
@@ -192,9 +192,9 @@ def from_module(path: str, end: End) -> Site:
 
 
 def branches_off(site: Site) -> bool:
-    """Whether the site's module sees only a branch of the stream: what it is given does not replace the stream.
+    """Whether the site's module gets only a copy of the stream, so that editing its input does not edit the stream.
 
-    So it is at resid_mid: a block keeps the stream in a local variable and hands a copy to the norm before the MLP.
+    This is so at resid_mid: the block keeps the stream in a local variable and gives a copy to the norm before the MLP.
     """
     return site.name == "resid_mid"
 

@@ -35,15 +35,15 @@ class Transcoder:
     (fp64 for fp64 weights). TopK before or after ReLU gives the same features: only positive ones count.
 
     Attributes:
-        read: where `x` is taken from.
-        write: what `x_hat` reconstructs.
+        read: the site of `x`.
+        write: the site that `x_hat` reconstructs.
         norm_weight: None: there is no norm.
         norm_centred: LayerNorm subtracts the mean; without it the norm is RMSNorm.
-        k: how many TopK keeps; None: no TopK.
-        threshold: JumpReLU: a feature counts only above it. Never negative.
-        groups: GroupMax: the features form so many groups of neighbours, and only the largest of each counts.
+        k: how many features TopK keeps; None: no TopK.
+        threshold: JumpReLU: a feature is active only above it. Never negative.
+        groups: GroupMax: the features form so many groups of neighbours, and only the largest of each is active.
         shift: subtracted from x, where there is no norm (`b_dec` of most sparse autoencoders).
-        W_skip: a linear map beside the features, of what the encoder is given.
+        W_skip: a skip connection: a linear map from the encoder's input to the reconstruction.
     """
 
     layer: int
@@ -87,16 +87,16 @@ class Transcoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; streams are brought here to be encoded."""
+        """The device of the weights; streams are moved here to be encoded."""
         return self.W_enc.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take where they are."""
+        """Bytes of the weights, on their device."""
         return sum(part.nbytes for name in WEIGHTS if (part := getattr(self, name)) is not None)
 
     def normed(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-        """What the encoder is given: x after its norm or shift, in the working precision, on the weights' device."""
+        """The encoder's input: x after its norm or shift, in the working precision, on the weights' device."""
         dtype = working_dtype(self.W_enc)
         x = x.to(self.device, dtype)
         if self.norm_weight is None:
@@ -108,7 +108,7 @@ class Transcoder:
         return out if bias is None else out + bias
 
     def preactivations(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token feature"]:
-        """What TopK selects from."""
+        """Pre-activations: what TopK selects from."""
         return linear_fp32(self.normed(x), self.W_enc, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*token d_model"]) -> SparseActs:
@@ -116,7 +116,7 @@ class Transcoder:
         return self.select(self.preactivations(x))
 
     def select(self, pre: Float[Tensor, "*token feature"]) -> SparseActs:
-        """TopK then ReLU; where the set has no TopK, ReLU of what its gate lets through.
+        """TopK then ReLU; for a set without TopK, ReLU of the gated pre-activations.
 
         Raises:
             ModelError: a pre-activation is not a number.
@@ -125,7 +125,7 @@ class Transcoder:
         return select_relu(self.gated(pre)) if self.k is None else select_topk(pre, self.k)
 
     def gated(self, pre: Float[Tensor, "*token feature"]) -> Float[Tensor, "*token feature"]:
-        """JumpReLU and GroupMax: pre-activations that do not count are 0. Everything else: as they are."""
+        """JumpReLU and GroupMax: pre-activations of features that are not active become 0. Other sets: unchanged."""
         if self.threshold is not None:
             return torch.where(pre > self.threshold.to(pre), pre, 0)
         if self.groups is None:
@@ -137,7 +137,7 @@ class Transcoder:
     def activations(
         self, pre: Float[Tensor, "token feature"], token: Int[Tensor, " hit"], feature: Int[Tensor, " hit"]
     ) -> Float[Tensor, " hit"]:
-        """Single activations, as `select` has them, without a selection: feature `feature[h]` at token `token[h]`.
+        """Single activations, equal to those of `select`, without running it: feature `feature[h]` at token `token[h]`.
 
         Raises:
             ModelError: a pre-activation is not a number.
@@ -148,7 +148,7 @@ class Transcoder:
     def activations_at(
         self, x: Float[Tensor, "token d_model"], token: Int[Tensor, " hit"], feature: Int[Tensor, " hit"]
     ) -> Float[Tensor, " hit"]:
-        """The same from what is read: x is encoded only if one of the named features can be active.
+        """The same from the read site's x, which is encoded only if one of the named features can be active.
 
         Raises:
             ModelError: a pre-activation is not a number.
@@ -163,7 +163,7 @@ class Transcoder:
     def _surely_inactive(
         self, given: Float[Tensor, "hit d_model"], feature: Int[Tensor, " hit"]
     ) -> Bool[Tensor, " hit"]:
-        """Where a feature's own pre-activation is negative, by more than any order of summation could change."""
+        """True where a feature's pre-activation is so far below 0 that no order of summation could make it positive."""
         rows, bias = self.W_enc[feature].to(given.dtype), self.b_enc[feature].to(given.dtype)
         products = given * rows
         slack = torch.finfo(given.dtype).eps * (self.d_model + 1) * (products.abs().sum(-1) + bias.abs())
@@ -178,26 +178,26 @@ class Transcoder:
             )
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "*token d_model"]:
-        """What the features say about the write site; with a skip connection that is not all of the reconstruction."""
+        """The features' part of the reconstruction: all of it, unless there is a skip connection."""
         return decode_sparse(acts, self.W_dec, self.b_dec)
 
     def skipped(self, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"] | None:
-        """What the skip connection adds, from what is read; None where there is none."""
+        """The skip connection's part of the reconstruction, from the read site's x; None where there is none."""
         return None if self.W_skip is None else linear_fp32(self.normed(x), self.W_skip, None)
 
     def reconstruct(self, acts: SparseActs, x: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-        """The reconstruction of the write site, skip connection included. `x` is what was read."""
+        """The reconstruction of the write site, skip connection included. `x` is the stream at the read site."""
         skipped = self.skipped(x)
         return self.decode(acts) if skipped is None else self.decode(acts) + skipped
 
     def error(
         self, acts: SparseActs, x: Float[Tensor, "*token d_model"], target: Float[Tensor, "*token d_model"]
     ) -> Float[Tensor, "*token d_model"]:
-        """What the reconstruction leaves of the write site: target − reconstruct(acts, x)."""
+        """The reconstruction error at the write site: target − reconstruct(acts, x)."""
         return target.to(self.device, working_dtype(self.W_dec)) - self.reconstruct(acts, x)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Transcoder":
-        """A copy with its weights elsewhere or in another precision."""
+        """A copy with its weights on another device or in another precision."""
 
         def move(name: str) -> Any:
             part: Tensor | None = getattr(self, name)

@@ -1,4 +1,4 @@
-"""The small frozen values everything else speaks in: sparse activations, feature addresses, edits."""
+"""Small frozen types that all other files use: sparse activations, feature addresses, edits."""
 
 import operator
 import re
@@ -16,21 +16,22 @@ from hooks.sites import Site
 ErrorMode = Literal["live", "frozen", "zero"]
 """What happens to the reconstruction error at a replaced site.
 
-`live`: recomputed from the stream that arrives, so an empty edit is exact; `frozen`: the error of the clean run is
-added back; `zero`: dropped.
+`live`: it is recomputed from the edited run's own stream, so an empty edit is exact. `frozen`: the clean run's error is
+added. `zero`: no error is added.
 """
 
 MaskMode = Literal["frozen", "live"]
-"""Whether TopK selects again when a feature is ablated. `frozen`: no; `live`: the next feature in line moves up."""
+"""Whether TopK selects again when a feature is ablated. `frozen`: no. `live`: yes, so the next feature takes its
+place."""
 
-_DIGITS = 9  # a longer number is no layer, feature or position of any model
+_DIGITS = 9  # a number with more digits is no layer, feature or position of any model
 
 
 def whole_number(value: object, what: str) -> int:
     """An integer of any library, or a float that is one: the 4.0 of a table whose columns are all floats.
 
     Raises:
-        AddressError: it is neither, and rounding it would name another thing than was meant.
+        AddressError: it is neither; rounding it would give another address than the user meant.
     """
     if type(value) is int:
         return value
@@ -63,7 +64,7 @@ class SparseActs:
     `indices` ascend along the last axis. A value of 0 means "selected, then cut by ReLU": the feature is inactive.
     Without TopK (plain ReLU), `k` is the largest number of active features of any token in the batch.
 
-    `real` is False at padding, whose features are those of tokens that nobody wrote; None: there is no padding.
+    `real` is False at padding tokens, whose features mean nothing. None: there is no padding.
     """
 
     values: Float[Tensor, "*token k"]
@@ -126,8 +127,8 @@ class Positions:
 
     @classmethod
     def of(cls, value: "int | slice | str | Collection[Any] | Positions") -> "Positions":
-        """Accept what Python users have at hand: a number, a slice, text, a `Positions`; for a mask, indices, or one
-        bool per position, as a list, a set, an array or a tensor. A float that is a whole number is that number.
+        """Accept a number, a slice, text or a `Positions`. A mask is given as indices, or as one bool per position, in
+        a list, a set, an array or a tensor. A float that is a whole number is read as that number.
 
         Raises:
             AddressError: it cannot be read, or a mask marks no token.
@@ -167,8 +168,8 @@ class Positions:
             raise AddressError("cannot read the position mask", expected=expected, found=error.problem) from None
 
     def bounds(self, prompt_length: int) -> tuple[int, int | None]:
-        """First position, and the one after the last (None: no end), for a prompt of this length. What lies between
-        two marks of a mask lies within these bounds too: `spans` leaves it out."""
+        """First position, and the one after the last (None: no end), for a prompt of this length. The bounds of a mask
+        include the positions between its marks; `spans` leaves those out."""
 
         def absolute(bound: int) -> int:
             return bound + prompt_length if bound < 0 else bound
@@ -189,7 +190,7 @@ class Positions:
         return start, None if self.stop is None else absolute(self.stop)
 
     def spans(self, prompt_length: int) -> list[tuple[int, int | None]]:
-        """The positions as pieces without a gap, ascending: one, except for a mask."""
+        """The positions as ranges (start, stop) without gaps, ascending. Only a mask can give more than one range."""
         if self.kind != "mask":
             return [self.bounds(prompt_length)]
         out: list[tuple[int, int | None]] = []
@@ -211,7 +212,7 @@ class Positions:
         """Refuse positions that can never occur in a run of this length.
 
         Raises:
-            AddressError: the position lies before the prompt or beyond its last token, or the slice is empty.
+            AddressError: the position is before the prompt or after its last token, or the slice is empty.
         """
         start, stop = self.bounds(prompt_length)
         end = prompt_length + new_tokens
@@ -266,7 +267,7 @@ class FeatureAddress:
         """Read an address.
 
         Raises:
-            AddressError: the text has another shape.
+            AddressError: the text is not an address.
         """
         match = re.fullmatch(r"L(\d+)/(\d+)(?:@(.+))?", text.strip())
         if not match:
@@ -278,8 +279,8 @@ class FeatureAddress:
 
     @classmethod
     def of(cls, value: "AddressLike") -> "FeatureAddress":
-        """Accept text, an address, or circuit-tracer's `(layer, position, feature)`: a tuple, a list, or a row of an
-        array, table or tensor, where whole numbers may be floats.
+        """Accept text, an address, or `(layer, position, feature)` as circuit-tracer writes it: a tuple, a list, or a
+        row of an array, table or tensor. Whole numbers may be floats.
 
         Raises:
             AddressError: it cannot be read.
@@ -308,12 +309,12 @@ AddressLike = Any
 
 @dataclass
 class Pass:
-    """Where a running forward pass stands; made anew for every pass, and gone after it.
+    """The state of one forward pass while it runs. Every pass has a new one.
 
     Attributes:
         first: column of the first token of this pass (0, or the cache length while decoding).
-        prompt_lengths: real tokens of the prompt, per row; generated tokens come behind them.
-        memo: what an edit at a read site leaves for its partner at the write site.
+        prompt_lengths: real tokens of the prompt, per row; generated tokens follow them.
+        memo: values that an edit at a read site stores for the edit at the write site.
         pads: padding in front of each row; empty where there is none. Column c of a row is position c − pad.
     """
 
@@ -325,10 +326,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Edit:
-    """Everything that touches a forward pass: a function of the tensor at one site.
+    """A change to a forward pass: a function of the tensor at one site.
 
-    `apply` returns a new tensor (never the old one modified), or the very same object when it changes nothing, so
-    that an edit that does not hit leaves the pass bit for bit as it was.
+    `apply` never modifies its tensor. It returns a new tensor, or the same object if it changes nothing. So an edit
+    that changes nothing leaves the pass the same, bit for bit.
     """
 
     site: Site

@@ -1,4 +1,4 @@
-"""Whole numbers that a caller gives: a count, a seed, a layer, a position. What is none is refused, never rounded."""
+"""Whole numbers that a caller gives: a count, a seed, a layer, a position. Anything else is refused, never rounded."""
 
 import operator
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ def whole(
     least: int | None = None,
     most: int | None = None,
 ) -> int:
-    """A whole number, or what stands for one: NumPy's, or a tensor of one integer.
+    """A whole number: Python's, NumPy's, or a tensor of one integer.
 
     Args:
         name: of the argument, for the message.
         least, most: the smallest and the largest that are allowed.
 
     Raises:
-        UserError: a fraction (2.0 too), text, a bool, or something else that is no number; or out of range.
+        UserError: it is a float (2.0 too), text, a bool or no number at all; or it is out of range.
     """
     number = _index(value)
     if number is None:
@@ -53,12 +53,12 @@ def wholes(
 
 
 def _index(value: Any) -> int | None:
-    """What Python would count by; a bool is an answer, not a number."""
+    """The value as an int if Python would accept it as an index, else None. A bool gives None."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:
         return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers raises what it likes
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers raises one of these, by its kind
         return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hooks import HookedModel
 from hooks.check import Texts, calibrate, rows_of
 from hooks.check.avoidable import avoidable_by_row, separation
-from hooks.check.block_by_block import walk
+from hooks.check.block_by_block import streams_by_layer
 from hooks.check.fits import fits, options, sink_mask
 from hooks.check.selection_rule import Rule, selection
 from hooks.check.texts import paragraphs
@@ -369,7 +369,7 @@ def test_a_walk_sees_what_a_pass_sees(which: str, request) -> None:
     whole += [Site(name, n) for n in range(host.n_layers) for name in ("resid_pre", "resid_post")]
     truth = host.capture(batch, whole)[1]
     visited = []
-    for layer, streams in walk(host, rows, [0, 2, host.n_layers - 1], ahead=1):
+    for layer, streams in streams_by_layer(host, rows, [0, 2, host.n_layers - 1], ahead=1):
         visited.append(layer)
         ends = min(layer + 1, host.n_layers - 1)
         names = ("attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
@@ -393,7 +393,7 @@ def test_rows_are_cut_and_thinned_out(host: Host) -> None:
 def test_fvus_are_those_of_the_formula(odd: HookedModel) -> None:
     """Dense and in fp64: all tokens, without sinks, in norm space."""
     rows = rows_of(odd.host, ["w1 w2 w3 w4 w5 w6 w7 w8 w9", "w9 w11 w12 w13"], 100)
-    coder, [(_, streams)] = odd.store[1], walk(odd.host, rows, [1], ahead=1)
+    coder, [(_, streams)] = odd.store[1], streams_by_layer(odd.host, rows, [1], ahead=1)
     sinks = torch.zeros(rows.n_tokens, dtype=torch.bool)
     sinks[3] = True
     wanted = tuple(options(("trained",), 1))
@@ -422,7 +422,7 @@ def fvu(x: Tensor, guess: Tensor) -> float:
 
 def test_sinks_are_told_by_the_length_of_their_stream(sink: HookedModel) -> None:
     rows = rows_of(sink.host, ["w2 w1 w3 w4 w5 w6 w7", "w8 w9 w10 w1"], 100)
-    [(_, streams)] = walk(sink.host, rows, [0], ahead=1)
+    [(_, streams)] = streams_by_layer(sink.host, rows, [0], ahead=1)
     ids = torch.cat([row[:n] for batch in rows.batches for row, n in zip(batch.ids, batch.lengths, strict=True)])
     assert torch.equal(sink_mask(streams), ids == sink.host.tokenize("w1")[0])
 

@@ -16,7 +16,7 @@ from circuits.cli import main
 from circuits.plots import sweep_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Scale, UserError
 from hooks.effects import Change, active_features, changed, doses, pairs
-from hooks.effects.staggered import Walk
+from hooks.effects.staggered import StaggeredPass
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
 from hooks.host.frozen_parts import held, record_held
 from hooks.sites import SiteSpec
@@ -225,7 +225,7 @@ def test_unchanged_rows_give_the_noise_floor_in_half_precision():
 
 def test_when_memory_runs_out_the_batch_is_halved_and_the_numbers_are_the_same(odd, monkeypatch):
     plain = odd.sweep(TEXT)
-    through, sizes = Walk._through, []
+    through, sizes = StaggeredPass._through, []
 
     def tight(self, x, block):
         sizes.append(len(x))
@@ -233,7 +233,7 @@ def test_when_memory_runs_out_the_batch_is_halved_and_the_numbers_are_the_same(o
             raise torch.OutOfMemoryError("simulated")
         return through(self, x, block)
 
-    monkeypatch.setattr(Walk, "_through", tight)
+    monkeypatch.setattr(StaggeredPass, "_through", tight)
     found = odd.sweep(TEXT, tokens_at_once=4096)
     assert max(sizes) > 200 >= sizes[-1]
     assert found.passes > plain.passes
@@ -247,7 +247,7 @@ def test_when_nothing_fits_the_message_says_so(odd, monkeypatch, error):
     def full(self, x, block):
         raise error
 
-    monkeypatch.setattr(Walk, "_through", full)
+    monkeypatch.setattr(StaggeredPass, "_through", full)
     with pytest.raises(UserError, match="memory does not hold"):
         odd.sweep(TEXT)
     assert not left_behind(odd.host.model)
@@ -257,7 +257,7 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(odd, monkeypatch):
     def broken(self, x, block):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(Walk, "_through", broken)
+    monkeypatch.setattr(StaggeredPass, "_through", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         odd.sweep(TEXT)
 

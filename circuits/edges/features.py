@@ -2,8 +2,8 @@
 
 At each position stand some probes: the gradients of the targets there, then, where norms respond, the normed stream.
 They meet the decoder rows of the features there; v̄ and k̄ of the targets at or after the position meet their images.
-`Lying` reads rows where they are (`hooks.kernels.rows_in_place`). `Gathered` says the same in plain tensor operations,
-anywhere.
+`EdgesInPlace` reads rows where they are (`hooks.kernels.rows_in_place`). `Gathered` says the same in plain tensor
+operations, anywhere.
 """
 
 from collections.abc import Sequence
@@ -95,11 +95,11 @@ class Sources:
         return self.cut.activation.to(self.same.dtype)
 
 
-def features_of(sources: Sources) -> "Gathered | Lying":
+def features_of(sources: Sources) -> "Gathered | EdgesInPlace":
     """The faster of the two ways that can be gone."""
     W_dec, count = sources.cut.transcoder.W_dec, len(sources.cut.pos) * len(sources.same)
     known = all(usable(sources.same, table, count * W_dec.shape[1]) for table in (W_dec, *sources.images))
-    return Lying(sources) if known else Gathered(sources)
+    return EdgesInPlace(sources) if known else Gathered(sources)
 
 
 class Gathered:
@@ -181,7 +181,7 @@ class Gathered:
         return probes @ rows.to(probes.dtype).T
 
 
-class Lying:
+class EdgesInPlace:
     """Meets decoder rows and images where they lie: nothing is gathered, and only what is asked for is formed.
 
     v̄ and k̄ of a position are formed by the thread that needs them, and never leave its core's cache.
@@ -252,7 +252,7 @@ class Lying:
             "first": first,
             "out": out,
             "seen": seen,
-            "met": self._met,
+            "direct": self._met,
             "along": s.along,
             "activation": s.activation,
             "scale": s.scale,

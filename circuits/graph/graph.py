@@ -25,7 +25,7 @@ from circuits.graph.sound import NODE_EXTRA, NODE_NUMBERS, NUMBERS, REQUIRED, TE
 from circuits.shown import drawn, unique
 from hooks.errors import CheckpointError, UserError, first_line
 from hooks.files import (
-    Stored,
+    HeaderEntry,
     check_safetensors,
     safetensors_header,
     safetensors_metadata,
@@ -288,7 +288,7 @@ def _unknown(constant: str) -> None:
     """NaN and the infinities, which earlier files may hold, are what is not known."""
 
 
-def _check_stored(stored: Mapping[str, Stored]) -> None:
+def _check_stored(stored: Mapping[str, HeaderEntry]) -> None:
     """Refuse columns that are no numbers of one of the kinds that are written, before they are read."""
     for name, column in stored.items():
         kinds = _STORED[name in NUMBERS]

@@ -27,7 +27,7 @@ Streams = dict[Site, Float[Tensor, "token d_model"]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TextRows:
     """Tokens in rows, each a text or a piece of one, padded on the right within a batch."""
 
     batches: tuple[Batch, ...]
@@ -43,14 +43,14 @@ class Rows:
         lengths = [length for batch in self.batches for length in batch.lengths]
         return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
-    def head(self, tokens: int) -> "Rows":
+    def head(self, tokens: int) -> "TextRows":
         """As many whole rows, spread over all of them, as hold about so many tokens; one at least."""
         rows = [ids[:length] for batch in self.batches for ids, length in zip(batch.ids, batch.lengths, strict=True)]
         step = max(1, -(-self.n_tokens // tokens))
         return _batched([row.tolist() for row in rows[::step]])
 
 
-def rows_of(host: Host, texts: Sequence[Prompt], tokens: int) -> Rows:
+def rows_of(host: Host, texts: Sequence[Prompt], tokens: int) -> TextRows:
     """The first texts that together have so many tokens, or all of them; the last one is cut.
 
     Raises:
@@ -73,7 +73,7 @@ def rows_of(host: Host, texts: Sequence[Prompt], tokens: int) -> Rows:
     return _batched(rows)
 
 
-def _batched(rows: list[list[int]]) -> Rows:
+def _batched(rows: list[list[int]]) -> TextRows:
     """Rows of similar length together; which row is where does not matter."""
     parts: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
@@ -86,10 +86,10 @@ def _batched(rows: list[list[int]]) -> Rows:
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in part])
         return Batch(ids, tuple(map(len, part)), ((),) * len(part))
 
-    return Rows(tuple(map(batch, parts)))
+    return TextRows(tuple(map(batch, parts)))
 
 
-def walk(host: Host, rows: Rows, layers: Sequence[int], ahead: int) -> Iterator[tuple[int, Streams]]:
+def streams_by_layer(host: Host, rows: TextRows, layers: Sequence[int], ahead: int) -> Iterator[tuple[int, Streams]]:
     """For each of the layers, in order, what stands at every site of blocks `layer` to `layer + ahead`, where they are.
 
     `resid_pre L+1` is there as `resid_post L`, the same tensor; only the layer's own `resid_pre` goes by that name.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hooks.check.block_by_block import Rows, rows_of
+from hooks.check.block_by_block import TextRows, rows_of
 from hooks.check.fits import Fit, Option, options
 from hooks.check.measure import Passes, Settled
 from hooks.check.selection_rule import selection
@@ -127,7 +127,7 @@ def _wanted(
 
 def _conclude(
     found: Passes,
-    rows: Rows,
+    rows: TextRows,
     measured: Sequence[Fit],
     sinks: int,
     rankings: Sequence[Ranking],

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooks.check.avoidable import avoidable_by_row, by_row
-from hooks.check.block_by_block import Rows, Streams, walk
+from hooks.check.block_by_block import Streams, TextRows, streams_by_layer
 from hooks.check.fits import Fit, Option, fits, sink_mask, target
 from hooks.check.selection_rule import Curve, Rule, curve_at, finer, fit_by_rule, rules
 from hooks.check.verdict import CLOSE, Evidence, Ranking, rank
@@ -107,7 +107,7 @@ class Passes:
         """How many blocks behind a transcoder's own its write site may be."""
         return max(option.write.offset for option in self.options if option.write)
 
-    def with_best_rule(self, rows: Rows, bar: Any) -> "Passes":
+    def with_best_rule(self, rows: TextRows, bar: Any) -> "Passes":
         """Where the files leave open how features are selected: the rule that leaves least to improve.
 
         First the one with the smallest FVU of any candidate; then, for the candidates near the best, the one with the
@@ -130,12 +130,12 @@ class Passes:
         return replace(self, rule=chosen[1])
 
     def _by_rule(
-        self, rows: Rows, ranking: Ranking, near: Sequence[Rule]
+        self, rows: TextRows, ranking: Ranking, near: Sequence[Rule]
     ) -> dict[tuple[Option, Rule], tuple[float, float]]:
         """FVU and avoidable error, over a few layers, of each of the best candidates under each rule."""
         sums: dict[tuple[Option, Rule], list[tuple[float, float]]] = {}
         stores = replace(self, rule=Rule()).stores()
-        for layer, streams in walk(self.host, rows, _spread(ranking.layers, _PILOT_LAYERS), self.ahead):
+        for layer, streams in streams_by_layer(self.host, rows, _spread(ranking.layers, _PILOT_LAYERS), self.ahead):
             transcoders, sinks = self._load(stores, layer), sink_mask(streams)
             for option in ranking.contenders[:_PILOT_CONTENDERS]:
                 assert option.write is not None, "the update is no candidate"
@@ -165,25 +165,25 @@ class Passes:
                 store.place(layer, self.host.device_of(layer))
         return {name: [store[layer] for store in parts] for name, parts in stores.items()}
 
-    def grid(self, rows: Rows, layers: Sequence[int], bar: Any) -> tuple[list[Fit], int]:
+    def grid(self, rows: TextRows, layers: Sequence[int], bar: Any) -> tuple[list[Fit], int]:
         """Every option at every layer; and how many tokens are sinks somewhere."""
         out: list[Fit] = []
         stores, ever = self.stores(), torch.zeros(rows.n_tokens, dtype=torch.bool)
-        for layer, streams in walk(self.host, rows, layers, self.ahead):
+        for layer, streams in streams_by_layer(self.host, rows, layers, self.ahead):
             sinks = sink_mask(streams)
             ever |= sinks
             out += fits(self._load(stores, layer), streams, layer, sinks, self.options)
             bar.update()
         return out, int(ever.sum())
 
-    def settle(self, rows: Rows, rankings: Sequence[Ranking], bar: Any) -> Settled:
+    def settle(self, rows: TextRows, rankings: Sequence[Ranking], bar: Any) -> Settled:
         """The contenders' avoidable errors and curves, at up to `_SETTLE_LAYERS` layers."""
         few, stores = rows.head(_SETTLE_TOKENS), self.stores()
         contenders = [option for ranking in rankings for option in ranking.contenders]
         out = Settled({option: {} for option in contenders}, {option: [] for option in contenders})
         ranked = _spread(rankings[0].layers, _SETTLE_LAYERS)
         others = [layer for layer in self.layers if layer not in rankings[0].layers]  # for the table alone
-        for layer, streams in walk(self.host, few, (*ranked, *others), self.ahead):
+        for layer, streams in streams_by_layer(self.host, few, (*ranked, *others), self.ahead):
             transcoders = self._load(stores, layer)
             for option in contenders:
                 if option.write and option.write.at(layer) in streams:
@@ -191,7 +191,9 @@ class Passes:
             bar.update()
         return out
 
-    def _settle_one(self, transcoder: Transcoder, streams: Streams, rows: Rows, option: Option, out: Settled) -> None:
+    def _settle_one(
+        self, transcoder: Transcoder, streams: Streams, rows: TextRows, option: Option, out: Settled
+    ) -> None:
         layer, sinks = transcoder.layer, sink_mask(streams)
         assert option.write is not None, "the update is no candidate"
         x, aim = streams[option.read.at(layer)], target(streams[option.write.at(layer)], sinks)
@@ -209,7 +211,7 @@ class Passes:
         out.curves[option].append((transcoder.d_features, curve_at(transcoder, x, aim, sinks)))
 
 
-def _units(rows: Rows) -> Int[Tensor, " token"]:
+def _units(rows: TextRows) -> Int[Tensor, " token"]:
     """What errors are summed over: rows; with few of them, tokens."""
     row = rows.row
     return row if int(row.max()) + 1 >= _LEAST_ROWS else torch.arange(rows.n_tokens)

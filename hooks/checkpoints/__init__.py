@@ -1,4 +1,4 @@
-"""From a described file to a resident layer: conventions, findings, loading, residency, the store, conversion."""
+"""Described file → layer in memory: conventions, findings, loading, residency, the store, conversion."""
 
 from hooks.checkpoints.convention import Convention, choose, named_layers
 from hooks.checkpoints.conversion import convert

@@ -1,4 +1,4 @@
-"""Which sites, encoder, decoder and layers of a described set are meant: stored, given, or assumed aloud."""
+"""Choose the sites, encoder, decoder and layers of a described set: as stored, as given, or assumed with a warning."""
 
 import logging
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def given_sites(
     """The read and write site from the arguments, else from the files, else None.
 
     Raises:
-        CheckpointError: what is given contradicts what is stored; assumptions and measurements may be contradicted.
+        CheckpointError: an argument contradicts what the files state. It may contradict assumptions and measurements.
     """
     out = []
     for name, want, have in (("read", read, checkpoint.read), ("write", write, checkpoint.write)):
@@ -55,9 +55,10 @@ def given_sites(
 
 
 def sites_source(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Source:
-    """How a pair of sites is known: `given` if both were, or one beside a certain other one; else as the files know it.
+    """How a pair of sites is known: `given` if both were given, or one was given and the files state the other for
+    certain; else the files' own source.
 
-    What is only half known is unknown as a whole.
+    If only one of the two sites is known, the pair counts as unknown.
     """
     asked = [site is not None for site in (read, write)]
     known = [site is not None for site in (checkpoint.read, checkpoint.write)]
@@ -70,10 +71,10 @@ def sites_source(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str
 
 
 def resolve_convention(checkpoint: Checkpoint, read: str | SiteSpec | None, write: str | SiteSpec | None) -> Convention:
-    """Stored sites, else given ones, else the assumption that is said aloud.
+    """Stored sites, else given ones, else the default, with a warning that it is assumed.
 
     Raises:
-        CheckpointError: what is given contradicts what is stored.
+        CheckpointError: an argument contradicts what the files state.
     """
     given_read, given_write = given_sites(checkpoint, read, write)
     if checkpoint.sites_source == "calibrated":
@@ -108,7 +109,7 @@ def describe(root: Path, **choice: Any) -> Checkpoint:
 
 
 def narrowed(found: Findings | None, decoder: int) -> Findings | None:
-    """What was found about one decoder, as findings about a set that has no other; None where it was not measured."""
+    """The findings about one decoder, as if the set had no other one; None where it was not measured."""
     if found is None:
         return None
     for finding in found.decoders:
@@ -124,7 +125,7 @@ def narrowed(found: Findings | None, decoder: int) -> Findings | None:
 
 
 def _settled(checkpoint: Checkpoint, best: Candidate, clear: bool) -> Checkpoint:
-    """The measured sites where the files do not state them for certain."""
+    """Take the measured sites where the files do not state theirs for certain."""
     if checkpoint.read and checkpoint.write and checkpoint.sites_source not in OPEN:
         doubt = "an earlier check did not find these sites clearly the best; `circuits check` shows what it found"
         return checkpoint if clear else replace(checkpoint, notes=(*checkpoint.notes, doubt))
@@ -146,8 +147,8 @@ def choose(
     """The part of a set that was asked for; see `TranscoderStore.open`.
 
     Args:
-        k: goes before a stored one, which is said aloud.
-        found: what an earlier check measured: the sites, encoder and decoder, where nothing else says them.
+        k: overrides a stored one, with a warning.
+        found: findings of an earlier check. They give sites, encoder and decoder where nothing else does.
 
     Raises:
         CheckpointError: the set has no such encoder, decoder, layer or k.
@@ -192,7 +193,7 @@ def choose(
 
 
 def _say_other_k(checkpoint: Checkpoint, sources: Sequence[LayerSource], k: int) -> None:
-    """A given k goes before a stored one, but not without a word."""
+    """Warn that a given k overrides a stored one."""
     other = [s for s in sources if s.k_source not in ("assumed", "unknown") and (s.activation, s.k) != ("topk", k)]
     if other:
         rules = sorted({f"{source.activation} {source.k or ''}".strip() for source in other})

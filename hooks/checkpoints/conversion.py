@@ -31,7 +31,7 @@ class Converted:
 
     Attributes:
         nbytes: of the new folder.
-        facts: what is known about the set, by name: (value, how it is known).
+        facts: facts about the set, by name: (value, how it is known).
     """
 
     root: Path
@@ -59,19 +59,19 @@ def convert(
 ) -> Converted:
     """Write a set in another format, one layer in memory at a time.
 
-    Sites that neither the files nor the arguments say stay unknown in the new files.
+    Sites that neither the files nor the arguments state stay unknown in the new files.
 
     Args:
         target: a folder that does not exist, or is empty.
         to: a format with a writer, see `WRITERS`.
         read, write, k, encoder, decoder, layers: see `TranscoderStore.open`.
         dtype: of the new weights; their own by default.
-        base_model: the model they belong to, where the files do not say.
+        base_model: the model they belong to, if the files do not state it.
         origin: where the files come from (hub repository, revision), for the manifest.
         progress: show a bar on stderr.
 
     Raises:
-        CheckpointError: the source is damaged, or the target's format cannot say what the set is.
+        CheckpointError: the source is damaged, or the target format cannot express this kind of set.
         OutputError: the target exists, or does not fit on the disk.
     """
     root, out = Path(source), Path(target)
@@ -123,7 +123,7 @@ def _check_base(checkpoint: Checkpoint, base_model: str | None) -> None:
 
 
 def _bytes(source: LayerSource, dtype: torch.dtype | None) -> int:
-    """About what a layer takes: the two matrices in the wanted precision, or as much as its files."""
+    """About how many bytes a layer takes: the two matrices in the wanted precision, or as many as its files."""
     if dtype is None:
         return sum(file.stat().st_size for file in source.files)
     return 2 * source.d_features * source.d_model * dtype.itemsize
@@ -136,7 +136,7 @@ def _layers(store: TranscoderStore, progress: bool) -> Iterator[Transcoder]:
 
 
 def _plain(metadata: Any) -> dict[str, Any]:
-    """What JSON can hold of a layer's training metadata."""
+    """The part of a layer's training metadata that JSON can hold."""
     return {str(key): value for key, value in metadata.items() if isinstance(value, str | int | float | bool)}
 
 

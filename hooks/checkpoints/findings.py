@@ -1,4 +1,4 @@
-"""What a check found, beside the files it is about: in a native set's manifest, else in `calibration.json`."""
+"""The findings of a check, stored with the set's files: in a native set's manifest, else in `calibration.json`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,7 +12,7 @@ from hooks.sites import SiteSpec
 
 FILE = "calibration.json"
 Verdict = Literal["clear", "too close", "none is good"]
-"""Whether the measured convention may be built on; see `hooks.check.verdict.decide`."""
+"""Whether the measured convention may be used; see `hooks.check.verdict.decide`."""
 
 
 _T = TypeVar("_T")
@@ -28,13 +28,13 @@ class LayerFinding(_Strict):
 
     Attributes:
         fvu: sum |x − x_hat|² / sum |x − mean x|² over all tokens; None where x does not vary.
-        fvu_without_sinks: the same without tokens of more than ten times the median norm. Decides.
-        fvu_normed: the same with x / rms(x) for x.
+        fvu_without_sinks: the same without tokens of more than ten times the median norm. The verdict uses this one.
+        fvu_normed: the same with x / rms(x) in place of x.
         loss: mean of (x − x_hat)² per entry, the unit of `stored_loss`, the metadata's `final_rec_loss`.
         l0: mean number of active features per token.
-        avoidable: the part of the FVU that a refit of the decoder would take off; None where it was not needed.
+        avoidable: the part of the FVU that a refit of the decoder would remove; None where it was not needed.
         winner: the layer's own best candidate, as `read -> write, encoder`.
-        ok: the set's best candidate is also this layer's, or as good as it, and good.
+        ok: the set's best candidate is this layer's own best, or as good as it, and its FVU is good.
     """
 
     layer: int
@@ -53,11 +53,11 @@ class LayerFinding(_Strict):
 
 
 class Candidate(_Strict):
-    """One candidate over the set, without sinks.
+    """One candidate (read site, write site, encoder) over the whole set, without sinks.
 
     Attributes:
         fvu: the median over the layers.
-        avoidable: the mean over the layers that were looked at for it.
+        avoidable: the mean over the layers for which it was measured.
         separation: standard errors by which its avoidable error is above the winner's; None for the winner itself and
             where it was not measured.
     """
@@ -89,12 +89,12 @@ class CurvePoint(_Strict):
 
 
 class Selection(_Strict):
-    """How features are selected, as far as anything but the FVU says it.
+    """How the set selects features, from evidence other than the FVU.
 
     Attributes:
-        activation: None: undetermined.
-        k: None: there is none, or it is undetermined.
-        measured_with: the rule that was used for the measurement, in words.
+        activation: name of the selection rule; None: undetermined.
+        k: None: the rule has none, or it is undetermined.
+        measured_with: the selection rule that the measurement used, in words.
     """
 
     activation: str | None
@@ -114,15 +114,15 @@ class DecoderFinding(_Strict):
 
 
 class Findings(_Strict):
-    """What was measured, on what, and what follows.
+    """What was measured, on which text and model, and the verdict.
 
     Attributes:
         other_model: there are signs that the set was trained on another model; `notes` begin with them.
-        margin: the FVU by which the best other candidate is worse, negative where it is better and was ruled out by its
-            avoidable error; None without another.
+        margin: FVU of the best other candidate minus FVU of the winner. Negative where the other one has the lower FVU
+            and was excluded because of its avoidable error. None where there is no other.
         ranking: the best candidates, the winner first.
         decoders: one entry per decoder where the files hold several.
-        notes: what has to be known besides, in sentences.
+        notes: further remarks, in sentences.
     """
 
     version: Annotated[int, Field(ge=1, le=1)] = 1  # a Literal would take true for 1
@@ -145,7 +145,7 @@ class Findings(_Strict):
 
     @property
     def usable(self) -> bool:
-        """Whether the measured convention may be built on."""
+        """Whether the measured convention may be used."""
         return self.verdict == "clear" and not self.other_model
 
     @property
@@ -160,10 +160,10 @@ class Findings(_Strict):
 
 
 def of(root: str | Path) -> Findings | None:
-    """What an earlier check wrote about a set; None where there was none.
+    """The findings that an earlier check wrote about a set; None where there are none.
 
     Raises:
-        CheckpointError: what is there is damaged, or of another version.
+        CheckpointError: they are damaged, or of another version.
     """
     root = Path(root)
     if native.matches(root):
@@ -188,10 +188,10 @@ def _parsed(stored: Any, path: Path) -> Findings:
 
 
 def save(root: str | Path, findings: Findings) -> Path:
-    """Write findings where `of` finds them; returns the file.
+    """Write findings to the file from which `of` reads them, and return that file.
 
-    A native set whose sites were unknown or assumed gets them too, if the verdict is clear and nothing points to
-    another model.
+    In a native set whose sites were unknown or assumed, the measured sites are written too, if the verdict is clear and
+    there are no signs of another model.
 
     Raises:
         OutputError: the folder cannot be written to.

@@ -1,8 +1,8 @@
-"""A described layer → tensors where they belong, read in parts: nothing is ever in memory twice.
+"""A described layer → tensors on their device, read in parts, so that no tensor is in memory twice.
 
-A matrix is read some rows at a time; each part is cast, looked through for what is no number, and copied to its place.
-Safetensors are read, not mapped. A `.pt` file is mapped anew for every part, so that the pages of a mapping do not add
-up beside the tensors that are made from them; a decoder stored the other way round is turned part by part.
+A matrix is read some rows at a time. Each part is cast, checked for NaN and infinity, and copied into the tensor.
+Safetensors are read, not mapped. A `.pt` file is mapped again for every part, so that the pages of one mapping do not
+stay in memory beside the new tensors. A decoder that is stored transposed is transposed part by part.
 """
 
 import math
@@ -31,24 +31,24 @@ from hooks.files import (
 )
 from hooks.formats import LayerSource, TensorSource
 
-PART_BYTES = 2 << 20  # of a file in memory at a time, with its cast up to four times as much
+PART_BYTES = 2 << 20  # of a file in memory at a time; together with its cast up to four times as much
 LEAST_PART_BYTES = 512 << 10  # the same where memory is short
 
 
 class Stopped(Exception):  # noqa: N818
-    """A load that nobody waits for any more."""
+    """The load was stopped, because its result is not needed any more."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What one tensor is on disk; of several decoders, the one described."""
+class StoredTensor:
+    """Shape and dtype of one tensor on disk; of several decoders in a file, the described one."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def rows(self) -> int:
-        """Rows it is read by; a single number is one."""
+        """Number of rows; a single number counts as one row."""
         return self.shape[0] if self.shape else 1
 
     def nbytes(self, dtype: torch.dtype | None = None) -> int:
@@ -56,7 +56,7 @@ class Stored:
         return math.prod(self.shape) * (dtype or self.dtype).itemsize
 
 
-def stored(source: LayerSource) -> dict[str, Stored]:
+def stored(source: LayerSource) -> dict[str, StoredTensor]:
     """Shape and precision of every tensor of a layer, from headers alone.
 
     Raises:
@@ -73,13 +73,13 @@ def _headers(file: Path) -> Any:
     shapes, dtypes = (
         (npz_shapes(file), npz_dtypes(file)) if packed else (safetensors_shapes(file), safetensors_dtypes(file))
     )
-    return {key: Stored(shape, dtypes[key]) for key, shape in shapes.items()}
+    return {key: StoredTensor(shape, dtypes[key]) for key, shape in shapes.items()}
 
 
-def _described(where: TensorSource, content: Any) -> Stored:
+def _described(where: TensorSource, content: Any) -> StoredTensor:
     found = _within(content, where)
     shape = tuple(found.shape)
-    return Stored((where.rows[1] - where.rows[0], *shape[1:]) if where.rows else shape, found.dtype)
+    return StoredTensor((where.rows[1] - where.rows[0], *shape[1:]) if where.rows else shape, found.dtype)
 
 
 def _within(content: Any, where: TensorSource) -> Any:
@@ -96,16 +96,16 @@ def _within(content: Any, where: TensorSource) -> Any:
 
 
 def bytes_needed(source: LayerSource, dtype: torch.dtype | None) -> int:
-    """Bytes that a layer takes once it is loaded, or while it is worked out from what is stored if that is more."""
+    """Bytes that a layer takes once it is loaded, or while it is computed from the stored tensors if that is more."""
     described = stored(source)
     if source.finish is None:
         return sum(size.nbytes(dtype) for size in described.values())
     given = {name: _shaped(source.tensors[name], size) for name, size in described.items()}
     finished = source.finish(dict(given))
-    before, now = _held(given.values()), _held(finished.values())
-    most = _held((*given.values(), *finished.values()))  # `finish` makes new tensors beside the stored ones
+    before, now = _bytes_of(given.values()), _bytes_of(finished.values())
+    most = _bytes_of((*given.values(), *finished.values()))  # `finish` makes new tensors beside the stored ones
     most = max(most, before, now)
-    for part in finished.values():  # cast one at a time: each goes when its cast is there
+    for part in finished.values():  # cast one at a time: each is freed when its cast exists
         if dtype is not None and part.dtype != dtype:
             now += part.numel() * dtype.itemsize
             most = max(most, now)
@@ -113,18 +113,18 @@ def bytes_needed(source: LayerSource, dtype: torch.dtype | None) -> int:
     return most
 
 
-def _shaped(where: TensorSource, size: Stored) -> Tensor:
-    """A tensor of the right shape and precision without any bytes, so that `finish` can be followed."""
+def _shaped(where: TensorSource, size: StoredTensor) -> Tensor:
+    """A tensor of the right shape and precision without memory, on which `finish` can be run to see what it makes."""
     return torch.empty(size.shape[::-1] if where.transposed else size.shape, dtype=size.dtype, device="meta")
 
 
-def _held(parts: Iterable[Tensor]) -> int:
+def _bytes_of(parts: Iterable[Tensor]) -> int:
     """Bytes of tensors, each counted once."""
     return sum(part.nbytes for part in {id(part): part for part in parts}.values())
 
 
 def part_bytes(room: int | None) -> int:
-    """How much of a file to have in memory at a time, so that it fits beside the layer with its casts."""
+    """How many bytes of a file to read at a time, so that they and their casts fit into memory beside the layer."""
     return PART_BYTES if room is None else min(PART_BYTES, max(LEAST_PART_BYTES, room // 4))
 
 
@@ -138,18 +138,18 @@ def load_weights(
     """The fields of a `Transcoder`, and the precision each is stored in.
 
     Args:
-        dtype: to hold them in; as stored if None.
+        dtype: precision of the result; as stored if None.
         stop: asked before every part.
         part: bytes of a file in memory at a time.
 
     Raises:
         CheckpointError: the file is damaged, is not the one its manifest describes, or holds NaN or infinity.
-        Stopped: `stop` said so.
+        Stopped: `stop` returned True.
     """
     described = stored(source)
     check_digest(source)
     _check_sums(source)
-    early = None if source.finish else dtype  # what is still to be worked out is worked out in the stored precision
+    early = None if source.finish else dtype  # `finish` computes in the stored precision, so the cast comes after it
     weights = {
         name: _tensor(where, described[name], device, early, stop, part) for name, where in source.tensors.items()
     }
@@ -158,14 +158,14 @@ def load_weights(
     weights = source.finish(weights)
     dtypes = {name: weight.dtype for name, weight in weights.items()}
     for name in weights:
-        key = f"{name}, worked out from the file"  # one at a time: the stored one goes
+        key = f"{name}, worked out from the file"  # one at a time, so that the stored tensor is freed
         weights[name] = _cast(weights[name], dtype, key, source.files[0], 0)
     return weights, dtypes
 
 
 def _tensor(
     where: TensorSource,
-    size: Stored,
+    size: StoredTensor,
     device: torch.device,
     dtype: torch.dtype | None,
     stop: Callable[[], bool],
@@ -187,8 +187,8 @@ def _tensor(
     return out
 
 
-def _parts(where: TensorSource, size: Stored, at_once: int) -> Iterator[tuple[int, Tensor]]:
-    """(row, rows from there on), counted within what is described; a part holds until the next is asked for."""
+def _parts(where: TensorSource, size: StoredTensor, at_once: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows), counted within the described tensor. A part may be overwritten by the next one."""
     row_bytes = max(1, size.nbytes() // max(1, size.rows))
     count = max(1, at_once // row_bytes)
     first = where.rows[0] if where.rows else 0
@@ -203,7 +203,7 @@ def _parts(where: TensorSource, size: Stored, at_once: int) -> Iterator[tuple[in
 
 
 def _opener(where: TensorSource) -> Callable[[], Tensor]:
-    """The whole tensor: mapped anew each time, or read once where its file cannot be mapped."""
+    """A function that returns the whole tensor: mapped again each time, or read once if its file cannot be mapped."""
     if where.file.suffix == ".npz":
         content = npz_load(where.file, where.key[-1])
     elif maps_pt(where.file):
@@ -214,7 +214,7 @@ def _opener(where: TensorSource) -> Callable[[], Tensor]:
 
 
 def _cast(part: Tensor, dtype: torch.dtype | None, key: str, file: Path, first: int) -> Tensor:
-    """Rows of a file in another precision, looked through for what is no number, in the file or because of the cast."""
+    """Rows of a file in another precision. Refuses NaN and infinity, whether in the file or caused by the cast."""
     cast = part.to(dtype or part.dtype)
     if not _is_finite(cast):
         _require_finite(part, key, file, first)
@@ -230,7 +230,7 @@ def _cast(part: Tensor, dtype: torch.dtype | None, key: str, file: Path, first: 
 
 
 def _is_finite(part: Tensor) -> bool:
-    """`aminmax` is NaN where anything is, and several times faster than looking at each number by itself."""
+    """Whether all numbers are finite. `aminmax` is NaN if any is, and several times faster than `isfinite`."""
     if not part.numel() or not part.is_floating_point():
         return True
     return all(math.isfinite(bound) for bound in torch.aminmax(part))
@@ -254,7 +254,8 @@ def _require_finite(part: Tensor, key: str, file: Path, first: int) -> None:
 
 
 def load_rows(where: TensorSource, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor | None:
-    """Single rows of a tensor as we hold it, read alone, in another precision if one is given; else None."""
+    """Single rows of a tensor, read without the others, in another precision if one is given. None where the file's
+    layout does not allow it."""
     first = where.rows[0] if where.rows else 0
     if where.transposed:
         return None
@@ -270,10 +271,10 @@ def load_rows(where: TensorSource, rows: Sequence[int], dtype: torch.dtype | Non
 
 
 def check_digest(source: LayerSource) -> None:
-    """Compare a layer's file with the digest in its manifest: once for a file as it is now.
+    """Compare a layer's file with the digest in its manifest, once until the file changes.
 
     Raises:
-        CheckpointError: it is another file.
+        CheckpointError: the file has another digest.
     """
     if source.sha256 is None:
         return
@@ -305,5 +306,5 @@ def _summed(file: Path, keys: tuple[tuple[str, ...], ...], size: int, mtime_ns: 
 
 @lru_cache(maxsize=4096)
 def _digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
-    """Size, time and inode tell a changed file from the one that was read."""
+    """The digest of a file. It is computed again when size, time or inode have changed."""
     return sha256(file)

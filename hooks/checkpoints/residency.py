@@ -1,6 +1,6 @@
-"""Which layers are resident under a byte budget, and what is near: one that is read ahead, some in host memory.
+"""Which layers are in memory under a byte budget; one more may be read ahead, and some may wait in host memory.
 
-Room is made before a layer is read, by dropping the one used longest ago.
+Before a layer is read, the layers used longest ago are dropped until it fits.
 """
 
 import threading
@@ -25,14 +25,14 @@ class Loaded:
 
 
 Load = Callable[[Callable[[], bool]], Loaded]
-"""Reads one layer; asks again and again whether it should stop."""
+"""Reads one layer; calls its argument repeatedly to ask whether it should stop."""
 
 
 class ReadAhead:
-    """One layer, read by a thread of its own while another layer is used.
+    """One layer, read by its own thread while another layer is used.
 
-    It begins when the layers dropped in its favour are really gone: whoever asked for them may hold them a little
-    longer, and until then their memory is not free.
+    The thread begins when the layers that were dropped for it are freed. A caller may keep such a layer for a while
+    after it was dropped, and until then its memory is not free.
     """
 
     def __init__(self, layer: int, nbytes: int, load: Load, after: Sequence[Transcoder]):
@@ -46,7 +46,8 @@ class ReadAhead:
         self._thread.start()
 
     def start(self) -> None:
-        """Look whether the way is free; called once the maker has let go of the layers too."""
+        """Begin to read if the dropped layers are freed. Call this after the caller's own references to them are
+        gone."""
         self._released(None)
 
     def _released(self, _: object) -> None:
@@ -58,11 +59,11 @@ class ReadAhead:
         try:
             if not self._stopped:
                 self._loaded = self._load(lambda: self._stopped)
-        except BaseException as error:  # raised where the layer is asked for
+        except BaseException as error:  # `result` raises it
             self._error = error
 
     def result(self) -> Loaded:
-        """The layer, as soon as it is there; raises what reading it raised."""
+        """Wait for the layer and return it; raises the error that reading it raised."""
         self._begin.set()
         self._thread.join()
         if self._error is not None:
@@ -71,7 +72,7 @@ class ReadAhead:
         return self._loaded
 
     def stop(self, *, wait: bool = True) -> Loaded | None:
-        """Nobody needs it now: end the thread. The layer, if it is there already."""
+        """End the thread, because the layer is not needed. Returns the layer if it has been read already."""
         self._stopped = True
         self._begin.set()
         if wait:
@@ -80,7 +81,8 @@ class ReadAhead:
 
 
 def following(layers: Sequence[int], previous: int | None, layer: int) -> int | None:
-    """The layer that is probably next: a pass begins at an end of the set and takes neighbours in turn."""
+    """The layer that is probably used next: a pass begins at one end of the set and goes from neighbour to
+    neighbour."""
     here = layers.index(layer)
     came = layers.index(previous) if previous in layers else None
     if came is not None and abs(here - came) == 1:
@@ -93,9 +95,10 @@ def following(layers: Sequence[int], previous: int | None, layer: int) -> int | 
 
 
 class HostTier:
-    """Layers that a device or a cast held, in host memory and in the precision of their files, under a byte budget.
+    """Dropped layers, kept in host memory in the precision of their files, under a byte budget. Only layers that were
+    on another device or were cast are kept here.
 
-    They are pinned where CUDA is there. Of two precisions that hold the same numbers the smaller one is kept.
+    Their memory is pinned if CUDA is available. If two precisions hold the same numbers, the smaller one is used.
     """
 
     def __init__(self, budget_bytes: int):
@@ -108,13 +111,13 @@ class HostTier:
         return sum(loaded.transcoder.nbytes for loaded in self._kept.values())
 
     def get(self, layer: int) -> Loaded | None:
-        """A layer that is kept."""
+        """The layer, if it is kept here."""
         if layer in self._kept:
             self._kept.move_to_end(layer)
         return self._kept.get(layer)
 
     def keep(self, loaded: Loaded) -> None:
-        """Keep a layer that is dropped, and let go of those kept longest where there is no room."""
+        """Keep a dropped layer; layers that were kept longest are freed until it fits."""
         layer, dtypes = loaded.transcoder.layer, loaded.dtypes
         weights = {name: part for name in WEIGHTS if (part := getattr(loaded.transcoder, name)) is not None}
         as_stored = all(part.dtype == dtypes[name] for name, part in weights.items())
@@ -131,7 +134,7 @@ class HostTier:
 
 
 def _smallest(stored: torch.dtype, held: torch.dtype) -> torch.dtype:
-    """The precision to keep numbers in that were cast from one to the other: none of those held is changed by it."""
+    """The smaller of two precisions, of numbers that were cast from `stored` to `held`; no number in `held` changes."""
     return stored if torch.promote_types(stored, held) == held else held
 
 
@@ -141,12 +144,12 @@ def _on_host(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Residency:
-    """The resident layers, the one used longest ago first. Threads may share it: one changes it at a time.
+    """The layers in memory, the one used longest ago first. Threads may share it; a lock lets one change it at a time.
 
     Attributes:
         resident: by layer.
         ahead: the layer that is read ahead.
-        host: layers that wait in host memory.
+        host: dropped layers that are kept in host memory.
     """
 
     def __init__(
@@ -159,24 +162,25 @@ class Residency:
         host: HostTier,
         prefetch: bool,
     ):
-        """`loader` says how to load a layer, `needed` the bytes this takes, `from_files` whether a file is read."""
+        """`loader` gives the function that loads a layer, `needed` the bytes it takes, `from_files` whether it reads
+        a file."""
         self._budget_bytes, self.host, self._prefetch = budget_bytes, host, prefetch
         self._changing = threading.RLock()
         self._layers, self._loader, self._needed, self._from_files = layers, loader, needed, from_files
         self.resident: OrderedDict[int, Transcoder] = OrderedDict()
         self.ahead: ReadAhead | None = None
-        self._dtypes: dict[int, Mapping[str, torch.dtype]] = {}  # of what is resident, as the files have it
+        self._dtypes: dict[int, Mapping[str, torch.dtype]] = {}  # of resident layers: the dtypes in their files
         self._derived: dict[int, dict[str, tuple[list[weakref.ref[Tensor]], list[int], Tensor]]] = {}
-        self._last: int | None = None  # asked for
-        self._unused: set[int] = set()  # read ahead and not asked for yet
-        self._in_vain: set[int] = set()  # read ahead, and dropped before anyone asked
+        self._last: int | None = None  # the layer that was used last
+        self._unused: set[int] = set()  # layers that were read ahead and are not used yet
+        self._in_vain: set[int] = set()  # layers that were read ahead and dropped before they were used
 
     def get(self, layer: int) -> Transcoder:
         """A layer, loaded now if it is not resident."""
         with self._changing:
             if layer not in self.resident:
                 self._admit(self._fetch(layer))
-                self._evict(layer)  # the layer may be larger than what was foreseen
+                self._evict(layer)  # the layer may be larger than expected
             self.resident.move_to_end(layer)
             self._unused.discard(layer)
             self._in_vain.discard(layer)
@@ -199,7 +203,7 @@ class Residency:
         self.resident[layer], self._dtypes[layer] = loaded.transcoder, loaded.dtypes
 
     def _fetch(self, layer: int) -> Loaded:
-        """The layer, from the thread that reads it already, or loaded now into room made for it."""
+        """The layer, from the thread that is reading it, or loaded now after others were dropped."""
         if self.ahead is not None and self.ahead.layer == layer:
             ahead, self.ahead = self.ahead, None
             return ahead.result()
@@ -211,7 +215,7 @@ class Residency:
         return self._loader(layer)(lambda: False)
 
     def _look_ahead(self, layer: int) -> None:
-        """Let a thread read the layer that is probably next, if there is room for it beside this one."""
+        """Let a thread read the layer that is probably next, if both fit into the budget."""
         previous, self._last = self._last, layer
         if not self._prefetch or self.budget_bytes is None or layer == previous:
             return
@@ -222,7 +226,7 @@ class Residency:
         self.settle()
         try:
             need = self._needed(coming)
-        except CheckpointError:  # said when the layer is asked for
+        except CheckpointError:  # `get` raises it when the layer is used
             return
         if self._taken(layer) + need > self.budget_bytes:
             return
@@ -236,7 +240,7 @@ class Residency:
         self.ahead.start()
 
     def settle(self) -> None:
-        """End reading ahead. What is there already stays, as the first to be dropped."""
+        """End reading ahead. A layer that has been read stays, and is the first to be dropped."""
         with self._changing:
             ahead, self.ahead = self.ahead, None
             if ahead is None:
@@ -265,7 +269,7 @@ class Residency:
         return made
 
     def _evict(self, keep: int | None) -> None:
-        """Drop the layers used longest ago until the budget holds, but never the one to keep."""
+        """Drop the layers used longest ago until the rest fits into the budget, but never the layer `keep`."""
         if self.budget_bytes is None:
             return
         ahead = self.ahead.nbytes if self.ahead else 0
@@ -278,7 +282,7 @@ class Residency:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is resident."""
+        """Bytes of all resident layers."""
         return sum(map(self._taken, self.resident))
 
     def _taken(self, layer: int) -> int:
@@ -286,7 +290,7 @@ class Residency:
         return self.resident[layer].nbytes + sum(made.nbytes for _, _, made in derived)
 
     def drop(self, layer: int) -> None:
-        """Let go of a layer's weights."""
+        """Free a layer's weights."""
         with self._changing:
             transcoder, dtypes = self.resident.pop(layer, None), self._dtypes.pop(layer, None)
             self._derived.pop(layer, None)
@@ -297,7 +301,7 @@ class Residency:
                 self.host.keep(Loaded(transcoder, dtypes))
 
     def close(self) -> None:
-        """End reading ahead, and let go of everything."""
+        """End reading ahead, and free all layers."""
         with self._changing:
             self.settle()
             self.host = HostTier(0)

@@ -1,7 +1,7 @@
-"""Opens a described checkpoint: one `Transcoder` per layer, read when first asked for.
+"""Opens a described checkpoint: one `Transcoder` per layer, read when it is first used.
 
-One of the two objects of this project that change over time: it remembers which layers are resident
-(`hooks.checkpoints.residency`). Here is what the set is, and where each layer's weights come from.
+The store is one of the objects of this project that change over time: it records which layers are in memory
+(`hooks.checkpoints.residency`). This file knows what the set is and where each layer's weights come from.
 """
 
 import logging
@@ -81,24 +81,25 @@ class TranscoderStore:
         prefetch: bool = True,
         name: str | None = None,
     ) -> "TranscoderStore":
-        """Open a folder in any known format; nothing but headers is read yet.
+        """Open a folder in any known format; only headers are read.
 
         Args:
             read: the site the set reads, if the files do not say (`resid_pre`, `mlp_in`, ...).
             write: the site it writes, likewise (`resid_pre`, `resid_post`, `mlp_out+1`, ...).
-            k: overrides the number of features TopK keeps; said aloud where the files state another.
+            k: overrides the number of features TopK keeps; a warning says so if the files state another.
             encoder: `trained`, or `card` for the code on the published set's card (see `hooks.formats.encoders`).
             decoder: which one, from 0, where the files hold decoders for several target layers.
             layers: open only these.
-            dtype: hold the weights in another precision.
-            budget_bytes: keep at most this many bytes of weights resident; one layer is always served.
-            host_budget_bytes: keep layers that a device or a cast held in host memory, up to so many bytes, so that
-                coming back reads no file.
+            dtype: convert the weights to this precision.
+            budget_bytes: keep at most this many bytes of weights in memory; one layer is always loaded, whatever it
+                takes.
+            host_budget_bytes: keep dropped layers in host memory, up to so many bytes, if they were on another device
+                or were cast, so that using them again reads no file.
             prefetch: under a byte budget, read the next layer while one is used, if both fit.
-            name: what messages and saved results call the set; the folder by default.
+            name: the set's name in messages and saved results; the folder by default.
 
         Raises:
-            CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict what the files say.
+            CheckpointError: see `hooks.formats.recognise`; or `read`/`write` contradict the files.
         """
         checkpoint = describe(Path(root), encoder=encoder, decoder=decoder, layers=layers, k=k)
         convention = resolve_convention(checkpoint, read, write)
@@ -126,7 +127,7 @@ class TranscoderStore:
         prefetch: bool = True,
         name: str | None = None,
     ) -> "TranscoderStore":
-        """The transcoders of a described checkpoint, under a convention that the caller knows; see `open`."""
+        """The transcoders of a described checkpoint, under the caller's convention; see `open`."""
         return cls(
             {source.layer: source for source in checkpoint.layers},
             convention,
@@ -160,7 +161,7 @@ class TranscoderStore:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The precision that weights are held in; None: the one they are stored in."""
+        """The precision of the weights in memory; None: as they are stored."""
         return self._dtype
 
     @property
@@ -169,11 +170,11 @@ class TranscoderStore:
         return tuple(self._sources)
 
     def d_model(self, layer: int) -> int:
-        """Width of the streams one layer reads, without loading it."""
+        """Width of the residual stream that one layer reads, without loading it."""
         return self._sources[layer].d_model
 
     def sites(self, layer: int) -> tuple[Site, Site]:
-        """Where one layer's transcoder reads and writes."""
+        """The sites that one layer's transcoder reads and writes."""
         return self.convention.read.at(layer), self.convention.write.at(layer)
 
     def d_features(self, layer: int) -> int:
@@ -190,12 +191,12 @@ class TranscoderStore:
         return source.W_skip is not None if isinstance(source, Transcoder) else "W_skip" in source.tensors
 
     def k_source(self, layer: int) -> Source:
-        """Where `k` comes from."""
+        """How `k` is known."""
         source = self._sources[layer]
         return "given" if isinstance(source, Transcoder) else source.k_source
 
     def metadata(self, layer: int) -> Mapping[str, object]:
-        """What a layer's files say about its training."""
+        """The metadata about training in a layer's files."""
         source = self._sources[layer]
         return {} if isinstance(source, Transcoder) else source.metadata
 
@@ -209,14 +210,14 @@ class TranscoderStore:
         return (self[layer] for layer in self.layers)
 
     def place(self, layer: int, device: torch.device) -> None:
-        """Say where a layer's transcoder belongs: the device of the block it sits at."""
+        """Set the device of a layer's transcoder: the device of its block."""
         if self._devices.get(layer) != device:
             self._devices[layer] = device
             self._near.settle()
             self.drop(layer)
 
     def __getitem__(self, layer: int) -> Transcoder:
-        """One layer's transcoder, read now if it is not resident.
+        """One layer's transcoder, read now if it is not in memory.
 
         Raises:
             CheckpointError: there is none for this layer, or its file is damaged or holds NaN or infinity.
@@ -226,7 +227,7 @@ class TranscoderStore:
 
     @property
     def budget_bytes(self) -> int | None:
-        """At most so many bytes are resident, except that one layer is always served."""
+        """At most so many bytes of weights are in memory; one layer is always loaded, whatever it takes."""
         return self._near.budget_bytes
 
     @budget_bytes.setter
@@ -241,7 +242,7 @@ class TranscoderStore:
         """Refuse a layer that has no transcoder, without loading anything.
 
         Raises:
-            CheckpointError: naming the layers there are.
+            CheckpointError: there is none; the message names the layers that have one.
         """
         if layer not in self._sources:
             raise CheckpointError(
@@ -251,10 +252,10 @@ class TranscoderStore:
             )
 
     def decoder_rows(self, layer: int, features: Sequence[int] | Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        """Decoder rows of some features, without making the layer resident; from it if it is.
+        """Decoder rows of some features, without loading the layer; taken from the layer if it is in memory.
 
         Single rows are not compared with the digest of their file. Where they cannot be read alone, the layer is
-        loaded, and what that costs is said once.
+        loaded, and a warning says once what that costs.
 
         Raises:
             AddressError: there is no such feature.
@@ -302,10 +303,11 @@ class TranscoderStore:
     def _device(self, layer: int) -> torch.device:
         return self._devices.get(layer, torch.device("cpu"))
 
-    # -- coming and going --------------------------------------------------------------------------------------
+    # -- loading and freeing -----------------------------------------------------------------------------------
 
     def _loader(self, layer: int) -> Load:
-        """What loads a layer; it knows nothing of the store, which may be gone before a thread is done."""
+        """The function that loads a layer. It has no reference to the store, which may be freed before a thread
+        ends."""
         source, device = self._sources[layer], self._device(layer)
         waiting = self._near.host.get(layer)
         if isinstance(source, Transcoder):
@@ -328,7 +330,7 @@ class TranscoderStore:
         return isinstance(self._sources[layer], LayerSource)
 
     def bytes_of(self, layer: int) -> int:
-        """Bytes that a layer takes once it is there, or while it is read if that is more."""
+        """Bytes that a layer takes once it is loaded, or while it is read if that is more."""
         source, waiting = self._sources[layer], self._near.host.get(layer)
         if isinstance(source, LayerSource) and waiting is None:
             return bytes_needed(source, self._dtype)
@@ -338,29 +340,30 @@ class TranscoderStore:
         return sum(part.numel() * (self._dtype or part.dtype).itemsize for part in parts)
 
     def close(self) -> None:
-        """End reading ahead, and let go of everything that is resident or waits in host memory."""
+        """End reading ahead, and free all layers, those in host memory too."""
         self._near.close()
 
     def drop(self, layer: int) -> None:
-        """Let go of a layer's weights; they are read again when asked for, or come back from host memory."""
+        """Free a layer's weights. When they are used again, they are read again or copied from host memory."""
         self._near.drop(layer)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is resident."""
+        """Bytes of all layers in memory."""
         return self._near.nbytes
 
     def derived(self, layer: int, name: str, given: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that depends on a layer's weights and the `given` ones alone: made once, kept with the layer.
+        """A tensor that depends only on a layer's weights and on the tensors `given`: computed once, kept with the
+        layer.
 
-        It counts in the byte budget. It is made anew when a given tensor is another one, or was written to. For a layer
-        that the budget has dropped nothing is kept.
+        It counts in the byte budget. It is computed again when a given tensor is another one or was written to. If the
+        budget has dropped the layer, the result is not kept.
         """
         return self._near.derived(layer, name, given, make)
 
 
 def _moved(waiting: Loaded, device: torch.device, dtype: torch.dtype | None, stop: Callable[[], bool]) -> Loaded:
-    """A transcoder in memory, brought to where it belongs."""
+    """A transcoder from host memory, moved to its device and cast."""
     return Loaded(waiting.transcoder.to(device, dtype), waiting.dtypes)
 
 

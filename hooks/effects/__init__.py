@@ -1,4 +1,4 @@
-"""Many edits of one prompt, measured: sweeps, effects along paths, and what rounding does to them."""
+"""Many edits of one prompt, measured: sweeps, effects along paths, and the effect of rounding on both."""
 
 from hooks.effects.changes import Change, active_features, changed, doses, pairs
 from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects

@@ -1,4 +1,4 @@
-"""What to sweep: every active feature of a prompt one by one, pairs, and one feature over a grid of values."""
+"""The groups of a sweep: every active feature of a prompt one by one, pairs, or one feature over a grid of values."""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +21,16 @@ from hooks.whole import wholes
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a feature.
+    """How a feature's activation is changed.
 
     Attributes:
-        kind: `zero` ablates it; `mean` puts in its mean over the reference prompts' tokens; `resample` what it was at
-            the same position of the reference prompt; `scale` multiplies it by `value`; `set` puts in `value`.
-        reference: a recording of the reference prompts, of `mean` and `resample`.
+        kind: `zero` ablates it; `mean` sets it to its mean over the reference prompts' tokens; `resample` sets it to
+            its value at the same position of the reference prompt; `scale` multiplies it by `value`; `set` sets it to
+            `value`.
+        reference: a recording of the reference prompts, for `mean` and `resample`.
 
     Raises:
-        InterventionError: the kind is not known, or lacks what it needs.
+        InterventionError: the kind is not known, or its value or reference is missing or superfluous.
     """
 
     kind: str = "zero"
@@ -120,7 +121,7 @@ def _reference_values(
 
 
 def _table(reference: Recording, layer: int, *, mean: bool) -> Float[Tensor, "pos feature"]:
-    """Activations to put in, by position and feature; the mean stands at every position."""
+    """The activations that features are set to, by position and feature; a mean is the same at every position."""
     acts, real = reference.layers[layer].acts, reference.batch.mask
     size = int(acts.indices.max()) + 1
     dense = acts.dense(size)
@@ -134,12 +135,12 @@ def _value(table: Float[Tensor, "pos feature"], address: FeatureAddress, length:
             f"{address} stands at several positions, which differ in the reference prompt", repair="name one"
         )
     if address.feature >= table.shape[1]:
-        return 0.0  # never among the features that were kept
+        return 0.0  # the feature was inactive at every token of the reference
     return float(table[min(start, len(table) - 1), address.feature])
 
 
 def pairs(groups: Sequence[Sequence[FeatureIntervention]]) -> list[list[FeatureIntervention]]:
-    """Every two groups as one."""
+    """Every two groups, joined to one."""
     return [[*one, *other] for one, other in combinations(groups, 2)]
 
 
@@ -147,7 +148,7 @@ def doses(address: str | FeatureAddress, values: Sequence[float]) -> list[list[F
     """One feature held at each value of a grid.
 
     Raises:
-        InterventionError: the grid is empty, or holds what is not a finite number.
+        InterventionError: the grid is empty, or has an entry that is not a finite number.
     """
     if not len(values):
         raise InterventionError("the grid of values is empty", expected="at least one number")

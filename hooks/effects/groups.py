@@ -1,10 +1,11 @@
-"""Groups of interventions as rows of one pass: where each joins, what it adds there, and what it changes later on.
+"""Groups of interventions as rows of one pass: at which block each row enters, what it adds there, and what it changes
+at later layers.
 
-Where rows cannot share a clean run, `run_whole` gives the same by the whole prompt, once per group.
+If rows cannot share a clean run, `run_whole` computes the same with the whole prompt, once per group.
 
-What the first layer of a group changes is known from the clean run, since nothing below it differs. At its later layers
-the features are encoded on the stream as it arrives. The rules are those of `intervene`: delta form, a → factor · a +
-shift, `when_inactive`, one cast at the end.
+The change at the first layer of a group is known from the clean run, since no earlier layer differs. At its later
+layers the features are encoded on the row's own stream. The rules are those of `hooks.passes.plan`: delta form,
+a → factor · a + shift, `when_inactive`, one cast at the end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.checkpoints import TranscoderStore
-from hooks.effects.staggered import Clean, Rows, Walk
+from hooks.effects.staggered import Clean, StaggeredPass, Variants
 from hooks.host import Batch, Host, tap
 from hooks.interventions import change
 from hooks.kernels import gather_features
@@ -24,7 +25,7 @@ from hooks.passes import Interventions, LayerTable, make_edits, make_plan
 from hooks.sites import Site
 from hooks.types import Edit, Pass, SparseActs
 
-BETWEEN_BLOCKS = ("resid_pre", "resid_post", "mlp_out")  # what is written there is part of the stream of the next block
+BETWEEN_BLOCKS = ("resid_pre", "resid_post", "mlp_out")  # a change written there is added to the next block's input
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Hits:
     """(entry, position) pairs of a layer's table.
 
     Attributes:
-        change: new − old activation, where it is known.
+        change: new − old activation, if it is known.
     """
 
     entry: Int[Tensor, " hit"]
@@ -41,22 +42,22 @@ class Hits:
     change: Float[Tensor, " hit"] | None = None
 
     def of(self, chosen: Tensor) -> "Hits":
-        """Some of them."""
+        """The chosen pairs."""
         change = None if self.change is None else self.change[chosen]
         return Hits(self.entry[chosen], self.group[chosen], self.pos[chosen], change)
 
 
 @dataclass(frozen=True)
-class Work:
+class GroupTensors:
     """Groups as tensors.
 
     Attributes:
         tables: entries of every layer; an entry's row is its group.
-        start: first position that differs.
-        block: in front of which block it joins.
-        first: the layer that changes something first.
-        inside: whether what the first layer writes is added inside a block, not as the row joins.
-        known: by layer, what is changed by groups of which it is the first.
+        start: each group's first position that differs.
+        block: the block before which its row enters.
+        first: the first layer that it changes.
+        inside: whether the first layer's change is added inside a block, and not when the row enters.
+        known: by layer, the changes of the groups whose first layer it is.
         end: one past the position where effects are read.
     """
 
@@ -76,12 +77,12 @@ def lay_out(
     dense: Mapping[int, Float[Tensor, "pos feature"]],
     n: int,
     end: int,
-) -> Work:
-    """Where each group joins, and what it changes there.
+) -> GroupTensors:
+    """Where each group's row enters the pass, and what it changes there.
 
     Args:
         dense: by layer, the clean run's activations.
-        n: groups.
+        n: number of groups.
         end: one past the position where effects are read.
     """
     order = sorted(tables, key=lambda layer: (store.sites(layer)[1].depth, layer))
@@ -102,21 +103,23 @@ def lay_out(
         hits = hits.of(first[hits.group] == layer)
         old = dense[layer][hits.pos, table.features[hits.entry]]
         known[layer] = replace(hits, change=_change(table, hits.entry, old))
-    return Work(tables, start, block, first, inside, known, end)
+    return GroupTensors(tables, start, block, first, inside, known, end)
 
 
 def _entry(store: TranscoderStore, layers: tuple[int, ...]) -> tuple[int, bool]:
-    """The block in front of which a group of these layers joins, and whether it then differs only inside that block.
+    """The block before which the row of a group of these layers enters, and whether its first change is added inside
+    that block.
 
-    The first layer's change is added to the stream as the row joins, where it is written between blocks and no other
-    layer of the group reads in front of there; else the row joins as it is, below everything the group reads or writes.
+    If the first layer writes between blocks, and no other layer of the group reads before that point, the first layer's
+    change is added to the stream when the row enters. Else the row enters unchanged, before all that the group reads or
+    writes.
     """
     sites = [store.sites(layer) for layer in layers]
     _, write = sites[0]
     joins = write.layer + (write.name in ("resid_post", "mlp_out"))
     if write.name in BETWEEN_BLOCKS and all(read.depth > (joins, 0) for read, _ in sites[1:]):
         return joins, False
-    if len(layers) == 1:  # what it changes is known without looking
+    if len(layers) == 1:  # its change is known from the clean run
         return write.layer, True
     return min(site.layer for pair in sites for site in pair), True
 
@@ -133,8 +136,8 @@ def _change(table: LayerTable, entry: Int[Tensor, " hit"], old: Float[Tensor, " 
     return change(old, table.factor[entry], table.shift[entry], table.skip_inactive[entry])
 
 
-def live_groups(work: Work) -> Int[Tensor, " live"]:
-    """Groups that can have an effect, in the order in which they join."""
+def live_groups(work: GroupTensors) -> Int[Tensor, " live"]:
+    """Groups that can have an effect, in the order in which their rows enter."""
     acts = torch.zeros(len(work.start), dtype=torch.bool)
     for layer, hits in work.known.items():
         acts[hits.group[hits.change != 0]] = True
@@ -145,13 +148,13 @@ def live_groups(work: Work) -> Int[Tensor, " live"]:
 
 
 def run_groups(
-    host: Host, store: TranscoderStore, clean: Clean, work: Work, chosen: Int[Tensor, " live"], controls: int
+    host: Host, store: TranscoderStore, clean: Clean, work: GroupTensors, chosen: Int[Tensor, " live"], controls: int
 ) -> Float[Tensor, "row d_model"]:
     """Run some groups in one pass.
 
     Returns:
-        The stream behind the last block at the last position, one row per group; then `controls` rows in which nothing
-        is changed, which join with the first of the groups, at positions spread over theirs.
+        The stream after the last block at the last position, one row per group. Then `controls` unchanged rows, which
+        enter with the first of the groups, at first positions spread over those of the groups.
     """
     end = work.end
     starts = work.start[chosen].sort().values
@@ -160,7 +163,7 @@ def run_groups(
     block = torch.cat([work.block[chosen], work.block[chosen].min().expand(controls)])
     place = torch.full((len(work.start),), -1)
     place[chosen] = torch.arange(len(chosen))
-    rows = Rows(start, block, torch.zeros(0, host.d_model), end)
+    rows = Variants(start, block, torch.zeros(0, host.d_model), end)
     wide = torch.promote_types(clean.streams[0].dtype, torch.float32)
     delta = torch.zeros(int(rows.lengths.sum()), host.d_model, dtype=wide, device=clean.streams[0].device)
     outside = place.clone()
@@ -169,8 +172,8 @@ def run_groups(
         here = hits.of(outside[hits.group] >= 0)
         at = rows.offsets[outside[here.group]] + here.pos - start[outside[here.group]]
         delta.index_add_(0, at.to(delta.device), _vectors(store, work.tables[layer], layer, here).to(delta))
-    walk = Walk(host, clean, replace(rows, delta=delta))
-    return walk.run([edit for layer in work.tables for edit in _edits_inside(store, walk, work, layer, place)])
+    running = StaggeredPass(host, clean, replace(rows, delta=delta))
+    return running.run([edit for layer in work.tables for edit in _edits_inside(store, running, work, layer, place)])
 
 
 def run_whole(
@@ -182,8 +185,8 @@ def run_whole(
     controls: int,
     edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "row d_model"]:
-    """The same by whole passes, as `HookedModel.run` makes them: the prompt once per group, then `controls` times as it
-    is; the stream behind the last block at one position. `edits` are made in every row."""
+    """The same by whole passes, as in `HookedModel.run`: the prompt once per group, then `controls` times unchanged.
+    Returns the stream after the last block at one position. `edits` act in every row."""
     rows = batch.rows([0] * (len(groups) + controls))
     end, seen = Site("resid_post", host.n_layers - 1), dict[Site, Tensor]()
     plan = make_plan(store, [*groups, *[()] * controls], rows.lengths)
@@ -201,13 +204,14 @@ def _vectors(store: TranscoderStore, table: LayerTable, layer: int, hits: Hits) 
 
 
 def _edits_inside(
-    store: TranscoderStore, walk: Walk, work: Work, layer: int, place: Int[Tensor, " group"]
+    store: TranscoderStore, running: StaggeredPass, work: GroupTensors, layer: int, place: Int[Tensor, " group"]
 ) -> list[Edit]:
-    """What a layer changes in rows that are under way already: what is known, and what depends on what arrives."""
+    """The changes of a layer in rows that have entered before: known changes, and those that depend on the row's own
+    stream."""
     table = work.tables[layer]
     known = work.known[layer]
     known = known.of((place[known.group] >= 0) & work.inside[known.group])
-    late = _all_hits(table, walk.rows.end)
+    late = _all_hits(table, running.rows.end)
     late = late.of((place[late.group] >= 0) & (work.first[late.group] != layer))
     if not len(known.entry) and not len(late.entry):
         return []
@@ -215,7 +219,7 @@ def _edits_inside(
 
     def at_tokens(hits: Hits) -> Int[Tensor, " hit"]:
         rows = place[hits.group]
-        return walk.layout.tokens(len(walk.rows.start))[rows] + hits.pos - walk.rows.start[rows]
+        return running.layout.tokens(len(running.rows.start))[rows] + hits.pos - running.rows.start[rows]
 
     def read(x: Tensor, at: Pass) -> Tensor:
         if len(late.entry):
@@ -245,7 +249,7 @@ def _late_change(
     x: Float[Tensor, "token d_model"],
     tokens: Int[Tensor, " hit"],
 ) -> Float[Tensor, " hit"]:
-    """new − old of features whose old activation depends on what the row changed before."""
+    """new − old of features whose old activation depends on the row's earlier changes."""
     transcoder = store[layer]
     unique, where = tokens.unique(return_inverse=True)
     acts = transcoder.encode(x[unique.to(x.device)])

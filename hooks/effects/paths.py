@@ -1,13 +1,14 @@
-"""Where effects go: direct and total effects of an edit, and effects along named paths.
+"""Direct and total effects of an edit, and effects along named paths.
 
-A block adds the outputs of two modules to the stream, attention and MLP. So a change of the stream reaches what lies
-behind it along the skip connection, and through any set of modules, one after the other. A module whose output stands
-at its clean value passes nothing on: holding modules closes paths, holding all of them leaves the skip connection.
+A block adds the outputs of two modules to the stream: attention and MLP. So a change of the stream reaches later layers
+along the skip connection, and through any set of modules, one after the other. If a module's output is held at its
+clean value, no effect passes through the module. Holding modules closes paths; holding all of them leaves only the skip
+connection.
 
-parts held (`hooks.host.hold`) → one batch: the unedited prompt in front, then a row per question → differences from it
+parts held (`hooks.host.hold`) → one batch: the unedited prompt first, then one row per question → differences from it
 
-A module that is closed in a row puts out there what it puts out in the unedited row of the same pass. So there is no
-clean value to keep, and what the shape of a batch does to the last bits cancels.
+In a row where a module is closed, its output is replaced by that of the unedited row of the same pass. So no clean
+value has to be stored, and rounding that depends on the shape of the batch cancels.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -44,14 +45,14 @@ Paths = Literal["all", "direct"] | tuple[Site, ...]
 
 @dataclass(frozen=True)
 class Effects:
-    """Changes of logit(target) − logit(against) that an edit brings about, and the way they take.
+    """Changes of logit(target) − logit(against) caused by an edit, by paths.
 
     Attributes:
-        total: everything behind the edit reacts, but for what the hold names.
-        direct: every module's output is held: the edit reaches the logits by the skip connection alone. 0 for an edit
-            at another token than the logits, and for one inside an MLP (at mlp_in).
-        through: for each receiver, what opening this one module adds to the direct effect: all paths through it and no
-            other module.
+        total: everything after the edit is live, except what `hold` names.
+        direct: every module's output is held, so the edit reaches the logits along the skip connection only. 0 for an
+            edit at another token than the logits, and for one inside an MLP (at mlp_in).
+        through: for each receiver, how much the effect changes if this one module is live too: all paths through it and
+            through no other module.
     """
 
     target: int
@@ -62,13 +63,13 @@ class Effects:
 
     @property
     def indirect(self) -> float:
-        """total − direct: whatever some module passes on."""
+        """total − direct: the effect through modules."""
         return self.total - self.direct
 
     @property
     def remainder(self) -> float:
-        """indirect − Σ through: paths through two modules or more, receivers that were left out; and, unless
-        attention, norms and gates are held, what modules do together."""
+        """indirect − Σ through: paths through two modules or more, and through modules that are no receivers. Unless
+        attention, norms and gates are held, it also has the interactions between modules."""
         return self.indirect - sum(self.through.values())
 
 
@@ -84,19 +85,21 @@ def effects(
     hold: HoldLike = "nothing",
     receivers: str | Sequence[str | Site] = (),
 ) -> Effects:
-    """Total and direct effect of an edit on one difference of logits, and what single modules add.
+    """Total and direct effect of an edit on one difference of logits, and the effects through single modules.
 
-    The controlled direct effect of mediation analysis (Pearl 2001, "Direct and indirect effects"), the mediators being
-    all module outputs and their values those of the clean run. `hold` holds in every run: with `norms` the direct
-    effect is the edit times the unembedding behind the clean final norm; without, the final norm reacts. With all of
-    `attention`, `norms` and `gates` the effects of disjoint sets of paths add up to the total.
+    This is the controlled direct effect of mediation analysis (Pearl 2001, "Direct and indirect effects"). The
+    mediators are all module outputs, and they are held at the values of the clean run. `hold` applies to every run:
+    with `norms` the direct effect is the edit times the clean scale of the final norm times the unembedding; without
+    it, the final norm is live. With all of `attention`, `norms` and `gates` the effects of disjoint sets of paths add
+    up to the total.
 
     Args:
         batch: one prompt.
-        receivers: modules, `"attn_out 2"` or `Site("mlp_out", 3)`; `"all"` behind the edit.
+        receivers: modules, `"attn_out 2"` or `Site("mlp_out", 3)`; `"all"`: every module after the edit.
 
     Raises:
-        UserError: no interventions; a receiver in front of the edit, or held; what `run` refuses. Nothing has run.
+        UserError: there are no interventions; a receiver is before the edit, or held; or `run` would refuse it. No pass
+            has run then.
     """
     chosen = check_hold(hold, host.n_layers)
     base, every = chosen.outputs(host.n_layers), modules(host.n_layers)
@@ -122,14 +125,14 @@ def effects(
 
 @dataclass(frozen=True)
 class PathEffect:
-    """What an edit does to one feature along some paths, and what that feature then does to the logits.
+    """The effect of an edit on one feature along some paths, and the effect of that feature's change on the logits.
 
     Attributes:
         sender: the edit, as given.
         through: `all`, `direct`, or the open modules.
         preactivation_before, preactivation_after: the receiver's, in the clean run and with the paths open.
-        activation_before, activation_after: the same behind TopK (which selects again) and ReLU.
-        effect: of the receiver alone, set to `activation_after` in an otherwise clean run.
+        activation_before, activation_after: the same after TopK (which selects again) and ReLU.
+        effect: on the logits, when only the receiver is set to `activation_after` in an otherwise clean run.
     """
 
     sender: tuple[FeatureIntervention, ...]
@@ -148,7 +151,7 @@ class PathEffect:
 
     @property
     def delta_activation(self) -> float:
-        """After minus before; 0 where TopK keeps the receiver out both times."""
+        """After minus before; 0 where TopK leaves out the receiver both times."""
         return self.activation_after - self.activation_before
 
     @property
@@ -181,27 +184,27 @@ def path_effects(
     Two runs (Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching"; Wang et al. 2022, the paths of
     the IOI circuit), with a feature in the place of a head:
 
-    1. The sender is edited; the modules named in `through` are live, every other module's output stands at its clean
-       value. Read at the receiver: the clean stream, plus what the edit sends along the skip connection *and* through
-       any of the open modules, one after the other. `direct`: none open. `all`: none held.
-    2. The receiver alone is set to the activation read in the first run, the sender is not edited, and everything
-       behind the receiver is live.
+    1. The sender is edited. The modules named in `through` are live, and every other module's output is held at its
+       clean value. The receiver's stream is then the clean stream plus the edit's effect along the skip connection
+       *and* through any of the open modules, one after the other. `direct`: no module is open. `all`: none is held.
+    2. Only the receiver is set, to the activation measured in the first run. The sender is not edited, and everything
+       after the receiver is live.
 
-    `hold` holds in both runs. The encoder's norm and TopK are live always, other features' changes included.
-    The skip connection cannot be closed: for what modules alone carry, subtract the `direct` result. It stays at its
-    token, so between different tokens `direct` is 0, and so is any set of modules without an attention.
+    `hold` applies to both runs. The encoder's norm and TopK are always live, so other features change too.
+    The skip connection cannot be closed: for the effect through modules only, subtract the `direct` result. It connects
+    no two tokens, so between different tokens `direct` is 0, and so is the effect through modules without attention.
 
     Args:
         batch: one prompt.
-        senders: each an intervention, or a list of them that act together.
+        senders: each is an intervention, or a list of interventions that act together.
         receivers: addresses of one feature at one token.
         through: `all`, `direct`, or modules as in `effects`.
 
-    Cost: a row per sender, then a row per pair, 64 to a pass.
+    Cost: one row per sender, then one row per pair; 64 rows per pass.
 
     Raises:
-        UserError: a receiver does not lie behind a sender, in depth or in tokens, or is at several tokens; a module
-            does not lie between them, or is held; what `run` refuses. Nothing has run.
+        UserError: a receiver is not after a sender, in depth or in tokens, or is at several tokens; a module is not
+            between them, or is held; or `run` would refuse it. No pass has run then.
     """
     chosen = check_hold(hold, host.n_layers)
     base, every = chosen.outputs(host.n_layers), modules(host.n_layers)
@@ -238,7 +241,7 @@ def path_effects(
 
 @dataclass(frozen=True)
 class _Row:
-    """One question: what is edited, and which modules stand at their clean values meanwhile."""
+    """One question: the edit, and the modules whose outputs are held at their clean values."""
 
     interventions: Sequence[object]
     closed: frozenset[Site]
@@ -246,7 +249,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one prompt in packed passes, each with the unedited prompt in front."""
+    """Runs rows of one prompt in packed passes; the first row of each pass is the unedited prompt."""
 
     host: Host
     store: TranscoderStore
@@ -297,13 +300,13 @@ class _Rows:
 
 
 def _as_first(site: Site, rows: Bool[Tensor, " batch"]) -> Edit:
-    """What stands in the unedited row, in some rows."""
+    """An edit that copies the site's value from the unedited row into some rows."""
     return Edit(site, lambda x, at: torch.where(rows.to(x.device)[:, None, None], x[:1], x))
 
 
 @dataclass(frozen=True)
 class _Metric:
-    """logit(target) − logit(against) at one position; what is None comes from the unedited run."""
+    """logit(target) − logit(against) at one position; a token that is None is taken from the unedited run."""
 
     target: int | None
     against: int | None
@@ -333,7 +336,7 @@ class _Metric:
 
 
 def _written(store: TranscoderStore, items: Sequence[FeatureIntervention]) -> Site:
-    """The first site that an edit writes; layers that do not exist are left to the plan's own check."""
+    """The first site that an edit writes. Layers that do not exist are ignored: the plan refuses them later."""
     if not items:
         raise InterventionError("no interventions given, so there is no effect", expected="at least one")
     layers = [item.address.layer for item in items if item.address.layer in store]
@@ -341,7 +344,7 @@ def _written(store: TranscoderStore, items: Sequence[FeatureIntervention]) -> Si
 
 
 def _passes(module: Site, write: Site, read: Site | None = None) -> bool:
-    """Whether a module takes in what stands at `write`, and puts out in front of `read`."""
+    """Whether a module's input is at or after `write`, and its output before `read`."""
     return write.depth <= (module.layer, ENTRY[module.name]) and (read is None or module.depth <= read.depth)
 
 
@@ -385,7 +388,7 @@ def _check_between(
 def _check_pair(
     store: TranscoderStore, items: Sequence[FeatureIntervention], receiver: FeatureAddress, length: int
 ) -> None:
-    """A receiver is one feature at one token, behind everything that is edited."""
+    """Refuse a receiver that is not one feature at one token after everything that is edited."""
     start, stop = receiver.positions.bounds(length)
     if (length if stop is None else stop) != start + 1:
         raise AddressError(

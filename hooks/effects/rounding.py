@@ -1,14 +1,14 @@
-"""What rounding alone does to a metric on a half-precision model.
+"""The effect of rounding alone on a metric of a half-precision model.
 
-A run with an edit and the clean run differ in every rounding behind the edit, so their difference holds the rounding
-errors of both, however small the edit is. Rows that are left alone do not show that: they round alike. So the stream
-that enters a block is moved at random by what one rounding may move it (each number by a unit in its last place, up or
-down, with a probability of 1/12: the variance of a rounding error), and the run goes on from there. How far the metric
-moves is what rounding alone does to an effect that enters at this block.
+An edited run and the clean run round differently everywhere after the edit. So their difference has the rounding errors
+of both runs in it, however small the edit is. Unchanged rows do not show this error, because they all round alike. To
+measure it, the stream that enters a block is changed at random by as much as one rounding can change it: each number by
+one unit in its last place, up or down, with a probability of 1/12, which gives the variance of a rounding error. Then
+the run continues from there. The change of the metric is the effect of rounding on an edit that enters at this block.
 
-Rounding in front of the edit moves the stream on which the edit acts: the activation that is taken away, and what the
-blocks behind make of that. Such an error grows with the effect. `rounding_edits` moves the stream in front of every
-block up to the edit's, so that the same edits can be measured again over another draw of these roundings.
+Rounding before the edit changes the stream on which the edit acts: the activation that is ablated, and how later blocks
+respond. This error grows with the effect. `rounding_edits` changes the stream before every block up to the edit's
+block, so that the same edits can be measured again with other roundings.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from hooks.sites import Site
 from hooks.types import Edit, Pass
 
 DRAWS = 8  # runs per block
-REDRAWS, SAMPLE = 4, 8  # other draws of the roundings in front of a block, and edits that are measured again in each
-SPREADS = 2.5  # root mean squares of the moves below which an effect is not told from rounding
+REDRAWS, SAMPLE = 4, 8  # other draws of the roundings before a block; edits that are measured again in each draw
+SPREADS = 2.5  # an effect below so many root mean squares of the rounding error counts as noise
 
 Metric = Callable[[Float[Tensor, "row d_model"]], Float[Tensor, " row"]]
 
 
 def last_place(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The distance of every number to the next larger one in magnitude, in its own precision."""
+    """The distance from every number to the next one of larger magnitude, in its own precision."""
     exponent = torch.frexp(x.float()).exponent - 1
     return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent) * torch.finfo(x.dtype).eps
 
@@ -41,20 +41,20 @@ def rounding_steps(shape: Sequence[int], generator: torch.Generator) -> Float[Te
 
 
 def moved_by_rounding(x: Float[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
-    """Each number moved by such steps."""
+    """Each number plus such steps."""
     return (x.float() + rounding_steps(x.shape, generator).to(x.device) * last_place(x)).to(x.dtype)
 
 
 def rounding_behind(
     host: Host, batch: Batch, block: int, starts: Sequence[int], pos: int, metric: Metric, clean: float
 ) -> float:
-    """The root mean square of what rounding does to a metric of effects that enter in front of a block.
+    """The root mean square of the rounding error in a metric, for effects that enter before a block.
 
     Args:
         batch: one prompt.
-        block: `n_layers` is behind the last one.
-        starts: first positions of such effects; the draws are spread over them.
-        pos: where the metric is read, from streams behind the last block.
+        block: `n_layers` means after the last one.
+        starts: first positions of the effects; the draws are spread over them.
+        pos: the position at which the metric is computed, from streams after the last block.
         clean: the metric of the clean run.
 
     Cost: `DRAWS` rows in one whole pass.
@@ -76,8 +76,8 @@ def rounding_behind(
 
 
 def rounding_edits(last: int, seed: int) -> list[Edit]:
-    """Edits that move the stream in front of every block up to `last` by what one rounding may move it, every row of a
-    batch alike."""
+    """Edits that change the stream before every block up to `last` by as much as one rounding can, the same in every
+    row of a batch."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(x: Tensor, at: Pass) -> Tensor:

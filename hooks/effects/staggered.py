@@ -1,16 +1,16 @@
 """Many variants of one prompt, each run only from where it first differs: its own block, and its own first position.
 
 An edit at block b and position t leaves every stream below b and before t as it was, bit for bit. So the clean run's
-streams and its keys and values are kept once, and a variant (a *row*) consists of the positions from t on alone. Rows
-join the pass at the block where they first differ (staggered entry), and all that are under way go through a block as
-one packed list of tokens, without padding. In the attention a row's queries meet the clean keys before t, which all
-rows share and none copies, and the row's own keys from t on:
+streams and its keys and values are kept once, and a variant (a *row*) consists only of the positions from t on. A row
+enters the pass at the block where it first differs (staggered entry). All rows that have entered pass through a block
+as one packed list of tokens, without padding. In the attention a row's queries attend to the clean keys before t, which
+all rows share without a copy, and to the row's own keys from t on:
 
     softmax over [ q · K_clean[:t] , q · K_own ] / sqrt(d_head)
 
-What a query may attend to is what the clean run let it attend to: each block's mask is kept with its keys, so sliding
-windows, in whichever blocks, need no knowledge of the architecture. Whether rows arrive at what the model itself
-computes is measured (`misses`). Where attention is of another kind, or keeps a state and no keys, there are no rows.
+A query may attend to the same positions as in the clean run: each block's mask is kept with its keys, so sliding
+windows need no knowledge of the architecture. `misses` measures whether rows give the model's own result. If attention
+is of another kind, or keeps a state instead of keys, rows cannot be used.
 
 Cost against a whole pass per variant: (n_layers − b)(T − t) / (n_layers T) of the work, in large products.
 """
@@ -34,11 +34,11 @@ from hooks.types import Edit, Pass
 
 @dataclass(frozen=True)
 class Shared:
-    """What rows share of a plain run.
+    """The values of a plain run that all rows share.
 
     Attributes:
         keys, values: of every block, rotated, not repeated over the group.
-        masks: of every block, True where a query may attend to a key; None: to every key up to its own.
+        masks: of every block, True where a query may attend to a key; None: to every key up to its own position.
         cos, sin: the rotation at every position.
     """
 
@@ -51,13 +51,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Clean:
-    """What a plain run of one prompt leaves for its variants.
+    """The values of a plain run of one prompt that its variants need.
 
     Attributes:
-        final: the stream behind the final norm.
-        streams: in front of every block, and behind the last.
-        seen: what stood at further sites.
-        shared: what rows share; a text instead says why they cannot.
+        final: the stream after the final norm.
+        streams: before every block, and after the last.
+        seen: the tensors at further sites.
+        shared: the values that rows share; or a text that says why rows cannot share them.
     """
 
     batch: Batch
@@ -92,7 +92,7 @@ def record_clean(host: Host, batch: Batch, sites: Sequence[Site] = ()) -> Clean:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one block's attention was given."""
+    """The inputs of one block's attention."""
 
     key: Float[Tensor, "1 n_kv pos d_head"]
     value: Float[Tensor, "1 n_kv pos d_head"]
@@ -113,7 +113,7 @@ def _shared(host: Host, x: Float[Tensor, "pos d_model"], calls: dict[int, _Call]
     if len(calls) < host.n_layers:
         return f"only {len(calls)} of {host.n_layers} blocks look their attention up"
     order = [calls[layer] for layer in range(host.n_layers)]
-    read: dict[int, Bool[Tensor, "pos pos"] | None] = {}  # blocks are handed one and the same mask
+    read: dict[int, Bool[Tensor, "pos pos"] | None] = {}  # many blocks get the same mask object
     for call in order:
         if call.mask is not None and id(call.mask) not in read:
             read[id(call.mask)] = _attended(call.mask)
@@ -126,7 +126,7 @@ def _shared(host: Host, x: Float[Tensor, "pos d_model"], calls: dict[int, _Call]
 
 
 def _attended(mask: Tensor) -> Bool[Tensor, "pos pos"] | None:
-    """Where a mask lets queries attend to keys; None where it says more, or not the same for every head."""
+    """True where a mask lets a query attend to a key. None if the mask does anything else, or differs by head."""
     if mask.shape[:2] != (1, 1):
         return None
     if mask.dtype == torch.bool:
@@ -139,14 +139,14 @@ def _attended(mask: Tensor) -> Bool[Tensor, "pos pos"] | None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Variants:
     """Variants of a prompt.
 
     Attributes:
         start: each row's first position.
-        block: the block in front of which it joins; n_layers: behind the last.
-        delta: what is added to the clean stream as it joins, at its positions start … end−1, row after row.
-        end: one past the last position that any row is followed to.
+        block: the block before which it enters; n_layers: after the last.
+        delta: added to the clean stream when the row enters, at its positions start … end−1; row after row.
+        end: one past the last position that is computed.
     """
 
     start: Int[Tensor, " row"]
@@ -161,16 +161,17 @@ class Rows:
 
     @cached_property
     def offsets(self) -> Int[Tensor, " row"]:
-        """Where each row's tokens begin in `delta`."""
+        """The index in `delta` of each row's first token."""
         return self.lengths.cumsum(0) - self.lengths
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows under way are packed: those with the same first position stand together, in order of entry.
+    """How the rows that have entered are packed: rows with the same first position are next to each other, in the order
+    of entry.
 
     Attributes:
-        segments: first position, rows.
+        segments: pairs (first position, rows).
     """
 
     segments: tuple[tuple[int, Int[Tensor, " _row"]], ...]
@@ -192,7 +193,7 @@ class Layout:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def tokens(self, count: int) -> Int[Tensor, " row"]:
-        """Where each of `count` rows begins; −1 for those not under way."""
+        """The index of the first token of each of `count` rows; −1 for rows that have not entered."""
         out = torch.full((count,), -1)
         for (start, rows), here in zip(self.segments, self.slices, strict=True):
             out[rows] = torch.arange(here.start, here.stop, self.end - start)
@@ -200,12 +201,12 @@ class Layout:
 
 
 @dataclass
-class Walk:
-    """A pass under way. `layout` is what edits inside a block see; it changes between blocks only."""
+class StaggeredPass:
+    """One pass with staggered rows. Edits inside a block read `layout`, which changes only between blocks."""
 
     host: Host
     clean: Clean
-    rows: Rows
+    rows: Variants
     layout: Layout = field(init=False)
     shared: Shared = field(init=False)
 
@@ -215,7 +216,7 @@ class Walk:
 
     @cached_property
     def _entering(self) -> dict[int, list[tuple[int, Int[Tensor, " row"]]]]:
-        """By block: first position and rows that join."""
+        """By block: pairs (first position, rows that enter)."""
         out: dict[int, list[tuple[int, Tensor]]] = {}
         for block in self.rows.block.unique().tolist():
             here = self.rows.block == block
@@ -224,10 +225,10 @@ class Walk:
         return out
 
     def run(self, edits: Sequence[Edit]) -> Float[Tensor, "row d_model"]:
-        """Each row's stream behind the last block, at its last position.
+        """Each row's stream after the last block, at its last position.
 
         Args:
-            edits: inside blocks; they see the packed tokens as a batch of one, and `layout`.
+            edits: edits inside blocks; they get the packed tokens as a batch of one, and read `layout`.
         """
         first = min(self._entering)
         x = self.clean.streams[0].new_zeros(0, self.host.d_model)
@@ -241,7 +242,7 @@ class Walk:
         return x[last.to(x.device)]
 
     def one_by_one(self, first: int) -> Generator[tuple[int, Float[Tensor, "token d_model"]], None, None]:
-        """What each block from `first` on makes of the clean stream in front of it, on the positions of all rows."""
+        """The output of each block from `first` on for the clean stream before it, at the positions of all rows."""
         by_start = {int(start): (self.rows.start == start).nonzero()[:, 0] for start in self.rows.start.unique()}
         self.layout = Layout(tuple(by_start.items()), self.rows.end)
         with own_attention(self.host, self._attention), torch.no_grad():
@@ -258,7 +259,7 @@ class Walk:
         )[0]  # fmt: skip
 
     def _join(self, x: Float[Tensor, "joined d_model"], block: int) -> Float[Tensor, "token d_model"]:
-        """Let the rows of this block in, and pack again."""
+        """Add the rows that enter at this block, and pack again."""
         entering = dict(self._entering.get(block, ()))
         if not entering:
             return x
@@ -277,7 +278,7 @@ class Walk:
         return torch.cat(parts)
 
     def _fresh(self, start: int, rows: Int[Tensor, " row"], block: int) -> Float[Tensor, "token d_model"]:
-        """Rows as they join: the clean stream plus what each adds; added wide, cast once."""
+        """Rows that enter: the clean stream plus each row's delta; added in fp32 or wider, cast once."""
         stream, delta = self.clean.streams[block][start : self.rows.end], self.rows.delta
         at = self.rows.offsets[rows, None] + torch.arange(self.rows.end - start)
         added = delta[at.to(delta.device)].to(stream.device)
@@ -319,10 +320,11 @@ def _shared_attention(
 ) -> Tensor:
     """Attention of `rows` rows of the same length to a shared prefix and to themselves: [token head d_head].
 
-    Scores and softmax in fp32 at least, as SDPA has them: rounding scores to bf16 costs more than all else here.
+    Scores and softmax are in fp32 at least, as in SDPA: rounding scores to bf16 would be the largest error here.
 
     Args:
-        allowed: keys of prefix and row that each position of a row may attend to; all up to its own by default.
+        allowed: which keys, of the prefix and of the row, each position of a row may attend to; by default all up to
+            its own position.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     n_kv, before = prefix[0].shape[:2]
@@ -349,25 +351,27 @@ def _shared_attention(
 
 
 def misses(host: Host, clean: Clean, starts: Sequence[int], first: int, end: int) -> str:
-    """Where rows in which nothing is changed do not arrive at what the model itself computed; empty if they do.
+    """A text that says where unchanged rows differ from the model's own result; empty if they do not.
 
-    One block at a time, each from the clean stream in front of it: what the block adds may be off by rounding, which
-    is fp32's at best, since transformers norms (and eager attention weighs) in fp32 whatever the model's precision.
-    Cost: a pass over the rows.
+    Each block is checked alone, from the clean stream before it. Its output may differ by rounding. The tolerance is
+    never below fp32's, since transformers computes norms (and the softmax of eager attention) in fp32 in every
+    precision. Cost: one pass over the rows.
 
     Args:
         starts: first positions of these rows.
-        first: the first block looked at.
+        first: the first block that is checked.
         end: one past their last position.
     """
     precision = max(torch.finfo(dtype).eps for dtype in (clean.streams[0].dtype, torch.float32))
     room = max(precision**0.5, 25 * precision)
     start = torch.tensor(sorted(set(starts)))
-    rows = Rows(start, torch.full_like(start, first), torch.zeros(0, host.d_model), end)
-    walk = Walk(host, clean, rows)
-    with contextlib.closing(walk.one_by_one(first)) as blocks:
+    rows = Variants(start, torch.full_like(start, first), torch.zeros(0, host.d_model), end)
+    running = StaggeredPass(host, clean, rows)
+    with contextlib.closing(running.one_by_one(first)) as blocks:
         for block, made in blocks:
-            before, after = (stream[walk.layout.pos.to(stream.device)] for stream in clean.streams[block : block + 2])
+            before, after = (
+                stream[running.layout.pos.to(stream.device)] for stream in clean.streams[block : block + 2]
+            )
             made, before = made.to(after.device), before.to(after.device)
             step, size = (after - before).norm(dim=-1), after.norm(dim=-1)
             off = (made - after).norm(dim=-1)
@@ -378,11 +382,11 @@ def misses(host: Host, clean: Clean, starts: Sequence[int], first: int, end: int
 
 @contextlib.contextmanager
 def out_of_memory() -> Iterator[list[bool]]:
-    """Catch an allocation that fails, on either kind of device; the list then holds True."""
+    """Catch an allocation that fails, on either kind of device; the list then has one True."""
     failed: list[bool] = []
     try:
         yield failed
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the first kind, NumPy's the second
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, NumPy's is a MemoryError
         if not memory_ran_out(error):
             raise
         failed.append(True)

@@ -1,13 +1,13 @@
-"""The effect of thousands of interventions on one prompt, each exact, in staggered passes (`suffix`).
+"""The effects of thousands of interventions on one prompt, each exact, in staggered passes (`suffix`).
 
-groups of interventions → a checked plan → rows that join where they first differ → metrics at one position → a table
+groups of interventions → a checked plan → rows that enter where they first differ → metrics at one position → a table
 
-A group is run as one variant: one feature, a pair, or any set. Every batch carries rows in which nothing is changed:
-effects are differences to their mean, and their spread is the noise floor.
+A group is run as one variant: one feature, a pair, or any set. Every batch also has unchanged rows: effects are
+differences from their mean, and their spread is the noise floor.
 
-Whether staggered passes arrive at what the model itself computes is measured before anything is swept, on rows in which
-nothing is changed; where they do not, or the model's attention is not one that rows can share, every group is a whole
-pass over the prompt: the same table, slower.
+Before a sweep, unchanged rows are compared with the model's own result. If staggered passes do not reproduce it, or
+rows cannot share the model's attention, every group is run as a whole pass over the prompt: the same table, more
+slowly.
 """
 
 import logging
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hooks.checkpoints import TranscoderStore
 from hooks.choices import METRICS, TABLES
-from hooks.effects.groups import Work, lay_out, live_groups, run_groups, run_whole
+from hooks.effects.groups import GroupTensors, lay_out, live_groups, run_groups, run_whole
 from hooks.effects.rounding import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
 from hooks.effects.staggered import Clean, misses, out_of_memory, record_clean
 from hooks.errors import OutputError, UserError
@@ -40,7 +40,7 @@ from hooks.whole import whole
 
 log = logging.getLogger("hooks")
 
-CONTROLS = 8  # rows in which nothing is changed, in every batch
+CONTROLS = 8  # unchanged rows in every batch
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
 
 Way = Literal["suffix", "whole"]
@@ -48,7 +48,7 @@ Way = Literal["suffix", "whole"]
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured: logit(target) − logit(against) at a position, and what else `metrics` names."""
+    """What is measured: logit(target) − logit(against) at a position, and the columns that `metrics` names."""
 
     target: int
     against: int
@@ -63,18 +63,18 @@ class Sweep:
     Attributes:
         table: one row per group, in the order given: `name`; `layer`, `pos`, `feature`, `activation` of groups of one
             feature (its clean activation, or its largest where the group spans positions); a column per metric;
-            `resolved`; `role`: `supports` if the target's
-            metric goes the way the features' activations went, `opposes` if it goes the other way, None if that is not
-            known (not resolved, or some activations rose and some fell). An ablated feature supports where `delta` < 0.
-        noise_floor: three standard deviations of `delta` in rows in which nothing is changed; at least what rounding
-            two logits can make of it. In the native arithmetic of a half-precision model, the largest floor of any
-            group; `table["floor"]` has each group's own, measured as `hooks.effects.rounding` says.
+            `resolved`; `role`: `supports` if the metric moved in the same direction as the features' activations,
+            `opposes` if it moved in the other direction, None if that is not known (the effect is not resolved, or some
+            activations rose and some fell). An ablated feature supports where `delta` < 0.
+        noise_floor: three standard deviations of `delta` in unchanged rows, and at least the rounding error of two
+            logits. In the native arithmetic of a half-precision model it is the largest floor of any group;
+            `table["floor"]` has each group's own, measured as `hooks.effects.rounding` describes.
         baseline: the metrics of the clean run: `metric`, `logit`, `prob`, `rank`.
-        tokens: of the prompt.
-        passes: batches that were run.
-        precision: in which arithmetic, see `hooks.host.arithmetic`.
-        way: `suffix`, each group run from where it first differs; or `whole`, each a pass over the whole prompt, where
-            the model's attention is not one that rows can share.
+        tokens: the prompt's tokens.
+        passes: number of batches that were run.
+        precision: the arithmetic, see `hooks.host.arithmetic`.
+        way: `suffix`: each group was run from where it first differs. `whole`: each group was a pass over the whole
+            prompt, because rows cannot share the model's attention.
     """
 
     table: pd.DataFrame
@@ -90,7 +90,7 @@ class Sweep:
         """Write the table whole or not at all: parquet, CSV or JSON by the suffix.
 
         Raises:
-            OutputError: another suffix, the place cannot be written to, or pyarrow is not installed.
+            OutputError: the suffix is another one, the file cannot be written, or pyarrow is not installed.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -108,7 +108,7 @@ class Sweep:
                     raise OutputError("parquet needs pyarrow", repair="pip install 'qwen-circuits[parquet]'") from None
 
     def ranked(self) -> pd.DataFrame:
-        """Strongest effect first; equal ones in the order given."""
+        """The table, strongest effect first; equal effects stay in the order given."""
         order = self.table["delta"].abs().sort_values(ascending=False, kind="stable").index
         return self.table.loc[order].reset_index(drop=True)
 
@@ -126,19 +126,19 @@ def sweep(
     tokens_at_once: int | None = None,
     progress: bool = False,
 ) -> Sweep:
-    """Run every group of interventions on one prompt and measure what it does to the next token behind a position.
+    """Run every group of interventions on one prompt and measure its effect on the token that follows a position.
 
     Args:
-        groups: what each variant changes, an intervention or a list of them; delta form, TopK not run again
+        groups: for each variant, an intervention or a list of them; in delta form, and TopK is not run again
             (`mask="frozen"`).
         target, against: token ids; the clean run's answer and its best other by default.
         metrics: any of `hooks.choices.METRICS`. The first two need two rows of the unembedding, the others all of it.
-        tokens_at_once: of all rows of a batch; by default what a quarter of the free memory holds, 8,192 at most.
-            Halved as often as memory runs out.
+        tokens_at_once: tokens of all rows of a batch; by default as many as fit into a quarter of the free memory, and
+            at most 8,192. Halved each time memory runs out.
 
     Raises:
         UserError: an address, metric, target or position does not exist, interventions of a group contradict each
-            other, the model's attention is held, or memory does not hold even one row.
+            other, the model's attention is held, or not even one row fits into memory.
     """
     length = batch.lengths[0]
     question_pos = _checked_position(pos, length)
@@ -173,7 +173,7 @@ def sweep(
     return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
 
 
-# -- what is asked -------------------------------------------------------------------------------------------------
+# -- the question --------------------------------------------------------------------------------------------------
 
 
 def _checked_position(position: int, length: int) -> int:
@@ -209,7 +209,7 @@ def _baseline(logits: Float[Tensor, " vocab"], question: Question) -> dict[str, 
 def _clean_activations(
     store: TranscoderStore, clean: Clean, layers: Mapping[int, LayerTable]
 ) -> dict[int, Float[Tensor, "pos feature"]]:
-    """Activations of the clean run at the layers that are touched; one layer's are pos × d_features numbers."""
+    """Activations of the clean run at the layers that groups change: pos × d_features numbers per layer."""
     out = {}
     for layer in layers:
         transcoder = store[layer]
@@ -218,7 +218,7 @@ def _clean_activations(
 
 
 def _change_text(item: FeatureIntervention) -> str:
-    """The address, and what becomes of the feature unless it is ablated."""
+    """The address, and the change of the feature unless it is ablated."""
     factor, shift = item.affine
     known = {
         (1.0, shift): f" + {shift:g}",
@@ -265,7 +265,8 @@ def _role(moved: int, delta: float, resolved: bool) -> str | None:
 
 
 def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], question: Question) -> float:
-    """Unchanged rows may agree bit for bit, and a changed one still be rounded otherwise: eps/2 per logit and row."""
+    """Unchanged rows may agree bit for bit although a changed row rounds differently. So the floor is at least eps/2
+    per logit and row."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     rounding = torch.finfo(wide).eps * float(logits[[question.target, question.against]].abs().sum())
     return max(rounding, 3 * math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0)
@@ -275,15 +276,16 @@ def _rounding_floors(
     host: Host,
     store: TranscoderStore,
     clean: Clean,
-    work: Work,
+    work: GroupTensors,
     groups: Sequence[Interventions],
     delta: Float[Tensor, " group"],
     logits: Float[Tensor, " vocab"],
     question: Question,
 ) -> Float[Tensor, " group"]:
-    """`SPREADS` root mean squares of the rounding errors of each group's `delta`, 0 for groups that change nothing.
+    """`SPREADS` times the root mean square of the rounding error of each group's `delta`; 0 for groups that change
+    nothing.
 
-    error² = behind² + (share · delta)², both by the block in front of which a group's effect enters
+    error² = behind² + (share · delta)²; both numbers are measured for the block before which a group's effect enters
     (see `hooks.effects.rounding`).
     """
 
@@ -326,7 +328,7 @@ def _again(
     metric: Metric,
     pos: int,
 ) -> Float[Tensor, " group"]:
-    """Effects of some groups over another draw of the roundings in front of their block."""
+    """Effects of some groups, measured again with another draw of the roundings before their block."""
     edits = rounding_edits(min(block, host.n_layers - 1), seed)
     values = metric(run_whole(host, store, clean.batch, groups, pos, 1, edits))
     return values[:-1] - values[-1]
@@ -340,8 +342,8 @@ class _Runner:
     """How groups are run.
 
     Attributes:
-        run: streams behind the last block of some groups, then of the unchanged rows.
-        lengths: tokens that each group takes in a pass.
+        run: gives the streams after the last block of some groups, then of the unchanged rows.
+        lengths: number of tokens of each group in a pass.
     """
 
     way: Way
@@ -349,8 +351,10 @@ class _Runner:
     lengths: Int[Tensor, " group"]
 
 
-def _runner(host: Host, store: TranscoderStore, clean: Clean, work: Work, groups: Sequence[Interventions]) -> _Runner:
-    """Staggered passes where they arrive at what the model itself computes, else whole ones."""
+def _runner(
+    host: Host, store: TranscoderStore, clean: Clean, work: GroupTensors, groups: Sequence[Interventions]
+) -> _Runner:
+    """Staggered passes if they reproduce the model's own result, else whole passes."""
     reason = clean.shared if isinstance(clean.shared, str) else _measured_miss(host, clean, work)
     if not reason:
         run = partial(run_groups, host, store, clean, work, controls=CONTROLS)
@@ -364,8 +368,8 @@ def _runner(host: Host, store: TranscoderStore, clean: Clean, work: Work, groups
     return _Runner("whole", run_chosen, torch.full_like(work.start, length))
 
 
-def _measured_miss(host: Host, clean: Clean, work: Work) -> str:
-    """At the first, the middle and the last of the positions where groups begin."""
+def _measured_miss(host: Host, clean: Clean, work: GroupTensors) -> str:
+    """See `misses`; checked at the first, the middle and the last of the groups' first positions."""
     live = live_groups(work)
     if not len(live):
         return ""
@@ -384,7 +388,7 @@ def _run_all(
     runner: _Runner,
     clean: Clean,
     logits: Float[Tensor, " vocab"],
-    work: Work,
+    work: GroupTensors,
     question: Question,
     tokens_at_once: int | None,
     progress: bool,
@@ -435,7 +439,7 @@ def _refuse_for_memory(tokens: int) -> NoReturn:
 
 
 def _tokens_that_fit(host: Host) -> int:
-    """A quarter of the free memory, by what a token takes in a block: streams, MLP, attention scores."""
+    """How many tokens fit into a quarter of the free memory. A token takes streams, MLP and attention scores."""
     config: Any = host.model.config
     width = 8 * host.d_model + 4 * int(getattr(config, "intermediate_size", 4 * host.d_model))
     width += 4 * int(config.num_attention_heads) * min(256, host.max_positions)
@@ -445,13 +449,14 @@ def _tokens_that_fit(host: Host) -> int:
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 256  # of whole distributions over the vocabulary
+ROWS_AT_ONCE = 256  # distributions over the whole vocabulary that are computed at once
 
 
 def _measure(
     host: Host, hidden: Float[Tensor, "row d_model"], clean: Float[Tensor, " vocab"], question: Question
 ) -> dict[str, Float[Tensor, " row"]]:
-    """Metrics as differences to nothing yet: those of each row as it is. The final norm and logits in fp32 at least."""
+    """The metrics of each row itself; `_against_controls` subtracts those of the unchanged rows later. The final norm
+    and the logits are computed in fp32 at least."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad():
         normed = host.decoder.norm(hidden.to(execution_device(host.decoder.norm), wide))
@@ -480,7 +485,7 @@ def _distributions(
 
 
 def _against_controls(found: Mapping[str, Float[Tensor, " row"]], count: int) -> dict[str, Float[Tensor, " group"]]:
-    """Differences to the mean of the unchanged rows; divergence and rank are what they are."""
+    """Metrics minus their mean over the unchanged rows. KL divergence and rank are kept as they are."""
     return {
         name: values[:count] - (values[count:].mean() if name.startswith("delta") else 0.0)
         for name, values in found.items()

@@ -1,6 +1,6 @@
-"""Bytes on disk, none of them trusted: weight files and their headers, folders, links, the hub's cache, output."""
+"""Files on disk, none of them trusted: weight files and their headers, folders, links, the hub's cache, output."""
 
-from hooks.files.checks import FLOATS, Stored, check_safetensors
+from hooks.files.checks import FLOATS, HeaderEntry, check_safetensors
 from hooks.files.documents import bare, flag, read_json, read_yaml, real, shown, whole
 from hooks.files.hub import Resolved, resolve
 from hooks.files.links import check_file, check_links, found, hub_snapshot, is_file, is_folder, is_there, what_is
@@ -26,8 +26,8 @@ from hooks.files.weight_files import (
 
 __all__ = [
     "FLOATS",
+    "HeaderEntry",
     "Resolved",
-    "Stored",
     "bare",
     "check_file",
     "check_links",

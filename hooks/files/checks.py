@@ -1,8 +1,8 @@
-"""What is checked before the bytes of a checkpoint become tensors: sizes, shapes and the directory of each file.
+"""Checks of a checkpoint file before its bytes become tensors: sizes, shapes and its directory.
 
-Nothing here reads weights. What a file claims is compared with the bytes that are there, so that memory is taken only
-for what exists: a header that claims a terabyte, an archive that would unpack to one, a tensor of a million rows that
-are all the same four bytes.
+Nothing here reads weights. The sizes that a file states are compared with the bytes that are there, so memory is
+allocated only for data that exists. Refused are, for example, a header that states a terabyte, an archive that unpacks
+to one, and a tensor of a million rows that all share the same four bytes.
 """
 
 import io
@@ -26,7 +26,7 @@ from hooks.files.links import is_file
 
 _HEADER_LIMIT = 16 << 20  # bytes of a safetensors header, or of the pickle in an archive; 1 kB is usual
 _DIRECTORY_LIMIT = 1 << 20  # bytes of a zip archive's directory, some 10,000 members; a dozen is usual
-_PICKLE_STEPS = 300_000  # of a pickle; each may become a container. A hundred per tensor is usual
+_PICKLE_STEPS = 300_000  # opcodes of a pickle; each may make a container. A hundred per tensor is usual
 _DEPTH = 32  # containers within containers
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1, "C64": 8}
 _BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C128": 16}
@@ -36,8 +36,8 @@ FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as a header states it. `dtype` in the words of the safetensors format."""
+class HeaderEntry:
+    """One tensor as a safetensors header describes it; `dtype` is the format's own name for it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,19 +49,19 @@ class Archive:
 
     Attributes:
         size: bytes of the file.
-        storages: sizes of everything that tensors may lie in; None: the layout of torch before 1.6.
+        storages: sizes of the storages that tensors may use; None: the layout of torch before 1.6.
     """
 
     size: int
     storages: frozenset[int] | None
 
 
-def check_safetensors(path: Path) -> dict[str, Stored]:
-    """Names, dtypes and shapes in a safetensors file, its header compared with the bytes that are there.
+def check_safetensors(path: Path) -> dict[str, HeaderEntry]:
+    """Names, dtypes and shapes in a safetensors file, after its header was compared with the bytes of the file.
 
     Raises:
-        CheckpointError: the header is longer than the file, is no JSON dict, names a tensor twice, or the places of its
-            tensors leave the file, overlap, or are not as long as shape and dtype make them.
+        CheckpointError: the header is longer than the file, is no JSON dict, or names a tensor twice; or the byte range
+            of a tensor exceeds the file, overlaps another, or has another length than shape and dtype say.
     """
     try:
         size = path.stat().st_size
@@ -71,7 +71,7 @@ def check_safetensors(path: Path) -> dict[str, Stored]:
             if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"{size:,} bytes, and a header that claims {length:,}")
             header = parse_json(file.read(length))
-        return _stored(header, size - 8 - length)
+        return _entries_of(header, size - 8 - length)
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path.name} is not a readable safetensors file",
@@ -82,7 +82,7 @@ def check_safetensors(path: Path) -> dict[str, Stored]:
         ) from None
 
 
-def _stored(header: Any, room: int) -> dict[str, Stored]:
+def _entries_of(header: Any, available: int) -> dict[str, HeaderEntry]:
     if not isinstance(header, dict):
         raise ValueError(f"a header that is a {type(header).__name__}")
     out, places = {}, []
@@ -91,19 +91,19 @@ def _stored(header: Any, room: int) -> dict[str, Stored]:
             continue
         dtype, shape, (start, end) = _entry(name, entry)
         claimed = math.prod(shape) * _BYTES[dtype]
-        if claimed > room or not 0 <= start <= end <= room:
-            raise ValueError(f"{name[:80]} claims {max(claimed, end):,} bytes, and there are {room:,}")
+        if claimed > available or not 0 <= start <= end <= available:
+            raise ValueError(f"{name[:80]} claims {max(claimed, end):,} bytes, and there are {available:,}")
         if end - start != claimed:
             raise ValueError(f"{name[:80]} has {end - start:,} bytes for {dtype} {list(shape)}"[:160])
-        out[name] = Stored(dtype, shape)
+        out[name] = HeaderEntry(dtype, shape)
         places.append((start, end))
     behind = 0
     for start, end in sorted(places):
         if start != behind:
             raise ValueError("two tensors overlap" if start < behind else "bytes that belong to no tensor")
         behind = end
-    if behind != room:
-        raise ValueError(f"{room - behind:,} bytes behind the last tensor")
+    if behind != available:
+        raise ValueError(f"{available - behind:,} bytes behind the last tensor")
     return out
 
 
@@ -173,13 +173,14 @@ def _fault(members: list[zipfile.ZipInfo], size: int) -> str:
 
 
 def _damaged_text(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> str:
-    """The small members, the pickle among them, against their checksums; those of tensors wait until they are read."""
+    """What is wrong with a small member, such as the pickle; empty if their checksums fit. The checksums of tensors are
+    compared when the tensors are read."""
     for member in members:
         if member.filename.split("/")[1:2] == ["data"]:
             continue
         if member.file_size > _HEADER_LIMIT:
             return f"{member.filename[:80]!r} of {member.file_size:,} bytes"
-        if not member.CRC:  # torch can be told to leave checksums away; then nothing is compared
+        if not member.CRC:  # torch can write archives without checksums; then there is nothing to compare
             del member.CRC
         raw = archive.read(member)  # raises if the checksum differs
         if member.filename.endswith("byteorder") and raw == b"big":
@@ -190,7 +191,7 @@ def _damaged_text(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> s
 
 
 class _Bounded(io.FileIO):
-    """A file that is never asked for a whole directory of any length: zipfile takes the archive's word for it."""
+    """A file that refuses to read very much at once: zipfile reads a directory as long as the archive says it is."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """At most `_DIRECTORY_LIMIT` bytes at once.
@@ -215,7 +216,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-# what a pickle of tensors and plain containers names; the unpickler knows some more, which take memory unasked
+# Names in a pickle of tensors and plain containers. The unpickler allows some more, which can allocate memory.
 _NAMED = re.compile(
     r"collections OrderedDict|builtins set|torch (Size|device|\w+Storage|[a-z]+\d*(_\w+)?)"
     r"|torch\.storage UntypedStorage|torch\._utils _rebuild_\w+"
@@ -226,7 +227,7 @@ _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  #
 
 
 def _check_pickle(file: io.BytesIO | io.BufferedReader) -> None:
-    """Walk through one pickle without making anything of it. Leaves the file behind its end.
+    """Read the opcodes of one pickle without building any object. The file's position is after the pickle then.
 
     Raises:
         ValueError: it is damaged, has too many steps, or names something that no set of tensors needs.
@@ -272,8 +273,8 @@ def refuse_foreign(path: Path, found: str) -> NoReturn:
 def plain(content: object, path: Path, archive: Archive) -> Any:
     """The same content in plain dicts, lists and detached tensors, every tensor within the bytes of its file.
 
-    What is unpickled without running code may still be odd: an ordered dict whose `get` was overwritten, a list that
-    holds itself, a tensor of a trillion numbers that are all the same one.
+    Content that was unpickled without running code may still be harmful: an ordered dict whose `get` was overwritten,
+    a list that contains itself, a tensor of a trillion numbers that share one number's memory.
 
     Raises:
         CheckpointError: containers within themselves or nested too deeply, or a tensor that the file cannot hold.
@@ -334,17 +335,17 @@ def _check_tensor(tensor: Tensor, archive: Archive) -> None:
 
 
 def check_sums(path: Path, sizes: Collection[int]) -> None:
-    """Compare every member of one of these sizes with the checksum that was written with it, some bytes at a time.
+    """Compare every member that has one of these sizes with its stored checksum, some bytes at a time.
 
     Raises:
-        CheckpointError: a byte is not what it was. Archives without checksums pass.
+        CheckpointError: a byte has changed. Archives without checksums pass.
     """
     if check_archive(path).storages is None:
         return
     try:
         with open_zip(path) as archive:
             for member in archive.infolist():
-                if member.CRC and member.file_size in sizes:  # torch can be told to leave checksums away
+                if member.CRC and member.file_size in sizes:  # torch can write archives without checksums
                     with archive.open(member) as file:
                         while file.read(1 << 20):  # raises at the end if the checksum differs
                             pass

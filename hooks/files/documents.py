@@ -1,8 +1,8 @@
 """The small files that describe a set, JSON and YAML: bounded before they are parsed, and read strictly.
 
-What a few bytes of text become in memory can be hundreds of times as much (a list takes 64 bytes and two characters),
-so values are counted in the text, before anything is made of them. Nothing is taken for what it is not: a truth value
-is `true` or `false`, never the word "false", and a whole number is neither 8.0 nor "8".
+A short text can take hundreds of times its size in memory (an empty list is two characters and takes 64 bytes). So the
+values are counted in the text before it is parsed. No value is converted: a truth value is `true` or `false`, never
+the word "false", and a whole number is neither 8.0 nor "8".
 """
 
 import json
@@ -19,7 +19,7 @@ from hooks.errors import CheckpointError, first_line
 TEXT_LIMIT = 4 << 20  # bytes; the manifest of 63 layers has some 10 kB
 _VALUES = 200_000  # in one document, names included
 _DEPTH = 32  # containers within containers
-_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)  # never going back: places to go back to took 100 bytes each
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)  # possessive: each point of backtracking would take 100 bytes
 _YAML_LIMIT = 256 << 10
 _YAML_VALUES = 20_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not every build of yaml has the parser in C
@@ -55,7 +55,7 @@ def parse_json(raw: bytes) -> Any:
 
 
 def _count(raw: bytes) -> int:
-    """Values in some JSON, or more where its texts hold signs of JSON."""
+    """The number of values in some JSON, or more if its strings contain JSON's own signs."""
     return raw.count(b",") + raw.count(b"[") + raw.count(b"{")
 
 
@@ -111,12 +111,12 @@ def read_yaml(path: Path) -> Any:
         content = yaml.load(text, _LOADER)
         check_values(content)
         return content
-    except Exception as error:  # yaml raises whatever its constructors stumble over: KeyError, AttributeError, …
+    except Exception as error:  # yaml's constructors raise many kinds: KeyError, AttributeError, …
         _unreadable(path, f"YAML of plain values, {_YAML_LIMIT:,} bytes at most", error)
 
 
 def _check_events(text: str) -> None:
-    """Walk through the document without making anything of it."""
+    """Read the document's events without building any object."""
     count = 0
     within: list[list[Any] | None] = []
     for event in yaml.parse(text, _LOADER):
@@ -138,7 +138,7 @@ def _check_events(text: str) -> None:
 
 
 def _next_of_mapping(mapping: list[Any], event: yaml.Event) -> None:
-    """Names and values take turns; a name that was there before is refused, as in JSON."""
+    """Keys and values alternate in a mapping; a key that occurred before is refused, as in JSON."""
     is_name, names = mapping
     if is_name and isinstance(event, yaml.ScalarEvent):
         if event.value in names:
@@ -222,7 +222,7 @@ def _refuse(name: str, value: object, path: Path, expected: str) -> NoReturn:
 
 
 def bare(value: object, limit: int = 80) -> str:
-    """The same as `shown`, a text without quotation marks."""
+    """The same as `shown`, but text has no quotation marks."""
     return shown(value, limit).strip("'")
 
 

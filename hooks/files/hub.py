@@ -1,7 +1,7 @@
 """Names of sets → folders: a local folder stays what it is, a hub id becomes a folder of the hub's cache.
 
-Of a repository only what the known formats open is fetched: the weights of the wanted layers and the small files beside
-them. An interrupted download goes on where it stopped; without a connection the cache serves, if it is whole.
+Only the files that a known format opens are downloaded: the weights of the wanted layers, and the small files beside
+them. An interrupted download continues where it stopped. Without a connection the cache is used, if it is complete.
 """
 
 import glob
@@ -30,12 +30,12 @@ _LAYER = re.compile(
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a set is.
+    """The folder of a set, and where it came from.
 
     Attributes:
-        repo: of the hub; None for a folder outside its cache.
+        repo: the hub repository; None for a folder outside the hub's cache.
         revision: the commit.
-        notes: what is to be said aloud: a cache in place of the hub, layers that the repository lacks, extra files.
+        notes: warnings: the cache was used instead of the hub, the repository lacks layers, the cache has extra files.
     """
 
     root: Path
@@ -81,7 +81,7 @@ def resolve(
             repository is `hf://org/name/folder`.
         revision: the same as `@revision`.
         layers: fetch only these layers' weights.
-        embedded: other names that are known, for messages.
+        embedded: names of the embedded sets, for messages.
 
     Raises:
         CheckpointError: no such repository or revision, nothing in it that a format knows, several dictionaries for one
@@ -114,7 +114,7 @@ def _local(name: str, revision: str | None) -> Resolved:
         )
     try:
         root = Path(name).expanduser()
-    except RuntimeError:  # a home of nobody
+    except RuntimeError:  # `~name` of a user that does not exist
         root = Path(name)
     snapshot = hub_snapshot(root)
     return Resolved(root, snapshot.repo, snapshot.commit) if snapshot else Resolved(root)
@@ -131,7 +131,7 @@ def _fetch(wish: _Wish) -> Resolved:
     try:
         patterns = [glob.escape(name) for name in chosen]
         snapshot = Path(huggingface_hub.snapshot_download(wish.repo, revision=wish.revision, allow_patterns=patterns))
-    except Exception as error:  # as above, and a full disk
+    except Exception as error:  # as above; or the disk is full
         raise CheckpointError(
             f"the download of {wish.repo} was interrupted",
             expected=f"{len(chosen)} files, {sum(sizes[name] or 0 for name in chosen):,} bytes",
@@ -143,8 +143,8 @@ def _fetch(wish: _Wish) -> Resolved:
 
 
 def _cached(wish: _Wish, why: Exception) -> Resolved:
-    """Without the hub: what the cache has, if it has all that is needed."""
-    try:  # the pattern of nothing: the client need not judge what is missing
+    """The set from the hub's cache, if the cache has every file that is needed."""
+    try:  # a pattern that matches nothing, so that the client does not check which files are missing
         snapshot = huggingface_hub.snapshot_download(
             wish.repo, revision=wish.revision, local_files_only=True, allow_patterns=[]
         )
@@ -166,7 +166,7 @@ def _cached(wish: _Wish, why: Exception) -> Resolved:
 
 
 def _known_files(wish: _Wish, snapshot: Path) -> dict[str, int | None]:
-    """The repository's files as the cache remembers them; else what is there, and what its manifest names."""
+    """The repository's files as the cache lists them; else the files that are there and those its manifest names."""
     try:
         tree = huggingface_hub.get_cached_repo_tree(wish.repo, revision=snapshot.name)
         return {file.path: file.size for file in tree}
@@ -184,7 +184,7 @@ def _known_files(wish: _Wish, snapshot: Path) -> dict[str, int | None]:
 
 
 def _files(snapshot: Path) -> list[str]:
-    """Everything that is no folder, links to nothing included."""
+    """Everything that is no folder, broken links included."""
     return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not is_folder(path)]
 
 
@@ -261,6 +261,6 @@ def _is_weight(name: str) -> bool:
 
 
 def _layer(name: str) -> int | None:
-    """The layer that a path names, of its file or of the folder it is in."""
+    """The layer number in the name of a file, or of the folder it is in."""
     found = _LAYER.findall(name)
     return int(found[-1]) if found else None

@@ -1,8 +1,8 @@
-"""Where the files of a folder really are: links are followed within the folder, or within its hub repository's cache.
+"""The real files of a folder: links are followed within the folder, or within its hub repository's cache.
 
-A folder of the hub's cache is made of links, `models--org--name/snapshots/<commit>/file -> ../../blobs/<digest>`. They
-are followed as long as they end inside `models--org--name`. Everything else that leaves the folder is refused before a
-format looks at it: a downloaded set must not be able to name the reader's own files.
+A folder of the hub's cache consists of links, `models--org--name/snapshots/<commit>/file -> ../../blobs/<digest>`. They
+are followed if they end inside `models--org--name`. Every other link out of the folder is refused before a format
+opens it: a downloaded set must not be able to read the user's own files.
 """
 
 import os
@@ -15,7 +15,7 @@ from hooks.errors import CheckpointError
 
 _DEPTH = 4  # folders below the given one: `layer_3/width_16k/average_l0_71/params.npz` is the deepest layout known
 _ENTRIES = 100_000
-_TOOLS = {".git", ".cache"}  # where git and the hub client keep their own files: no format looks there
+_TOOLS = {".git", ".cache"}  # folders in which git and the hub client keep their own files; no format reads them
 _REPOSITORY = re.compile(r"models--(?P<name>[^/]+)")
 
 
@@ -29,9 +29,9 @@ class Snapshot:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether an ordinary file is there; not where nobody may look, and not under a name that no disk takes.
+    """Whether an ordinary file is there. False, too, where permission is missing and for names that no disk accepts.
 
-    `Path.is_file` raises for those two.
+    `Path.is_file` raises in those two cases.
     """
     return os.path.isfile(path)
 
@@ -42,7 +42,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether anything is there, a link to nothing included; otherwise as `is_file`."""
+    """Whether anything is there, a broken link included; otherwise as `is_file`."""
     return os.path.lexists(path)
 
 
@@ -50,14 +50,14 @@ _DEVICE = "a device, a pipe or a socket"
 
 
 def what_is(path: str | Path) -> str:
-    """`a file`, `a folder`, `a device, …` or `nothing`; where nobody may look, the system's words for that."""
+    """`a file`, `a folder`, `a device, …` or `nothing`; where permission is missing, the system's message."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
     except OSError as error:
         return error.strerror or type(error).__name__
-    except ValueError as error:  # a zero in the name
+    except ValueError as error:  # a zero byte in the name
         return str(error)
     return "a file" if is_file(path) else "a folder" if is_folder(path) else _DEVICE
 
@@ -66,7 +66,7 @@ def hub_snapshot(root: Path) -> Snapshot | None:
     """The commit of the hub repository that a folder belongs to; None for any other folder."""
     try:
         real = root.resolve()
-    except (OSError, ValueError, RuntimeError):  # no name of a file at all
+    except (OSError, ValueError, RuntimeError):  # it cannot be a file's name
         return None
     for folder in (real, *real.parents):
         repository = folder.parent.parent
@@ -77,12 +77,12 @@ def hub_snapshot(root: Path) -> Snapshot | None:
 
 
 def check_links(root: Path) -> None:
-    """Look at every entry of a folder, and of the folders in it, before any is opened.
+    """Check every entry of a folder and of its subfolders before any is opened.
 
     Raises:
         CheckpointError: an entry leads out of the folder, or is neither a file nor a folder; or there are too many.
     """
-    home = _home(root)
+    allowed = _allowed(root)
     for count, entry in enumerate(_entries(root, _DEPTH)):
         if count == _ENTRIES:
             raise CheckpointError(
@@ -93,11 +93,11 @@ def check_links(root: Path) -> None:
                 repair="name the folder that the files are in",
             )
         if entry.is_symlink() or not (is_file(entry.path) or is_folder(entry.path)):
-            _check(Path(entry.path), root, home)
+            _check(Path(entry.path), root, allowed)
 
 
 def found(root: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files of a folder that match, sorted; none of what `check_links` leaves alone."""
+    """The files of a folder that match, sorted; only those that `check_links` has checked."""
     files = {path for pattern in patterns for path in root.glob(pattern)}
     return sorted(path for path in files if _TOOLS.isdisjoint(path.relative_to(root).parts))
 
@@ -106,12 +106,12 @@ def check_file(path: Path, root: Path) -> None:
     """The same for one file that a format names.
 
     Raises:
-        CheckpointError: it lies outside the folder, leads out of it, or is no ordinary file.
+        CheckpointError: it is outside the folder, is a link out of it, or is no ordinary file.
     """
-    _check(path, root, _home(root))
+    _check(path, root, _allowed(root))
 
 
-def _home(root: Path) -> Path:
+def _allowed(root: Path) -> Path:
     snapshot = hub_snapshot(root)
     return snapshot.folder if snapshot else root.resolve()
 
@@ -120,7 +120,7 @@ def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        if depth < _DEPTH:  # no format can look there either
+        if depth < _DEPTH:  # no format opens files below that depth
             return
         raise CheckpointError(
             f"cannot look into {folder}",
@@ -131,19 +131,19 @@ def _entries(folder: str | Path, depth: int) -> Iterator[os.DirEntry[str]]:
         ) from None
     for entry in entries:
         yield entry
-        if depth and entry.name not in _TOOLS and is_folder(entry.path):  # of a link too: it was checked by now
+        if depth and entry.name not in _TOOLS and is_folder(entry.path):  # a link too: it has been checked above
             yield from _entries(entry.path, depth - 1)
 
 
-def _check(path: Path, root: Path, home: Path) -> None:
+def _check(path: Path, root: Path, allowed: Path) -> None:
     try:
         real = path.resolve()
     except (OSError, RuntimeError):  # a link to itself
         real = path.parent.resolve() / os.readlink(path) if path.is_symlink() else path
-    if not real.is_relative_to(home):
+    if not real.is_relative_to(allowed):
         raise CheckpointError(
             f"{path.name} leads out of its folder",
-            expected=f"a file inside {home}",
+            expected=f"a file inside {allowed}",
             found=f"{path} -> {real}",
             where=str(root),
             repair="open the folder that the files are in, or copy them into this one",

@@ -1,12 +1,13 @@
-"""How every file and folder is written: under a temporary name, then renamed; and where nothing may be renamed.
+"""How every file and folder is written: under a temporary name, then renamed. Pipes and devices are written to
+directly.
 
-The temporary file lies beside its target, its name begins with `.qwen-circuits-`, and it is locked (flock) while its
-writer lives. The kernel drops the lock when a process ends, however it ends, so whoever writes into the folder next
-removes what it can lock. A process number in the name would not do: another machine or container that shares the
-folder has other processes under the same numbers.
+The temporary file is in the same folder as its target, its name begins with `.qwen-circuits-`, and it is locked (flock)
+while its writer runs. The kernel drops the lock when the process ends, for any reason. So the next process that writes
+into the folder removes the temporary files that it can lock. A process number in the name would not be enough: another
+machine or container that shares the folder uses the same numbers for other processes.
 
-A link is followed, a mode kept, and what is no regular file (a pipe, a terminal, a device, an open descriptor such as
-/dev/stdout) gets the bytes once they are complete; a rename would put a file in its place.
+A link is followed and the file's mode is kept. A target that is no regular file (a pipe, a terminal, a device, an open
+descriptor such as /dev/stdout) gets the bytes when they are complete, since a rename would replace it by a file.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
             _send(temporary, path)
         return
     with _refused(path):
-        old = _held(target)
+        old = _existing(target)
         target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_file(path, target.parent, 0o666 if old is None else 0o600) as temporary, _disk_errors(path):
         yield temporary
@@ -63,11 +64,11 @@ def new_folder(path: Path, nbytes: int) -> Iterator[Path]:
     """Fill a temporary folder beside `path`, and rename it to `path` only if nothing was raised.
 
     Args:
-        path: what does not exist yet, or is an empty folder.
-        nbytes: about what will be written.
+        path: must not exist yet, or be an empty folder.
+        nbytes: about how many bytes will be written.
 
     Raises:
-        OutputError: `path` exists, cannot be made, or its disk has too little room.
+        OutputError: `path` exists, cannot be made, or its disk has too little free space.
     """
     with _refused(path):
         target = Path(os.path.realpath(path))
@@ -87,14 +88,14 @@ def new_folder(path: Path, nbytes: int) -> Iterator[Path]:
             with _refused(path):
                 if target.exists():
                     temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-                temporary.replace(target)  # over an empty folder, or where nothing is
+                temporary.replace(target)  # the target is an empty folder, or does not exist
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
 def check_writable(path: Path) -> None:
-    """Fail now, not after minutes of work, if `path` cannot be written. Leaves no trace, folders included.
+    """Fail now, not after minutes of work, if `path` cannot be written. No file and no folder is left behind.
 
     Raises:
         OutputError: see `replacing`.
@@ -105,7 +106,7 @@ def check_writable(path: Path) -> None:
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        _held(target)
+        _existing(target)
         made = [folder for folder in target.parents if not folder.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +129,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-# -- where bytes end up ------------------------------------------------------------------------------------------------
+# -- the file that a path means ----------------------------------------------------------------------------------------
 
 
 def _destination(path: Path) -> Path | None:
-    """The file that `path` stands for, behind all links; None where it is no file and bytes are sent to it."""
+    """The file that `path` means once all links are followed; None where it is no file and bytes are sent to it."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -147,7 +148,7 @@ def _destination(path: Path) -> Path | None:
 
 
 def _descriptor(path: Path) -> str | None:
-    """The descriptor's own name where `path` leads to one, as /dev/stdout does: an open file is meant, not a name."""
+    """The descriptor's own name if `path` links to one, as /dev/stdout does; then the open file is meant."""
     name = os.path.abspath(path)
     while os.path.islink(name):
         folder, last = os.path.realpath(os.path.dirname(name)), os.path.basename(name)
@@ -158,7 +159,7 @@ def _descriptor(path: Path) -> str | None:
 
 
 def _send(made: Path, path: Path) -> None:
-    """Copy a complete file into what is open already, at its place, or into what can only be opened."""
+    """Copy a complete file into an open descriptor, at its current offset, or into a pipe or device."""
     name = _descriptor(path)
     own = name is not None and name.startswith(f"/proc/{os.getpid()}/")
     sink = os.dup(int(Path(str(name)).name)) if own else os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -166,8 +167,8 @@ def _send(made: Path, path: Path) -> None:
         shutil.copyfileobj(source, out)
 
 
-def _held(target: Path) -> os.stat_result | None:
-    """What is there now; None where nothing is. A file that is not to be written is not replaced either."""
+def _existing(target: Path) -> os.stat_result | None:
+    """The status of the existing file; None if there is none. A read-only file is not replaced."""
     try:
         old = target.stat()
     except FileNotFoundError:
@@ -182,7 +183,7 @@ def _keep_owner_and_mode(temporary: Path, old: os.stat_result) -> None:
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         with contextlib.suppress(PermissionError):
             os.chown(temporary, old.st_uid, old.st_gid)
-    temporary.chmod(stat.S_IMODE(old.st_mode))  # last: a change of owner takes bits away
+    temporary.chmod(stat.S_IMODE(old.st_mode))  # last: a change of owner clears bits of the mode
 
 
 # -- temporary names ---------------------------------------------------------------------------------------------------
@@ -190,7 +191,9 @@ def _keep_owner_and_mode(temporary: Path, old: os.stat_result) -> None:
 
 @contextlib.contextmanager
 def _temporary_file(path: Path, folder: Path, mode: int) -> Iterator[Path]:
-    suffix = path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""  # libraries go by it
+    suffix = (
+        path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""
+    )  # libraries choose the format by it
     with _refused(path):
         temporary, lock = _locked(folder, suffix, mode)
     try:
@@ -209,11 +212,11 @@ def _locked(folder: Path, suffix: str, mode: int | None) -> tuple[Path, int]:
             temporary.mkdir()
         try:
             lock = os.open(temporary, os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT | os.O_EXCL, mode or 0)
-            with contextlib.suppress(OSError):  # a file system without locks: what a killed run leaves there stays
+            with contextlib.suppress(OSError):  # a file system without locks: files of killed runs are not removed
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(lock), temporary.stat()):
                 return temporary, lock
-        except FileNotFoundError:  # another run took it for stale before it was locked
+        except FileNotFoundError:  # another run removed it as stale before it was locked
             if not folder.is_dir():
                 raise
 
@@ -223,7 +226,7 @@ def remove_stale(folder: Path) -> None:
     with os.scandir(folder) as entries:
         names = [entry.path for entry in entries if entry.name.startswith(PREFIX)]
     for name in names:
-        with contextlib.suppress(OSError):  # gone meanwhile, in use, or another user's
+        with contextlib.suppress(OSError):  # it was removed meanwhile, is in use, or belongs to another user
             lock = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,12 +238,12 @@ def remove_stale(folder: Path) -> None:
                 os.close(lock)
 
 
-# -- what may go wrong -------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """An operating system's refusal as a message."""
+    """Turn an error of the operating system into an `OutputError`."""
     try:
         yield
     except UnicodeEncodeError as error:
@@ -260,7 +263,7 @@ def _refused(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """What a full or failing disk raises while `path` is written; any other error is not the disk's."""
+    """Turn the error of a full or failing disk into an `OutputError`; any other error passes unchanged."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -276,6 +279,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def shortened(path: Path, most: int = 200) -> str:
-    """A path as a message shows it; a name of thousands of characters would hide the rest."""
+    """A path for a message; a name of thousands of characters is shortened."""
     text = str(path)
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"

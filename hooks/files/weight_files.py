@@ -45,10 +45,10 @@ def open_pt(path: Path) -> Any:
 
 
 def check_pt_sums(path: Path, keys: Sequence[tuple[str, ...]]) -> None:
-    """Compare what the named tensors of a `.pt` file lie in with its checksums. Maps nothing while it reads.
+    """Compare the storages of the named tensors of a `.pt` file with its checksums. The file is read, not mapped.
 
     Raises:
-        CheckpointError: see `open_pt`; or a byte is not the one that was written.
+        CheckpointError: see `open_pt`; or a byte has changed.
     """
     content, sizes = open_pt(path), set()
     for key in keys:
@@ -62,7 +62,7 @@ def check_pt_sums(path: Path, keys: Sequence[tuple[str, ...]]) -> None:
 def _unpickled(path: Path) -> Any:
     try:
         return _load_pt(path)
-    except Exception as error:  # torch.load raises whatever its parser stumbles over
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
         unsafe = _UNSAFE.search(str(error))
         if unsafe:
             refuse_foreign(path, unsafe[0][:160])
@@ -78,7 +78,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _refuse_size(path: Path) -> NoReturn:
-    """Where there is no memory for a file, or no room to map it."""
+    """Raise the error for a file that there is no memory for, or no address space to map it."""
     raise CheckpointError(
         f"memory ran out while {path.name} was read",
         expected=f"room for {path.stat().st_size:,} bytes",
@@ -89,7 +89,7 @@ def _refuse_size(path: Path) -> NoReturn:
 
 
 def _load_pt(path: Path) -> Any:
-    with warnings.catch_warnings():  # of what torch.save never writes; refused right after
+    with warnings.catch_warnings():  # about content that torch.save never writes; such a file is refused below
         warnings.simplefilter("ignore")
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -115,7 +115,7 @@ def safetensors_load(path: Path, key: str) -> Tensor:
 
 
 def safetensors_rows(path: Path, key: str, rows: list[int]) -> Tensor:
-    """Single rows of one matrix. Nothing else is read, and nothing mapped: a map would bring in the pages around."""
+    """Single rows of one matrix. Nothing else is read. The file is not mapped, since that would read whole pages."""
     dtype, shape, begin = _stored_at(path, key)
     out = torch.empty((len(rows), *shape[1:]), dtype=dtype)
     with path.open("rb", buffering=0) as file:
@@ -128,7 +128,7 @@ def safetensors_rows(path: Path, key: str, rows: list[int]) -> Tensor:
 
 
 def safetensors_parts(path: Path, key: str, first: int, last: int, count: int) -> Iterator[Tensor]:
-    """Rows `first .. last - 1` of one tensor, `count` at a time; each part holds until the next is asked for."""
+    """Rows `first .. last - 1` of one tensor, `count` at a time; each part is overwritten by the next one."""
     dtype, shape, begin = _stored_at(path, key)
     buffer = torch.empty((min(count, last - first), *shape[1:]), dtype=dtype)
     with path.open("rb", buffering=0) as file:
@@ -140,7 +140,7 @@ def safetensors_parts(path: Path, key: str, first: int, last: int, count: int) -
 
 
 def safetensors_dtypes(path: Path) -> dict[str, torch.dtype]:
-    """What precision each tensor of a safetensors file is stored in, from its header alone."""
+    """The dtype of each tensor in a safetensors file, from its header alone."""
     return {key: _DTYPES.get(entry["dtype"], torch.uint8) for key, entry in _header(path)[0].items()}
 
 
@@ -151,7 +151,7 @@ _DTYPES = {
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a header that the library has found sound, and where the first tensor's bytes begin."""
+    """The entries of a header that the safetensors library has accepted, and the offset of the first tensor's bytes."""
     with _opened(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -174,10 +174,10 @@ def _stored_at(path: Path, key: str) -> tuple[torch.dtype, tuple[int, ...], int]
 
 
 def _fill(place: Tensor, file: io.FileIO, path: Path) -> None:
-    """Read as many bytes as a tensor takes, straight into it."""
-    room = memoryview(place.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while len(room):
-        count = file.readinto(room)
+    """Read as many bytes as a tensor takes, directly into its memory."""
+    buffer = memoryview(place.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(buffer):
+        count = file.readinto(buffer)
         if not count:
             raise CheckpointError(
                 f"{path.name} is not a readable safetensors file",
@@ -185,7 +185,7 @@ def _fill(place: Tensor, file: io.FileIO, path: Path) -> None:
                 where=str(path),
                 repair="download or convert it again",
             )
-        room = room[count:]
+        buffer = buffer[count:]
 
 
 def maps_pt(path: Path) -> bool:
@@ -201,10 +201,10 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def safetensors_header(path: Path, most: int) -> bytes:
-    """The bytes of a header, not yet looked at: whether they are few enough to be parsed is the caller's to say.
+    """The bytes of a header, not parsed. The caller says how many bytes it accepts.
 
     Raises:
-        CheckpointError: it claims more than the file, or more than `most` bytes.
+        CheckpointError: the header's stated length exceeds the file, or `most` bytes.
     """
     with path.open("rb") as file:
         first = file.read(8)
@@ -246,25 +246,26 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-_NPZ_MOST = 4  # claimed bytes per byte of the archive; float32 weights that hold bf16 values shrink to about half
+_NPZ_MOST = 4  # unpacked bytes per byte of the archive, at most; float32 weights with bf16 values pack to about half
 
 
 def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays in an `.npz` file, from their headers alone.
 
     Raises:
-        CheckpointError: the archive is damaged, claims far more than it holds, or has members that are no float arrays.
+        CheckpointError: the archive is damaged, states far more bytes than it holds, or has members that are no float
+            arrays.
     """
     with _npz(path) as archive:
         return {info.filename.removesuffix(".npy"): _npy_shape(archive, info) for info in _members(path, archive)}
 
 
 def npz_dtypes(path: Path) -> dict[str, torch.dtype]:
-    """What precision each array of an `.npz` file is stored in, from its header alone."""
+    """The dtype of each array in an `.npz` file, from their headers alone."""
     out = {}
     with _npz(path) as archive:
         for info in _members(path, archive):
-            _npy_shape(archive, info)  # refuses what is no float array
+            _npy_shape(archive, info)  # refuses anything but float arrays
             with archive.open(info) as file:
                 newer = np.lib.format.read_magic(file) != (1, 0)
                 _, _, dtype = (np.lib.format.read_array_header_2_0 if newer else np.lib.format.read_array_header_1_0)(

@@ -1,4 +1,4 @@
-"""The language model: where hooks attach, who uses it, what is read from it, and what can be held still in it."""
+"""The language model: attaching hooks, exclusive use, prompts and logits, and parts held at their clean values."""
 
 from hooks.host.arithmetic import Precision, choose_precision, computes_in, computing, is_half, measured
 from hooks.host.exclusive_use import Exclusive, exclusive

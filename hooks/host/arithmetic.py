@@ -1,10 +1,10 @@
 """Exact arithmetic over half-precision weights: the stream, norms, attention, MLPs and logits in fp32.
 
-A half-precision model rounds every intermediate result to 8 (bf16) or 11 (fp16) bits. What that does to a logit is as
-large as the effect of most single features, so a difference of two such runs is mostly rounding. Under `exact` the
-weights stay as they are stored, in two bytes, and every product with one is formed in fp32 (`hooks.kernels.products`):
+A half-precision model rounds every intermediate result to 8 (bf16) or 11 (fp16) bits. This changes a logit by as much
+as most single features do, so a difference of two such runs is mostly rounding. Under `exact` the weights stay as they
+are stored, in two bytes, and every product with one is computed in fp32 (`hooks.kernels.products`):
 
-* the embedding's output is widened to fp32; norms, rotations, attention and activations follow their input;
+* the embedding's output is widened to fp32; norms, rotations, attention and activations compute in their input's dtype;
 * every `nn.Linear` of a block multiplies fp32 inputs with its stored weight, without a copy of it.
 
 The result is what an fp32 copy of the same weights computes, to fp32 rounding. `native` is the model's own arithmetic.
@@ -38,10 +38,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def choose_precision(host: Host, precision: str | None) -> Precision:
-    """A precision by its name. None: `exact`, unless that does not know the model, which is said.
+    """A precision by its name. None: `exact`; or `native` with a warning, if `exact` does not support the model.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no precision of this name.
     """
     if precision is None:
         unknown = unknown_weights(host) if is_half(host) else None
@@ -55,12 +55,12 @@ def choose_precision(host: Host, precision: str | None) -> Precision:
 
 
 def is_half(host: Host) -> bool:
-    """Whether the model computes in half precision by itself."""
+    """Whether the model's own dtype is half precision."""
     return host.dtype in HALF
 
 
 def computes_in(host: Host) -> str:
-    """The arithmetic of a pass that is run now: `exact` or `native` on a half-precision model, else its own dtype."""
+    """The arithmetic of the next pass: `exact` or `native` on a half-precision model, else the model's own dtype."""
     return ("exact" if host.exact else "native") if is_half(host) else str(host.dtype).removeprefix("torch.")
 
 
@@ -69,7 +69,7 @@ def computing(host: Host, precision: str) -> Iterator[None]:
     """Every pass of this model inside the `with` uses this arithmetic.
 
     Raises:
-        ModelError: a module of the blocks is of a kind whose weights cannot be read (`exact` alone).
+        ModelError: the weights of a module in the blocks cannot be read (only with `exact`).
         UserError: `native` inside `exact`.
     """
     wanted = precision == "exact" and is_half(host)
@@ -92,7 +92,7 @@ def computing(host: Host, precision: str) -> Iterator[None]:
 
 
 def unknown_weights(host: Host) -> str | None:
-    """Why exact arithmetic does not know this model; None where it does."""
+    """The reason why exact arithmetic does not support this model; None if it does."""
     for number, layer in enumerate(host.layers):
         for name, module in layer.named_modules():
             matrices = [part for part in module.parameters(recurse=False) if part.ndim > 1]
@@ -135,15 +135,15 @@ def _read(module: Any, start: int, stop: int) -> Float[Tensor, "outer inner"]:
     """Some rows of a quantised weight as numbers."""
     if not hasattr(module.weight, "SCB"):
         return module.weight[start:stop].dequantize().float()
-    state = module.state  # bitsandbytes: int8, and each row's largest magnitude, which 127 stands for
+    state = module.state  # bitsandbytes: int8 numbers, where 127 means the row's largest magnitude
     numbers = module.weight.data if state.CB is None else state.CB
     scale = module.weight.SCB if state.SCB is None else state.SCB
     return numbers[start:stop].float() * (scale[start:stop].float()[:, None] / 127)
 
 
 def measured(function: Function) -> Function:
-    """A method of a `HookedModel`, or a function that takes one first, that measures differences: one call per model
-    after the other, in the precision that the model says."""
+    """Decorates a method of a `HookedModel`, or a function whose first argument is one, that measures differences.
+    Calls on one model run one after the other, in the precision `model.precision`."""
 
     @functools.wraps(function)
     def in_precision(model: Any, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once: what its config says, or what a scaled rotation stretches that to."""
+"""How many tokens a model can read: what its config says, or more if its rotary embedding is scaled."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 from hooks.whole import whole
 
 NO_LIMIT = 1 << 30
-STRETCHED = ("yarn", "longrope", "llama3", "linear", "dynamic")  # kinds of rotation that reach further by a factor
+STRETCHED = ("yarn", "longrope", "llama3", "linear", "dynamic")  # kinds of rotation that extend the context by a factor
 
 
 def context_of(config: Any, given: Any = None) -> int:
     """The longest prompt, new tokens included.
 
-    With a rotation of a kind in `STRETCHED` it is factor · original_max_position_embeddings where that is more than
-    max_position_embeddings, which some configs leave at the length before stretching (YaRN on the cards of Qwen2.5);
-    where a config has no original length, its max_position_embeddings is taken for it.
+    With a rotation of a kind in `STRETCHED` it is factor · original_max_position_embeddings, if that is more than
+    max_position_embeddings. Some configs state the length before scaling in max_position_embeddings (YaRN on the cards
+    of Qwen2.5). If a config has no original length, max_position_embeddings is used as the original length.
 
     Args:
-        given: what the user says instead.
+        given: the user's own number, used instead.
 
     Raises:
-        UserError: what is given is no number of tokens.
+        UserError: `given` is no number of tokens.
     """
     if given is not None:
         return whole(given, "context", least=1)
@@ -31,7 +31,7 @@ def context_of(config: Any, given: Any = None) -> int:
 
 
 def _rotations(config: Any) -> list[Mapping[str, Any]]:
-    """The parameters of the rotation; some models have one for each kind of layer."""
+    """The parameters of each rotation; some models have one rotation for each kind of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if any(name in found for name in ("rope_type", "type")):
         return [found]

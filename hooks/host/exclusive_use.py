@@ -1,18 +1,18 @@
-"""One thread at a time uses a model, and whatever it changes in the model's modules is undone, however the call ends.
+"""One thread at a time uses a model, and its changes to the model's modules are undone, however the call ends.
 
 `with Exclusive(layers)` waits until no other thread is inside; threads enter in the order in which they came. Blocks of
-one thread may be nested. A change to a module (a hook, a `forward` of its own, the name of an attention function) goes
-through `change`, which records how to undo it *before* it is made. The end of the block undoes what was changed inside,
-also what a nested block did not undo.
+one thread may be nested. Every change to a module (a hook, its own `forward`, the name of an attention function) is
+made by `change`, which records how to undo it *before* it is made. The end of the block undoes all changes inside it,
+also those that a nested block did not undo.
 
-Ctrl-C can raise KeyboardInterrupt at almost any bytecode of the main thread, at the first one of `__exit__` too. So
-the outermost block puts a handler of ours in front of the one for SIGINT. It looks at the frames that were interrupted:
-in a function marked `uninterrupted` it takes note, and the exception is raised when that function is done; everywhere
-else, in a pass for instance, it calls the handler that was there before, at once.
+Ctrl-C can raise KeyboardInterrupt at almost any bytecode of the main thread, even at the first one of `__exit__`. So
+the outermost block installs its own handler for SIGINT. The handler looks at the interrupted frames. If one of them is
+a function marked `uninterrupted`, it records the signal, and the exception is raised when that function returns.
+Otherwise, for example during a pass, it calls the earlier handler at once.
 
-Exceptions that come from other signals' handlers, or that are put into a thread from outside, can still end a block
-before it has undone its changes. The next block that is entered on the same model then undoes them first, and so it
-does for a thread that has died.
+Exceptions from other signals' handlers, or raised in a thread from outside, can still end a block before it has undone
+its changes. Then the next block that is entered on the same model undoes them first. The same happens after a thread
+has died.
 """
 
 import functools
@@ -52,7 +52,7 @@ class _Interrupts:
 
     @uninterrupted
     def take(self) -> bool:
-        """Put our handler in front; False where it is there already, or where there is nothing to do."""
+        """Install our handler. False if it is installed already, or if none is needed."""
         here = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT)
         if not here or before == self.handle or not callable(before):
@@ -63,12 +63,12 @@ class _Interrupts:
 
     @uninterrupted
     def give_back(self) -> None:
-        """Let the handler from before take over again, unless somebody has put another one there since."""
+        """Install the earlier handler again, unless other code has installed another one since."""
         if signal.getsignal(signal.SIGINT) == self.handle:
             signal.signal(signal.SIGINT, self._before)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """What Python calls between two bytecodes of the main thread."""
+        """The handler: Python calls it between two bytecodes of the main thread."""
         inside = frame
         while inside is not None:
             if inside.f_code in _UNINTERRUPTED:
@@ -78,7 +78,7 @@ class _Interrupts:
         self._before(number, frame)
 
     def raise_noted(self) -> None:
-        """Do now what the handler from before would have done."""
+        """Call the earlier handler now, if a signal was recorded."""
         if self.noted and threading.current_thread() is threading.main_thread():
             self.noted = False
             self._before(signal.SIGINT, None)
@@ -130,20 +130,21 @@ class _Queue:
         return self.waiting[0] is me
 
     def drop_dead_blocks(self) -> None:
-        """Undo what blocks have left that nobody is inside any more."""
+        """Undo the changes of blocks that ended without undoing them."""
         while self.blocks and self.blocks[-1].itself() is None:
             self.leave(len(self.blocks) - 1)
         if not self.blocks:
             self.undo_to(0)
 
     def leave(self, depth: int) -> None:
-        """Undo what was changed since this block was entered, and forget the blocks inside it."""
+        """Undo the changes since this block was entered, and forget the blocks inside it."""
         count = self.blocks[depth].changes
         del self.blocks[depth:]
         self.undo_to(count)
 
     def undo_to(self, count: int) -> None:
-        """The last change first. An undo may run twice; it does nothing the second time."""
+        """Undo the last changes until `count` are left, the last one first. An undo may run twice; the second run does
+        nothing."""
         while len(self.undo) > count:
             self.undo[-1]()
             self.undo.pop()
@@ -159,7 +160,7 @@ _QUEUES: "weakref.WeakKeyDictionary[nn.Module, _Queue]" = weakref.WeakKeyDiction
 
 
 def _queue(layers: nn.Module) -> _Queue:
-    """A model's queue. No lock: `setdefault` is one step for threads, and Ctrl-C could leave a lock held for ever."""
+    """A model's queue. It needs no lock: `setdefault` is atomic, and Ctrl-C could leave a lock held for ever."""
     return _QUEUES.setdefault(layers, _Queue())
 
 
@@ -167,7 +168,7 @@ class Exclusive:
     """A `with` block in which this thread alone uses a model.
 
     Args:
-        layers: the model's list of blocks. Whatever wraps the same blocks is the same model.
+        layers: the model's list of blocks. Two objects with the same blocks are the same model.
     """
 
     def __init__(self, layers: nn.Module):
@@ -226,7 +227,7 @@ class Exclusive:
 
     @uninterrupted
     def set_attribute(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute of this very instance; afterwards it has what it had before, which may be nothing."""
+        """Set an attribute of this instance until the end of the block; then it is as before, or absent if it was."""
         own = vars(owner)
         before = {name: own[name]} if name in own else {}
 
@@ -237,11 +238,11 @@ class Exclusive:
         self.change(lambda: own.__setitem__(name, value), undo)
 
     def begin_edits(self) -> None:
-        """Say that edits are attached in this block.
+        """Record that edits are attached in this block.
 
         Raises:
-            UserError: an outer block of this thread has edits attached, and this one's pass would see them: the call
-                comes from inside a hook, or from a `with` that attaches edits.
+            UserError: an outer block of this thread has edits attached, which would act on this block's pass too. The
+                call was made inside a hook, or inside a `with` that attaches edits.
         """
         queue = self._queue
         outer = queue.editing() if queue.editing is not None else None
@@ -255,7 +256,8 @@ class Exclusive:
 
 
 def exclusive(function: Function) -> Function:
-    """A method of an object with a `host`, or a function that takes one first: one call per model after the other."""
+    """Decorates a method of an object with a `host`, or a function whose first argument is one. Calls on one model run
+    one after the other."""
 
     @functools.wraps(function)
     def in_turn(model: Any, *args: Any, **options: Any) -> Any:

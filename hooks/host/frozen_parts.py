@@ -1,18 +1,18 @@
-"""Hold parts of the plain model at what they were in a clean run, for the length of one `with`.
+"""Hold parts of the plain model at their values in a clean run, inside one `with`.
 
 | part | what is held | what stays live |
 |---|---|---|
-| attention | the pattern softmax(q · k / sqrt(d_head)) | values, and what they move |
+| attention | the pattern softmax(q · k / sqrt(d_head)) | the values, so the attention output too |
 | norms | 1 / rms of every RMSNorm: two per block, the final one, Qwen3's head norms | the vector that is scaled |
 | gates | silu(z_g) in every MLP | z_u |
 
-With all three held, every later residual and the logits are affine in the stream at any depth, so a prediction made
-from frozen gradients is exact there. That makes the three the reference for what a conserving attribution rule says:
-where it misses a measurement in the *live* model, the difference is what the parts did.
+With all three held, every later residual stream and the logits are affine in the stream at any depth. So a prediction
+from frozen gradients is exact there, and a conserving attribution rule can be compared with it: where the rule's
+prediction differs from a measurement in the *live* model, the difference is the effect of the parts.
 
-A model is touched only inside the `with`. Norms and activations get a `forward` of their own. The attention function is
-looked up by transformers under a name in the config: `held_sdpa` and `held_eager` are registered once, next to its own,
-and the name is switched. So masks are made as always, and a recording pass is bit for bit the plain one.
+The model is changed only inside the `with`. Norms and activations get their own `forward`. transformers looks up the
+attention function by a name in the config: `held_sdpa` and `held_eager` are registered once, beside its own names, and
+the name in the config is replaced. So masks are made as usual, and a recording pass equals the plain one, bit for bit.
 """
 
 import contextlib
@@ -38,20 +38,21 @@ from hooks.host.tokens import Batch
 
 Part = Literal["attention", "norms", "gates"]
 PARTS: tuple[Part, ...] = get_args(Part)
-PLAIN = ("sdpa", "eager")  # attention implementations whose masks and layout are known here
+PLAIN = ("sdpa", "eager")  # the attention implementations that this file supports
 
 Function = Callable[..., Any]
 _SLOT, _KIND = "held_attention", "_attn_implementation"
 _HELD = re.compile(r"(Qwen2|Qwen3|Llama)(Attention|RMSNorm|MLP)")
-_CALLED = re.compile(r"(Qwen2|Qwen3|Llama|Mistral|Qwen2Moe|Qwen3Moe|Mixtral)Attention")  # they look a function up
+_CALLED = re.compile(r"(Qwen2|Qwen3|Llama|Mistral|Qwen2Moe|Qwen3Moe|Mixtral)Attention")  # they look up a function
 
 
 @dataclass(frozen=True)
 class Held:
-    """What parts of a model were in one clean run, by module name; what a table lacks is not held.
+    """Values of parts of a model in one clean run, by module name. A module that a table lacks is not held.
 
     Attributes:
-        batch: the clean run's prompts. A run under `held` has as many rows, or any number if there is one prompt.
+        batch: the clean run's prompts. A run under `held` has as many rows; or any number of rows if there is one
+            prompt.
         patterns: attention weights, in the model's dtype.
         inverse_rms: 1 / rms, in fp32 (fp64 where the model runs in fp64); head norms have a head axis.
         gates: the activation of the gate, in the model's dtype.
@@ -64,11 +65,12 @@ class Held:
 
 
 def record_held(host: Host, batch: Batch, parts: Collection[str] = PARTS) -> Held:
-    """Run once without edits and keep what `held` needs. The pass itself is the plain one, bit for bit.
+    """Run once without edits and keep the values that `held` needs. The pass equals the plain one, bit for bit.
 
-    SDPA does not give its pattern away: it is computed beside it, with scores and softmax in fp32 (fp64 for fp64).
+    SDPA does not return its pattern, so the pattern is computed separately, with scores and softmax in fp32 (fp64 for
+    fp64).
 
-    Memory: batch × layers × (heads · pos² + d_ff · pos) numbers in the model's dtype; the norms are small beside them.
+    Memory: batch × layers × (heads · pos² + d_ff · pos) numbers in the model's dtype; the norms take little more.
 
     Raises:
         UserError: a part is not known, or the model is not one whose parts can be held.
@@ -94,12 +96,12 @@ def record_held(host: Host, batch: Batch, parts: Collection[str] = PARTS) -> Hel
 
 @contextlib.contextmanager
 def held(host: Host, clean: Held) -> Iterator[None]:
-    """Every pass inside the `with` uses the clean values instead of its own. Edits act as always.
+    """Every pass inside the `with` uses the clean values instead of its own. Edits act as usual.
 
     Works with and without autograd; no gradient flows into what is held.
 
     Raises:
-        UserError: the model's attention is of another kind, or held already; inside: a pass of another length.
+        UserError: the model's attention is of another kind, or held already; or, inside, a pass has another length.
     """
     functions: dict[str, Function] = {}
     for name, pattern in clean.patterns.items():
@@ -114,11 +116,11 @@ def held(host: Host, clean: Held) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_attention(host: Host, attend: Callable[[int], Function]) -> Iterator[None]:
-    """Let every block's attention be a function of the caller's, by layer, inside the `with`.
+    """Replace every block's attention by the caller's function for that layer, inside the `with`.
 
     Each is called as transformers calls its own: (module, query, key, value, mask, scaling=…), queries and keys
     rotated, keys and values not repeated over the group; it returns (output [batch pos head d_head], None).
-    `plain_attention` is what would have been called.
+    `plain_attention` is the function it replaces.
 
     Raises:
         UserError: the model's attention is of another kind, or held already.
@@ -129,7 +131,8 @@ def own_attention(host: Host, attend: Callable[[int], Function]) -> Iterator[Non
 
 
 def unknown_attention(host: Host) -> str:
-    """What keeps `own_attention` from a model, in a few words; empty where it works, or attention is held already."""
+    """The reason why `own_attention` does not support a model, in a few words. Empty if it does, or if attention is
+    held already."""
     kind = str(host.decoder.config._attn_implementation)
     if kind.removeprefix("held_") not in PLAIN:
         return f"attention is of the kind {kind!r}"
@@ -147,17 +150,17 @@ def plain_attention(host: Host, layer: int) -> Function:
     return _plain_attention(module, name.removeprefix("held_"))
 
 
-# -- where the parts are -------------------------------------------------------------------------------------------
+# -- the modules of each part --------------------------------------------------------------------------------------
 
 
 def _names(host: Host, part: str, known: re.Pattern[str] = _HELD) -> list[str]:
     """The modules of one part, by their names inside the decoder.
 
     Args:
-        known: names of the classes that will do.
+        known: the classes that are supported.
 
     Raises:
-        UserError: one of them is not there, or is not transformers' own.
+        UserError: a module is missing, or its class is not transformers' own.
     """
     names = []
     for number, layer in enumerate(host.layers):
@@ -170,7 +173,7 @@ def _names(host: Host, part: str, known: re.Pattern[str] = _HELD) -> list[str]:
         }
         names += [f"layers.{number}.{place}" for place in inside[part]]
     names += ["norm"] if part == "norms" else []
-    modules = dict(host.decoder.named_modules())  # a module that stands at two places has one name here
+    modules = dict(host.decoder.named_modules())  # a module that is used at two places has one name here
     for name in names:
         owner = name.removesuffix(".act_fn")
         kind = type(modules.get(owner)).__name__
@@ -224,14 +227,14 @@ def _pattern(
     mask: Tensor | None,
     scaling: float,
 ) -> Float[Tensor, "batch head query_pos pos"]:
-    """softmax(q · k · scaling) as SDPA has it: True in a mask means attend, and no mask means causal."""
+    """softmax(q · k · scaling) as in SDPA: True in a mask means attend, and no mask means causal."""
     wide = _wide(query.dtype)
     grouped = rearrange(query, "b (kv group) t h -> b kv group t h", kv=key.shape[1])
     scores = einsum(grouped.to(wide), key.to(wide), "b kv group t h, b kv s h -> b kv group t s") * scaling
     scores = rearrange(scores, "b kv group t s -> b (kv group) t s")
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    # SDPA has zeros where a query (of padding) may attend to nothing at all; softmax alone would have NaN
+    # SDPA gives zeros for a query (of padding) that may attend to no position; softmax alone would give NaN
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0).to(query.dtype)
 
 
@@ -241,7 +244,7 @@ def _pattern(
 def _held_norm(clean: Batch, module: Any, scale: Float[Tensor, "batch pos *head 1"]) -> Function:
     def forward(x: Tensor) -> Tensor:
         _check_fit(clean, len(x), x.shape[1])
-        # rounded where transformers rounds; except that an fp64 stream stays fp64, or nothing were affine to fp64
+        # rounded where transformers rounds, but an fp64 stream stays fp64, so that the model is affine to fp64 accuracy
         return module.weight * (x.to(_wide(x.dtype)) * scale).to(x.dtype)
 
     return forward
@@ -259,7 +262,8 @@ def _held_attention(clean: Batch, pattern: Float[Tensor, "batch head query_pos p
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         _check_fit(clean, len(query), query.shape[2])
         grouped = rearrange(pattern, "b (kv group) t s -> b kv group t s", kv=value.shape[1])
-        # one clean row: torch folds the rows of `value` into the columns of one product, nothing is copied per row
+        # with one clean row, torch merges the rows of `value` into the columns of one product and copies nothing per
+        # row
         z = einsum(grouped, value, "b kv group t s, b kv s h -> b t kv group h")
         return rearrange(z, "b t kv group h -> b t (kv group) h"), None
 
@@ -276,12 +280,12 @@ def _check_fit(clean: Batch, rows: int, length: int) -> None:
         )
 
 
-# -- in and out ----------------------------------------------------------------------------------------------------
+# -- replacing functions -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
-    """Put functions in the place of modules' own, and take them out again whatever happens."""
+    """Replace functions of modules inside the `with`, and restore them however it ends."""
     with Exclusive(host.layers) as block:
         block.set_attribute(host, "held", True)
         configs: dict[int, Any] = {}
@@ -298,7 +302,7 @@ def _replaced(host: Host, functions: Mapping[str, Function]) -> Iterator[None]:
 
 
 def _route_attention(block: Exclusive, config: Any) -> None:
-    """Let attention modules look for `_SLOT` first."""
+    """Make attention modules use the function in their `_SLOT`, if they have one."""
     plain = config._attn_implementation
     if plain not in PLAIN:
         raise UserError(
@@ -318,7 +322,7 @@ def _route(plain: str) -> Function:
 
 
 def _plain_attention(module: nn.Module, name: str) -> Function:
-    """transformers' own function; eager ones stand in the architecture's file, not in the registry."""
+    """transformers' own function; the eager one is in the architecture's file, not in the registry."""
     default = sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
 

@@ -1,10 +1,10 @@
 """What a run holds at its clean value while edits act: parts of the model, and outputs of its modules.
 
-A block adds the outputs of two modules to the stream, attention and MLP. A module whose output stands at its clean
-value passes nothing on: it closes every path through it. Parts (`frozen_parts`) keep their module live, and make it
+A block adds the outputs of two modules to the stream: attention and MLP. If a module's output is held at its clean
+value, no effect passes through the module. If only its parts are held (`frozen_parts`), the module stays live and is
 affine.
 
-clean run → parts put in their places → module outputs of the unedited run under these parts → edits that put them back
+clean run → its parts are held → module outputs of an unedited run with these parts held → edits that restore them
 """
 
 import contextlib
@@ -22,23 +22,24 @@ from hooks.host.tokens import Batch
 from hooks.sites import Site
 from hooks.types import Edit
 
-ENTRY = {"attn_out": 0, "mlp_out": 3}  # depth in the block at which a module takes its input: resid_pre, mlp_in
+ENTRY = {"attn_out": 0, "mlp_out": 3}  # depth in the block of a module's input: resid_pre, mlp_in
 
 Layers = str | Sequence[int]  # "all", or numbers
 
 
 @dataclass(frozen=True)
 class Hold:
-    """What stands at its clean value while edits act.
+    """What is held at its clean value while edits act.
 
     `Hold("norms", attn_out="all", mlp_out=(2, 3), open=["attn_out 1"])` holds the scale of every norm, the outputs of
     the MLPs 2 and 3, and of every attention but that of layer 1.
 
     Attributes:
-        parts: `attention` patterns, `norms`, `gates`, as in `hooks.host.frozen_parts`; all three leave an affine model.
-        attn_out, mlp_out: layers whose module's output is held, at every token. A feature edited at the very site acts
-            on top of the clean value.
-        open: modules that are not held after all.
+        parts: `attention` patterns, `norms`, `gates`, as in `hooks.host.frozen_parts`; with all three the model is
+            affine.
+        attn_out, mlp_out: layers whose module's output is held, at every token. An edit of a feature at the same site
+            is added to the clean value.
+        open: modules that are excepted and stay live.
     """
 
     parts: tuple[str, ...]
@@ -76,7 +77,7 @@ class Hold:
         """The module outputs that are held in a model of so many layers.
 
         Raises:
-            UserError: a layer does not exist, or a module is open that nothing holds.
+            UserError: a layer does not exist, or `open` names a module that is not held.
         """
         chosen = set()
         for name, layers in (("attn_out", self.attn_out), ("mlp_out", self.mlp_out)):
@@ -92,10 +93,10 @@ HoldLike = str | Sequence[str] | Hold
 
 
 def check_hold(hold: HoldLike, n_layers: int, replaced: Collection[Site] = ()) -> Hold:
-    """Look at a hold before anything runs. `replaced`: write sites that a swap replaces.
+    """Check a hold before anything runs. `replaced`: write sites that a swap replaces.
 
     Raises:
-        UserError: something in it does not exist, or stands at its clean value and is replaced too.
+        UserError: a part or layer in it does not exist, or an output is both held and replaced.
     """
     checked = Hold.of(hold)
     if both := checked.outputs(n_layers) & set(replaced):
@@ -108,12 +109,13 @@ def check_hold(hold: HoldLike, n_layers: int, replaced: Collection[Site] = ()) -
 
 @contextlib.contextmanager
 def holding(host: Host, batch: Batch, hold: Hold) -> Iterator[list[Edit]]:
-    """Hold for the length of the `with`; the edits it yields go in front of all others.
+    """Hold inside the `with`. It yields edits, which must come before all others.
 
-    Module outputs are those of the unedited run *under the parts that are held*. So the unedited run inside is the
-    same, bit for bit, whichever modules are held. `Hold()` runs nothing and yields nothing.
+    Module outputs are those of the unedited run *with the parts held*. So the unedited run inside is the same, bit for
+    bit, whichever modules are held. `Hold()` runs nothing and yields nothing.
 
-    Cost: one pass for the parts, and one for the modules. Memory: `record_held`, and batch × modules × pos × d_model.
+    Cost: one pass for the parts and one for the modules. Memory: as `record_held`, plus batch × modules × pos ×
+    d_model.
     """
     with parts_held(host, batch, hold):
         clean = _clean_outputs(host, batch, hold.outputs(host.n_layers))
@@ -122,7 +124,7 @@ def holding(host: Host, batch: Batch, hold: Hold) -> Iterator[list[Edit]]:
 
 @contextlib.contextmanager
 def parts_held(host: Host, batch: Batch, hold: Hold) -> Iterator[None]:
-    """The parts alone; module outputs are left to the caller. Any number of rows may run of a batch of one prompt."""
+    """Hold the parts only; the caller holds module outputs. If the batch is one prompt, any number of rows may run."""
     if not hold.parts:
         yield
         return
@@ -140,11 +142,11 @@ def _clean_outputs(
 
 
 def _put_back(site: Site, clean: Float[Tensor, "batch pos d_model"]) -> Edit:
-    """The clean value, whatever arrives."""
+    """An edit that replaces the site's value by the clean one."""
     return Edit(site, lambda x, at: clean.to(x.device))
 
 
-# -- what lies where ------------------------------------------------------------------------------------------------
+# -- modules and layers ---------------------------------------------------------------------------------------------
 
 
 def _layers(value: Layers) -> Literal["all"] | tuple[int, ...]:

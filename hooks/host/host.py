@@ -1,7 +1,7 @@
-"""The language model, and the only place where hooks attach: inside one `with`.
+"""The language model. Hooks are attached only here, and only inside one `with`.
 
-The second object of this project that changes over time (the store is the other). The model is a plain transformers
-model: it keeps SDPA and its own cache, and with no edits no hook is registered at all.
+The host is one of the objects of this project that change over time: it records what is attached. The model is a plain
+transformers model: it keeps SDPA and its own cache, and without edits no hook is registered.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from hooks.whole import whole
 
 log = logging.getLogger("hooks")
 
-# what a decoder calls its cache: transformers renamed it in 5.24
+# the keyword of a decoder's cache: transformers renamed it in 5.24
 CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 
 HookKind = Literal["before", "after"]
@@ -56,8 +56,8 @@ class Host(Tokens):
         config: Any = model.config
         super().__init__(tokenizer, config.vocab_size, context_of(config, context))
         self.n_layers, self.d_model = len(self.layers), config.hidden_size
-        self.held = False  # whether parts of the model stand at values of another pass, `hooks.host.frozen_parts`
-        self.exact = False  # whether a half-precision model computes in fp32 now, `hooks.host.arithmetic`
+        self.held = False  # whether parts are held at their clean values now (`hooks.host.frozen_parts`)
+        self.exact = False  # whether a half-precision model computes in fp32 now (`hooks.host.arithmetic`)
         self._logit_scale = float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0))
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         if next(model.parameters()).dtype == torch.float16:
@@ -106,7 +106,7 @@ class Host(Tokens):
             ) from None
         model, info = loaded
         missing = sorted(info["missing_keys"])
-        if missing:  # transformers fills them with random numbers and goes on
+        if missing:  # transformers fills them with random numbers and raises no error
             raise ModelError(
                 f"the weights of {name} are incomplete",
                 expected="every tensor that its config.json asks for",
@@ -116,7 +116,7 @@ class Host(Tokens):
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """What ends a text, as the model's generation_config says at this moment; nothing does where that says None."""
+        """Tokens that end a text, by the model's current generation_config; empty if that has none."""
         model: Any = self.model
         config = getattr(model, "generation_config", None) or model.config
         ends = config.eos_token_id
@@ -124,13 +124,13 @@ class Host(Tokens):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision in which the model computes by itself."""
+        """The model's own precision."""
         embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         return embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device that token ids must be on."""
         return execution_device(self.model.get_input_embeddings())  # type: ignore[operator]
 
     def tails(self) -> list[Shaped[Tensor, "..."]]:
@@ -139,12 +139,12 @@ class Host(Tokens):
         return [part.reshape(-1)[-16:] for part in parts]
 
     def device_of(self, layer: int) -> torch.device:
-        """Where one block computes."""
+        """The device on which one block computes."""
         return execution_device(self.layers[layer])
 
     @property
     def decoder(self) -> Any:
-        """The model without its unembedding; its output is behind the final norm."""
+        """The model without its unembedding; its output is the stream after the final norm."""
         return self.model.model
 
     def unembed(self, hidden: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocab"]:
@@ -159,7 +159,7 @@ class Host(Tokens):
         return self._behind_head(linear_fp32(hidden.to(head.weight.device), head.weight, head.bias))
 
     def _behind_head(self, logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:
-        """What some architectures do to logits behind the unembedding."""
+        """Scale or cap the logits after the unembedding, as some architectures do."""
         if self.plain_logits:
             return logits
         scaled = logits * self._logit_scale
@@ -173,7 +173,8 @@ class Host(Tokens):
     def unembed_rows(
         self, hidden: Float[Tensor, "*token d_model"], tokens: Sequence[int]
     ) -> Float[Tensor, "*token target"]:
-        """Logits of a few tokens of the vocabulary alone; where the unembedding is no plain matrix, of all."""
+        """Logits of a few tokens of the vocabulary only. If the unembedding is no plain matrix, all are computed
+        first."""
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         rows = list(tokens)
         if not _plain_matrix(head) or getattr(head, "_hf_hook", None) is not None:
@@ -195,17 +196,17 @@ class Host(Tokens):
         """A `with` block in which edits are attached, in order. With no edits, no hook is registered.
 
         Raises:
-            UserError: on entering, a pass of this thread with edits of its own is under way.
+            UserError: on entering, another pass of this thread is running with edits attached.
         """
         return Attached(self, edits)
 
     def forward(self, batch: Batch, edits: Sequence[Edit] = ()) -> Float[Tensor, "batch pos vocab"]:
-        """Logits of one pass over a batch, no gradients kept."""
+        """Logits of one pass over a batch, without gradients."""
         with self.attached(edits) as session, torch.no_grad():
             return session.run(batch)
 
     def window(self, first: int = 0, last: int | None = None) -> int | None:
-        """How far back some blocks attend, where one of them does so through a sliding window."""
+        """The smallest sliding window of the blocks `first` to `last`; None where no block has one."""
         config: Any = self.model.config
         types = getattr(config, "layer_types", None)  # where a config has none, all layers are alike (Mistral)
         slides = types is None or "sliding_attention" in types[first:last]
@@ -214,10 +215,10 @@ class Host(Tokens):
     def through_blocks(
         self, x: Float[Tensor, "batch pos d_model"], first: int, last: int
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Streams in front of block `first` → in front of block `last`: those blocks alone, no padding, no cache.
+        """Residual streams before block `first` → before block `last`. Only those blocks run; no padding, no cache.
 
         Raises:
-            ModelError: it is not known here which tokens some of the blocks attend to.
+            ModelError: a block has an unknown kind of attention.
         """
         places = torch.arange(x.shape[1], device=x.device)[None]
         with Exclusive(self.layers), torch.no_grad():
@@ -228,7 +229,8 @@ class Host(Tokens):
         return x
 
     def _mask(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> Shaped[Tensor, "1 1 pos pos"] | None:
-        """What transformers hands a block for rows without padding; None: causal by itself, or no attention."""
+        """The mask that transformers gives a block for rows without padding. None: the block is causal by itself, or
+        has no attention."""
         config: Any = self.model.config
         slides, length = getattr(config, "sliding_window", None), x.shape[1]
         types = getattr(config, "layer_types", None)  # where a config has none, all layers are alike (Mistral)
@@ -250,32 +252,33 @@ class Host(Tokens):
         return torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
 
     def forward_hidden(self, batch: Batch, edits: Sequence[Edit] = ()) -> Float[Tensor, "batch pos d_model"]:
-        """The stream behind the final norm; no logits are formed."""
+        """The stream after the final norm; no logits are computed."""
         with self.attached(edits) as session, torch.no_grad():
             return session.hidden(batch)
 
     def forward_at(
         self, batch: Batch, pos: Int[Tensor, " batch"], edits: Sequence[Edit] = ()
     ) -> Float[Tensor, "batch vocab"]:
-        """The same at one position per row; no other logits are ever formed."""
+        """Logits at one position per row; no others are computed."""
         hidden = self.forward_hidden(batch, edits)
         with torch.no_grad():
             return self.unembed(hidden[torch.arange(len(pos), device=hidden.device), pos.to(hidden.device)])
 
     def forward_with_gradients(self, batch: Batch, edits: Sequence[Edit]) -> Float[Tensor, "batch pos vocab"]:
-        """The same with an autograd graph from whatever leaves the edits put in; parameters take no gradient."""
+        """Logits with an autograd graph, whose leaves are the tensors that the edits put in. Parameters get no
+        gradient."""
         with self.attached(edits) as session, torch.enable_grad():
             return session.run(batch)
 
     def own_logits(self, batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
-        """What the model's own code makes of streams behind the final norm; blocks are run only if it cannot be asked
-        for that alone."""
+        """The logits that the model's own code computes from the stream after the final norm. The blocks are run again
+        only if its code cannot compute logits without them."""
         given = MoeModelOutputWithPast(last_hidden_state=hidden)
         try:
             with Exclusive(self.layers) as block:
                 block.set_attribute(self.decoder, "forward", lambda *_, **__: given)
                 return self._whole(batch)
-        except (AttributeError, TypeError, KeyError):  # its own code asks for more than these streams
+        except (AttributeError, TypeError, KeyError):  # the model's own code needs more than these streams
             return self._whole(batch)
 
     def _whole(self, batch: Batch) -> Float[Tensor, "batch pos vocab"]:
@@ -285,14 +288,14 @@ class Host(Tokens):
     def capture(
         self, batch: Batch, sites: Sequence[Site]
     ) -> tuple[Float[Tensor, "batch pos d_model"], dict[Site, Float[Tensor, "batch pos d_model"]]]:
-        """One plain pass: the stream behind the final norm, and what stood at each site."""
+        """One plain pass: the stream after the final norm, and the tensor at each site."""
         seen: dict[Site, Tensor] = {}
         edits = [tap(site, seen) for site in dict.fromkeys(sites)]
         return self.forward_hidden(batch, edits), seen
 
 
 def _plain_matrix(head: nn.Module) -> bool:
-    """Whether a module is `x @ weight.T` with a weight that is there as it is, not quantised or offloaded."""
+    """Whether a module is `x @ weight.T` with a plain weight in memory, not quantised and not offloaded."""
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.is_meta
 
 
@@ -305,7 +308,7 @@ def stored_tensors(tensor: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]
 
 
 def fingerprint(parts: Iterable[Shaped[Tensor, "..."]]) -> str:
-    """Tells tensors apart by their shapes and numbers, in whatever precision they are held."""
+    """A digest of tensors' shapes and numbers that does not depend on their precision."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(str(tuple(part.shape)).encode())
@@ -314,7 +317,7 @@ def fingerprint(parts: Iterable[Shaped[Tensor, "..."]]) -> str:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: what accelerate says for offloaded ones, else where its weights are."""
+    """The device on which a module computes: accelerate's choice for an offloaded module, else its weights' device."""
     for part in module.modules():
         planned = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if planned is not None:
@@ -323,12 +326,13 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def forward_of(module: nn.Module) -> str:
-    """What runs as the module's forward: accelerate puts an own one in front, which loads the weights."""
+    """The name of the attribute that is the module's forward: accelerate wraps it in its own, which loads the
+    weights."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
-    """An edit that changes nothing and keeps what it saw."""
+    """An edit that changes nothing and stores the site's tensor in `seen`."""
 
     def look(x: Tensor, at: Pass) -> Tensor:
         seen[site] = x
@@ -339,13 +343,13 @@ def tap(site: Site, seen: dict[Site, Tensor]) -> Edit:
 
 @dataclass
 class _Now:
-    """The pass that is under way."""
+    """Holds the pass that is running."""
 
     current: Pass
 
 
 class Attached:
-    """A model while edits are attached to it: a `with` block, in which passes are run."""
+    """A `with` block in which edits are attached to the model and passes can be run."""
 
     def __init__(self, host: Host, edits: Sequence[Edit]):
         self._host, self._block = host, Exclusive(host.layers)
@@ -356,7 +360,7 @@ class Attached:
 
     @property
     def current(self) -> Pass:
-        """The pass that is under way, as the edits are told."""
+        """The pass that is running; edits get it as their second argument."""
         return self._now.current
 
     @current.setter
@@ -368,7 +372,7 @@ class Attached:
         self._block.__enter__()
         try:
             self._block.begin_edits()
-            # branch sites last, so that what they see of mlp_out is already edited
+            # branch sites last, so that they get mlp_out after it was edited
             for site, here in sorted(self._sites.items(), key=lambda item: branches_off(item[0])):
                 self._attach(site, here)
         except BaseException:
@@ -382,7 +386,7 @@ class Attached:
 
     def _attach(self, site: Site, edits: list[Edit]) -> None:
         """One function per site; all edits of the site run inside it, in order."""
-        now = self._now  # a hook that held this object would keep alive what it would have to outlive to be removed
+        now = self._now  # a hook must not refer to `self`: then this object could never be freed, nor its hooks removed
 
         def through(x: Tensor) -> Tensor:
             for edit in edits:
@@ -410,11 +414,12 @@ class Attached:
         self._block.change(lambda: register(function, **options), undo)
 
     def run(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos vocab"]:
-        """One pass over whole rows, without a cache. `prompt_lengths`: where each prompt ends, if tokens follow it."""
+        """One pass over whole rows, without a cache. `prompt_lengths`: of each row, if other tokens follow its
+        prompt."""
         return self._host.unembed(self.hidden(batch, prompt_lengths))
 
     def hidden(self, batch: Batch, prompt_lengths: Sequence[int] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        """The same before the unembedding: the stream behind the final norm."""
+        """The same without the unembedding: the stream after the final norm."""
         self.current = Pass(0, list(prompt_lengths or batch.lengths))
         device = self._host.device
         padded = len(set(batch.lengths)) > 1
@@ -428,11 +433,11 @@ class Attached:
         prompt_lengths: Sequence[int],
         pads: tuple[int, ...] = (),
     ) -> Float[Tensor, "batch vocab"]:
-        """The next tokens' logits, after feeding `ids` behind what `cache` holds; without a cache, `ids` is everything.
+        """The next tokens' logits: `ids` follow the tokens in `cache`; without a cache, `ids` are all tokens.
 
         Args:
-            pads: padding in front of each row, if there is any. Nothing attends to it, and positions are counted
-                from behind it.
+            pads: length of the padding before each row, if there is any. No token attends to it, and positions are
+                counted from the first token after it.
         """
         first = cache.get_seq_length() if cache is not None else 0
         self.current = Pass(first, list(prompt_lengths), pads=pads)
@@ -444,7 +449,8 @@ class Attached:
 
 
 def _padding(first: int, count: int, pads: tuple[int, ...]) -> dict[str, Int[Tensor, "batch column"]]:
-    """Mask and positions for columns `first .. first+count−1` of rows with padding in front; nothing without any."""
+    """Mask and positions for columns `first .. first+count−1` of rows with padding before them; empty without
+    padding."""
     if not any(pads):
         return {}
     columns, pad = torch.arange(first + count), torch.tensor(pads)[:, None]
@@ -473,10 +479,10 @@ def _attach_site(session: Attached, model: nn.Module, site: Site, through: Calla
 
 
 def _attach_branch(session: Attached, model: nn.Module, site: Site, through: Callable[[Tensor], Tensor]) -> None:
-    """Edit the stream at a place where the block holds it in a local variable.
+    """Edit the stream at a site where the block keeps it in a local variable.
 
-    The norm's input is only the branch into the MLP; the block adds the MLP's output to the stream it kept. So the
-    edited stream goes into the norm, and the block's output becomes edited stream + mlp_out: exact in any precision.
+    The norm's input is only a copy for the MLP; the block adds the MLP's output to the stream in its variable. So the
+    norm gets the edited stream, and the block's output is replaced by edited stream + mlp_out: exact in any precision.
     """
     edited: dict[str, Tensor] = {}
 
@@ -498,7 +504,7 @@ def _attach_branch(session: Attached, model: nn.Module, site: Site, through: Cal
     block, _ = module_at(model, Site("resid_post", site.layer))
     session.hook(module, "before", into_norm)
     session.hook(mlp, "after", keep_mlp)
-    session.hook(block, "after", rebuild, prepend=True)  # before edits at resid_post
+    session.hook(block, "after", rebuild, prepend=True)  # runs before edits at resid_post
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -510,7 +516,7 @@ def _check_kind(model: nn.Module) -> None:
             repair="model.merge_and_unload(), and what that returns instead",
         )
     if not hasattr(model, "get_output_embeddings") or isinstance(model.get_output_embeddings(), nn.Module):  # type: ignore[operator]
-        return  # what is no transformers model at all is refused by its layers
+        return  # an object that is no transformers model is refused when its layers are looked up
     raise ModelError(
         f"{name} has no unembedding, so there is no next token to predict",
         expected="a causal language model, as …ForCausalLM of transformers",

@@ -1,4 +1,4 @@
-"""Text and token ids: what a prompt is, how it is read, and what a token is called."""
+"""Text and token ids: kinds of prompts, tokenizing, and the text of a token."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from hooks.errors import ModelError, PromptError, TargetError, first_line, print
 log = logging.getLogger("hooks")
 
 Array = Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | Int[np.ndarray, " pos"] | Int[np.ndarray, "1 pos"]
-Prompt = str | Sequence[SupportsIndex] | Array | Mapping[str, Any]  # a mapping: what a tokenizer returns, of one prompt
+Prompt = str | Sequence[SupportsIndex] | Array | Mapping[str, Any]  # a mapping: a tokenizer's output for one prompt
 Prompts = Prompt | Sequence[Prompt] | Int[Tensor, "batch pos"] | Int[np.ndarray, "batch pos"]
 
 
@@ -56,18 +56,20 @@ class Batch:
 
 
 class Tokens:
-    """A tokenizer, in front of a vocabulary and a context of known sizes."""
+    """A tokenizer, with the sizes of the vocabulary and of the context."""
 
     def __init__(self, tokenizer: Any, d_vocab: int, max_positions: int):
         self.tokenizer, self.d_vocab, self.max_positions = tokenizer, d_vocab, max_positions
-        self._said: deque[str] = deque(maxlen=256)  # warnings: a prompt is read several times, and warned of once
+        self._said: deque[str] = deque(
+            maxlen=256
+        )  # earlier warnings: a prompt is read several times, but warned of once
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of one prompt, special tokens as the tokenizer adds them; ids stay as they are.
+        """Token ids of one prompt. The tokenizer adds its special tokens to text; ids stay as they are.
 
         Args:
-            prompt: text; whole numbers in a sequence, a tensor or a numpy array, of shape [pos] or [1, pos]; or what a
-                tokenizer returns for one text.
+            prompt: text; whole numbers in a sequence, a tensor or a numpy array, of shape [pos] or [1, pos]; or a
+                tokenizer's output for one text.
 
         Raises:
             PromptError: the prompt is none of these; it is empty, has ids outside the vocabulary, or is longer than
@@ -99,7 +101,7 @@ class Tokens:
         return list(self.tokenizer(text).input_ids)
 
     def split(self, text: str) -> list[int]:
-        """Token ids of a piece of text as it stands, without special tokens.
+        """Token ids of a piece of text, without special tokens.
 
         Raises:
             TargetError: it is not valid text.
@@ -119,10 +121,10 @@ class Tokens:
             )
 
     def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the tokenizer's chat template, up to where the assistant's answer begins.
+        """Token ids of a conversation in the tokenizer's chat template, up to the beginning of the assistant's answer.
 
         Args:
-            messages: what the user says; or a whole conversation, `[{"role": "user", "content": "…"}, …]`.
+            messages: the user's message; or a whole conversation, `[{"role": "user", "content": "…"}, …]`.
 
         Raises:
             PromptError: it is empty, the tokenizer has no chat template, or the template refuses the messages.
@@ -139,7 +141,7 @@ class Tokens:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         try:
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program of the model's makers and raises what it likes
+        except Exception as error:  # a template is a program by the model's makers and can raise any error
             raise PromptError("the chat template refuses the messages", found=first_line(error)) from None
         return [int(i) for i in ids]
 
@@ -149,7 +151,7 @@ class Tokens:
             self._warn(f"some words of {prompt!r} are not in the vocabulary and become {self.string(unknown)}")
 
     def _note_second_bos(self, prompt: Prompt, ids: list[int]) -> None:
-        """Text from a chat template begins with the token that the tokenizer puts in front of every text."""
+        """Warn of two BOS tokens: a chat template's text begins with one, and the tokenizer adds another."""
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None or ids[:2] != [bos, bos]:
             return
@@ -200,11 +202,11 @@ class Tokens:
         return Batch(ids, tuple(map(len, rows)), strings)
 
     def token_id(self, target: str | SupportsIndex) -> int:
-        """The single token meant by `target`. A word without a leading space means the one with it, if that exists:
-        inside a sentence that is what the model predicts.
+        """The single token that `target` names. A word without a leading space means the token with a leading space, if
+        there is one, since the model predicts that one inside a sentence.
 
         Raises:
-            TargetError: no such single token; the message shows how the text splits. Or it is neither text nor an id.
+            TargetError: the text is not one token; the message shows how it splits. Or it is neither text nor an id.
         """
         if not isinstance(target, str):
             found = _whole_number(target)
@@ -240,7 +242,7 @@ def is_one(prompts: Prompts) -> bool:
 
 
 def listed(prompts: Prompts) -> list[Prompt]:
-    """Prompts as a list, also where there is one or they are the rows of a tensor."""
+    """Prompts as a list, also if there is only one, or if they are the rows of a tensor."""
     return [prompts] if is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
 
 
@@ -249,7 +251,7 @@ def _has_axes(item: object) -> bool:
 
 
 def _whole_number(item: object) -> int | None:
-    """An index as an int; None for bools, which count as numbers in Python, and for whatever is none."""
+    """An index as an int; None for anything else, and for bools, which Python would accept."""
     dtype = getattr(item, "dtype", None)
     if isinstance(item, bool) or dtype in (torch.bool, np.bool_):
         return None
@@ -260,10 +262,10 @@ def _whole_number(item: object) -> int | None:
 
 
 def _whole_numbers(prompt: object) -> list[int]:
-    """Token ids that were given as such.
+    """Token ids from a prompt that is given as ids.
 
     Raises:
-        PromptError: this is no row of whole numbers.
+        PromptError: the prompt is no row of whole numbers.
     """
     if isinstance(prompt, Mapping):
         return _of_tokenizer(prompt)
@@ -342,13 +344,13 @@ def _of_tokenizer(encoded: Mapping[Any, Any]) -> list[int]:
 def _is_broken(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # bytes that were no UTF-8 arrive as lone surrogates
+    except UnicodeEncodeError:  # Python represents bytes that are no UTF-8 as lone surrogates
         return True
     return False
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """AutoTokenizer, except where a folder brings a complete tokenizer of its own. Code of its own is never run.
+    """AutoTokenizer, except where a folder has its own complete tokenizer. Code from a folder is never run.
 
     transformers 5 maps model_type "qwen2" to its own class and silently drops a folder's normalizer and
     pre-tokenizer, even when tokenizer_config.json names PreTrainedTokenizerFast.

@@ -1,15 +1,15 @@
-"""What can be done to a feature's activation. One file each; the file name is the public name.
+"""Changes of a feature's activation. One file each; the file name is the public name.
 
 An intervention is affine in the activation a:  a -> factor · a + shift.  That covers ablation (0, 0), clamping
-(0, v), scaling (c, 0) and adding (1, v), lets thousands of them run as one table, and says everything a saved result
-needs. A file defines
+(0, v), scaling (c, 0) and adding (1, v). Thousands of interventions run as one table, and the two numbers are all that
+a saved result needs. A file defines
 
     Intervention            a frozen dataclass with `address`, `when_inactive`, and the property `affine`
-    from_text(address, value) -> Intervention        how the command line makes one; value is None if none was typed
+    from_text(address, value) -> Intervention        used by the command line; value is None if none was typed
 
-What happens to an inactive feature (one that TopK did not keep, a = 0): `when_inactive="apply"` edits it all the
-same, `"skip"` leaves the token alone. TopK is never run again on edited activations, except that `mask="live"` lets
-the next feature in line move up when one is ablated.
+An inactive feature is one that TopK did not keep; its activation is 0. `when_inactive="apply"` edits it nevertheless,
+`"skip"` leaves the token unchanged. TopK is not run again on edited activations, with one exception: with
+`mask="live"` the next feature in the order of TopK takes the place of an ablated one.
 """
 
 import math
@@ -51,7 +51,7 @@ def change(
     shift: Float[Tensor, " entry"],
     skip_inactive: Bool[Tensor, " entry"] | None,
 ) -> Float[Tensor, " entry"]:
-    """new − old, in fp64; `skip_inactive` None: none of them skips."""
+    """new − old, in fp64. `skip_inactive` None: every entry is applied to inactive features too."""
     old = old.double()
     moved = factor * old + shift - old
     return moved if skip_inactive is None else moved.masked_fill(skip_inactive & (old == 0), 0)

@@ -1,4 +1,4 @@
-"""Numbers alone: deterministic TopK, sparse decoding, products with rows of a table."""
+"""Functions of tensors only: deterministic TopK, sparse decoding, products with rows of a table."""
 
 from hooks.kernels.products import (
     count_before,

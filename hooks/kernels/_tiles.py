@@ -1,10 +1,10 @@
 """Inner loops compiled by numba: dot products of a few vectors with a few rows of a table.
 
-A tile takes `LEFT` vectors and `ROWS` rows at once: each number that is loaded meets three to eight others, the sums
-stay in registers, and no row is copied anywhere. numba's own vectoriser does not keep such sums in registers, so the
-tile is written in LLVM's vector types; everything around it is plain numba. Rows may be bf16: they are widened as they
-are loaded. Only imported where numba is installed (`rows_in_place`). All of it is in one file: numba's cache on disk
-would not notice a change in another one.
+A tile computes the products of `LEFT` vectors with `ROWS` rows at once. Each number that is loaded is used three to
+eight times, the sums stay in registers, and no row is copied. numba's own vectoriser does not keep such sums in
+registers, so the tile is written in LLVM's vector types; everything around it is plain numba. Rows may be bf16: they
+are widened when they are loaded. `rows_in_place` imports this file only where numba is installed. All compiled code is
+in this one file, because numba's cache on disk does not notice changes in other files.
 """
 
 from typing import no_type_check
@@ -17,13 +17,13 @@ from numba.extending import intrinsic
 
 
 def _lanes() -> int:
-    """fp32 numbers in a vector register; 0: a CPU that the tile was not written for."""
+    """How many fp32 numbers a vector register holds; 0 if the tile does not support this CPU."""
     features = binding.get_host_cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx2") and features.get("fma") else 0
 
 
 LANES = _lanes()
-LEFT, ROWS = 3, 8  # 24 sums of the 32 registers there are with 16 lanes; with 8 lanes some are spilled
+LEFT, ROWS = 3, 8  # 24 sums: they fit into the 32 registers of a CPU with 16 lanes; with 8 lanes some are spilled
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTE = ir.IntType(8).as_pointer()
 
@@ -32,11 +32,11 @@ _BYTE = ir.IntType(8).as_pointer()
 def _make_tile(narrow: bool, lefts: int):
     """The intrinsic `tile(left, rows, ahead, share, count, out, stride)`: out[i, j] = sum_k left_i[k] rows_j[k].
 
-    k < count; meanwhile share / 2**16 of a row is fetched from `ahead`.
+    k < count. Meanwhile share / 2**16 of a row is prefetched from `ahead`.
 
     Args:
         narrow: whether rows are bf16.
-        lefts: how many vectors; those are the outer loop, and their sums a row each.
+        lefts: how many vectors. The outer loop is over them; each has one row of sums.
     """
     vector = ir.VectorType(_F32, LANES)
 
@@ -103,7 +103,8 @@ def _make_tile(narrow: bool, lefts: int):
 
 @no_type_check
 def _sum_lanes(b, vectors):
-    """The sum over the lanes of each of a power of two of vectors, as one vector: neighbours are halved together."""
+    """The sum over the lanes of each vector, all sums as one vector. The number of vectors is a power of two: each step
+    adds the halves of two neighbours."""
     width = lanes = vectors[0].type.count
     while width > 1:
         two = [(vectors[i], vectors[min(i + 1, len(vectors) - 1)]) for i in range(0, len(vectors), 2)]
@@ -116,12 +117,12 @@ def _sum_lanes(b, vectors):
 
 
 _wide, _narrow = _make_tile(False, LEFT), _make_tile(True, LEFT)
-_wide_2, _narrow_2 = _make_tile(False, 2), _make_tile(True, 2)  # what is left over
+_wide_2, _narrow_2 = _make_tile(False, 2), _make_tile(True, 2)  # for the last two vectors
 
 
 @no_type_check
 def _make_pointer(number, kind):
-    """The intrinsic that takes an address for a pointer to numbers."""
+    """The intrinsic that turns an address into a pointer to numbers."""
 
     @no_type_check
     def generate(context, b, signature, args):
@@ -141,7 +142,7 @@ f32_at, i64_at = _make_pointer(types.float32, _F32), _make_pointer(types.int64, 
 @intrinsic
 @no_type_check
 def take_number(typing, counter):
-    """Read a counter in memory and raise it, in one step that no other thread comes between."""
+    """Read a counter in memory and add one to it, atomically."""
 
     @no_type_check
     def generate(context, b, signature, args):
@@ -152,24 +153,25 @@ def take_number(typing, counter):
 
 @no_type_check
 def given_type(numbers, places):
-    """What compiled code is given: whole numbers, and addresses of contiguous arrays."""
+    """The record that compiled code gets: whole numbers, and addresses of contiguous arrays."""
     return np.dtype([(name, np.int64) for name in (*numbers, *places)])
 
 
 @njit
 @no_type_check
-def meet(found, left, left_next, targets, base, next_row, row, begin, end, count, narrow):
-    """found[i, j] = left_i · row_j, `count` numbers each, for nodes begin + j; left, base: addresses of the first ones.
+def dot_products(found, left, left_next, targets, base, next_row, row, begin, end, count, narrow):
+    """found[i, j] = left_i · row_j for the nodes begin + j, over `count` numbers. left, base: addresses of the first
+    vector and of the table's first row.
 
-    Up to `ROWS` - 1 columns and `LEFT` - 1 rows behind those of the block are overwritten.
+    Up to `ROWS` - 1 columns and `LEFT` - 1 rows after those of the block are overwritten.
     """
     found_at, found_next = found.ctypes.data, found.strides[0]
-    # the next rows are fetched meanwhile, evenly: what is asked for at once would stand in the way of the rest
+    # the next rows are prefetched meanwhile, in equal parts: one large prefetch would delay the other loads
     parts, bytes = max(1, -(-targets // LEFT) // ROWS), count * (2 if narrow else 4)
     share = (1 << 16) // parts
     for j in range(begin, end, ROWS):
         following, part = 0, 0
-        last = end - j - 1  # a short tile meets its last row several times over
+        last = end - j - 1  # a tile with fewer rows repeats its last row
         rows = (
             base + row[j] * next_row,
             base + row[j + min(1, last)] * next_row,
@@ -202,7 +204,7 @@ def meet(found, left, left_next, targets, base, next_row, row, begin, end, count
 @njit
 @no_type_check
 def _aligned(rows, columns):
-    """Memory whose rows begin where a vector register's worth of memory does, if columns are a multiple of `LANES`."""
+    """An array whose rows are aligned to a vector register, if `columns` is a multiple of `LANES`."""
     room = np.empty(rows * columns + LANES, np.float32)
     skip = -room.ctypes.data // 4 % LANES
     return room[skip : skip + rows * columns].reshape(rows, columns)
@@ -227,7 +229,9 @@ def _add_blocks(given, begin_block, end_block, found):
             for n in range(start, stop):
                 first, targets, begin, end, left_row, _ = blocks[n]
                 left = given.left + 4 * (left_row * given.inner + k)
-                meet(found, left, 4 * given.inner, targets, base, given.next_row, row, begin, end, count, given.narrow)
+                dot_products(
+                    found, left, 4 * given.inner, targets, base, given.next_row, row, begin, end, count, given.narrow
+                )
                 for i in range(targets):
                     into = carray(f32_at(given.out + 4 * ((first + i) * given.sources + begin)), end - begin)
                     for j in range(end - begin):
@@ -238,7 +242,7 @@ def _add_blocks(given, begin_block, end_block, found):
 @cfunc(types.void(types.CPointer(from_dtype(GIVEN))), cache=True)
 @no_type_check
 def work(pointer):
-    """`rows_in_place.add_products` for one thread of several: take part after part of the blocks until none is left."""
+    """What one thread of `rows_in_place.add_products` does: take part after part of the blocks until none is left."""
     given = carray(pointer, 1)[0]
     bounds = carray(i64_at(given.bounds), given.parts + 1)
     found = _aligned(given.most + LEFT, -(-given.widest // LANES) * LANES + LANES)
@@ -248,14 +252,14 @@ def work(pointer):
         part = take_number(given.taken)
 
 
-# -- what reaches a block's sources by its attention -------------------------------------------------------------------
+# -- edges through a block's attention ---------------------------------------------------------------------------------
 
 HEAD_NUMBERS = (
     *("parts", "blocks", "most", "widest", "targets", "positions", "nodes", "sources", "inner", "next_row", "narrow"),
     *("chunk", "pairs", "heads", "group", "size", "fields", "norms", "key_norm", "d_model", "probes"),
 )
 HEAD_PLACES = (
-    *("taken", "bounds", "block", "first", "out", "seen", "met", "along", "activation", "scale", "row", "order"),
+    *("taken", "bounds", "block", "first", "out", "seen", "direct", "along", "activation", "scale", "row", "order"),
     *("table", "image", "weight", "vector", "cos", "sin", "gain", "unit", "unit_scale"),
 )
 GIVEN_HEADS = given_type(HEAD_NUMBERS, HEAD_PLACES)
@@ -264,8 +268,8 @@ FROZEN, EXACT = 1, 2  # key_norm; 0: there is none
 
 @njit
 @no_type_check
-def _turn_back(given, t, targets, left):
-    """Gradients on keys as they are scored → before the rotation and, where there is one, the head norm."""
+def _before_rotation(given, t, targets, left):
+    """Gradients on the rotated keys → gradients on the keys before the rotation and before the head norm, if any."""
     heads, size = given.heads, given.size
     cos = carray(f32_at(given.cos), (given.positions, size))[t]
     sin = carray(f32_at(given.sin), (given.positions, size))[t]
@@ -310,18 +314,20 @@ def _form(given, pair, t, first, targets, left):
                     for c in range(size):
                         into[c] += weight * vector[c]
     if pair == 1:
-        _turn_back(given, t, targets, left)
+        _before_rotation(given, t, targets, left)
 
 
 @njit
 @no_type_check
-def _meet_fields(given, pair, t, targets, left, found, few):
-    """Add what v̄ or k̄ at position t meet of each field."""
+def _add_fields(given, pair, t, targets, left, found, few):
+    """few[i, f] += v̄_i (pair 0) or k̄_i (pair 1) of target i at position t, times the image of field f there."""
     order, next_image = carray(i64_at(given.order), given.fields), 4 * given.positions * given.inner
     image = carray(i64_at(given.image), given.pairs)[pair] + 4 * t * given.inner
     for k in range(0, given.inner, given.chunk):
         count, at = min(given.chunk, given.inner - k), left.ctypes.data + 4 * k
-        meet(found, at, left.strides[0], targets, image + 4 * k, next_image, order, 0, given.fields, count, False)
+        dot_products(
+            found, at, left.strides[0], targets, image + 4 * k, next_image, order, 0, given.fields, count, False
+        )
         for i in range(targets):
             for f in range(given.fields):
                 few[i, f] += found[i, f]
@@ -330,16 +336,17 @@ def _meet_fields(given, pair, t, targets, left, found, few):
 @njit
 @no_type_check
 def _finish(given, into, t, begin, target, through):
-    """Sums over values and keys → edges: scaled, less the norm's answer, and with what meets at position t itself."""
+    """Sums over values and keys → edges: times the norm's scale, minus the norm's response, plus the direct edges of
+    targets at position t itself, times the activation."""
     firsts = carray(i64_at(given.first), given.positions + 1)
-    met = carray(f32_at(given.met), (given.probes, given.nodes))
+    direct = carray(f32_at(given.direct), (given.probes, given.nodes))
     activation, scale = carray(f32_at(given.activation), given.nodes), carray(f32_at(given.scale), given.positions)[t]
     if given.norms:
-        stream, answer = met[firsts[t + 1] - firsts[t]], -through / np.float32(given.d_model)
+        stream, answer = direct[firsts[t + 1] - firsts[t]], -through / np.float32(given.d_model)
         for j in range(len(into)):
             into[j] += answer * stream[begin + j]
     if target < firsts[t + 1]:
-        here = met[target - firsts[t]]
+        here = direct[target - firsts[t]]
         for j in range(len(into)):
             into[j] = activation[begin + j] * (scale * into[j] + here[begin + j])
     else:
@@ -349,8 +356,8 @@ def _finish(given, into, t, begin, target, through):
 
 @njit
 @no_type_check
-def _meet_heads(given, start, stop, left, found, few):
-    """Blocks of the same targets at the same position."""
+def _fill_blocks(given, start, stop, left, found, few):
+    """Fill the blocks `start` to `stop`, which have the same targets and the same position."""
     blocks, firsts = carray(i64_at(given.block), (given.blocks, 6)), carray(i64_at(given.first), given.positions + 1)
     tables, along = carray(i64_at(given.table), given.pairs), carray(f32_at(given.along), given.targets)
     row, size, sources = carray(i64_at(given.row), given.nodes), 2 if given.narrow else 4, given.sources
@@ -365,13 +372,15 @@ def _meet_heads(given, start, stop, left, found, few):
         count, base = min(given.chunk, given.inner - k), tables[pair] + k * size
         if k == 0:
             _form(given, pair, t, first, targets, left)
-            _meet_fields(given, pair, t, targets, left, found, few)
+            _add_fields(given, pair, t, targets, left, found, few)
         if last and given.norms:
             for i in range(min(targets, firsts[t + 1] - first)):  # targets at t itself
                 few[i, given.fields - 1] += along[first + i]
         for n in range(start, stop):
             begin, end, at = blocks[n, 2], blocks[n, 3], left.ctypes.data + 4 * k
-            meet(found, at, left.strides[0], targets, base, given.next_row, row, begin, end, count, given.narrow)
+            dot_products(
+                found, at, left.strides[0], targets, base, given.next_row, row, begin, end, count, given.narrow
+            )
             for i in range(targets):
                 into = carray(f32_at(given.out + 4 * ((first + i) * sources + begin)), end - begin)
                 for j in range(end - begin):
@@ -391,20 +400,24 @@ def _meet_heads(given, start, stop, left, found, few):
 @cfunc(types.void(types.CPointer(from_dtype(GIVEN_HEADS))), cache=True)
 @no_type_check
 def work_heads(pointer):
-    """`circuits.edges.features.Lying.put` for one thread of several.
+    """What one thread of `circuits.edges.features.EdgesInPlace.put` does.
 
-    What each name of `GIVEN_HEADS` stands for:
+    What each name of `GIVEN_HEADS` means:
 
-        block: position t in the last column; a target's columns there are filled, and zeros above the first target's.
-        first: how many targets stand before each position, and how many there are.
-        seen: what v̄ and k̄ meet of each field, [field target pos]; `along` is added to the last where norms respond.
-        met: the gradients of the targets at a position, then x̂ if norms respond, each with the decoder rows there.
-        table, image: of nodes, and of fields [field pos inner], in value space and in key space.
-        weight, vector: of v̄ and k̄ in factored form; k̄ is turned back with cos, sin, gain, unit and unit_scale.
+        block: its last column is the position t. Edges of its targets from nodes at t are filled in; targets before t
+            get zeros.
+        first: how many targets are before each position; the last entry is the number of targets.
+        seen: products of v̄ and k̄ with the image of each field, [field target pos]; where norms respond, `along` is
+            added to the last field.
+        direct: products with the decoder rows at a position: of the gradients of the targets there, then of x̂ if norms
+            respond.
+        table, image: images of nodes, and of fields [field pos inner], in value space and in key space.
+        weight, vector: v̄ and k̄ in factored form. cos, sin, gain, unit and unit_scale carry k̄ back to before rotation
+            and head norm.
     """
     given = carray(pointer, 1)[0]
     bounds, blocks = carray(i64_at(given.bounds), given.parts + 1), carray(i64_at(given.block), (given.blocks, 6))
-    # rows are a register longer than they need, so that neighbours do not fall into the same sets of the cache
+    # each row is one register longer than needed, so that neighbouring rows do not share the same sets of the cache
     left = _aligned(given.most + LEFT, given.inner + LANES)
     found = _aligned(given.most + LEFT, -(-max(given.widest, given.fields) // LANES) * LANES + LANES)
     few = np.empty((given.most, given.fields), np.float32)
@@ -417,6 +430,6 @@ def work_heads(pointer):
                 stop < bounds[part + 1] and blocks[stop, 0] == blocks[start, 0] and blocks[stop, 5] == blocks[start, 5]
             ):
                 stop += 1
-            _meet_heads(given, start, stop, left, found, few)
+            _fill_blocks(given, start, stop, left, found, few)
             start = stop
         part = take_number(given.taken)

@@ -1,4 +1,4 @@
-"""Encode, decode and gather: the three inner loops, each with a plain twin that says what it means.
+"""Encode, decode and gather: the three inner loops. Each has a plain twin, a short function that defines its result.
 
 TopK is deterministic: by (value descending, index ascending), so that equal pre-activations give the same set on
 every device. bf16 *outputs* would tie at the threshold (about 22 features share the k-th value at the published
@@ -39,9 +39,10 @@ def linear_fp32(
 ) -> Float[Tensor, "*token feature"]:
     """`x @ weight.T + bias` with fp32 accumulation *and* fp32 output, whatever the weights are stored in.
 
-    No copy of a half-precision weight is made. On the CPU its rows are widened in registers where there are few tokens
-    (numba, `rows_in_place`), else some rows at a time in one buffer. On CUDA the products run in the stored precision
-    with fp32 results: x is split into half-precision numbers, so that its rounding is not lost. Gradients flow to x.
+    A half-precision weight is never copied as a whole. On the CPU its rows are widened in registers if there are few
+    tokens (numba, `rows_in_place`), else some rows at a time are cast into one buffer. On CUDA the products run in the
+    stored precision with fp32 results; x is split into a sum of half-precision numbers, so x is not rounded.
+    Gradients flow to x.
     """
     dtype = working_dtype(weight)
     if weight.dtype == dtype:
@@ -89,8 +90,8 @@ def _split_product(x: Float[Tensor, "row inner"], matrix: Float[Tensor, "inner o
 
 
 def _row_scale(x: Float[Tensor, "row inner"]) -> Float[Tensor, "row 1"]:
-    """The power of two that brings a row's largest number to 2^13 to 2^14: fp16 has neither larger ones than 65,504 nor
-    all bits of those below 2^-14."""
+    """The power of two that scales a row's largest number to between 2^13 and 2^14. fp16 has no numbers above 65,504,
+    and numbers below 2^-14 lose bits."""
     exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
     return torch.ldexp(torch.ones_like(x[:, :1]), 14 - exponent)
 
@@ -107,8 +108,9 @@ def split_terms(x: Float[Tensor, "row inner"], dtype: torch.dtype) -> list[Float
 def matmul_fp32(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "*row outer"]:
     """`x @ matrix`, accumulated and returned in the precision of x, which is not rounded.
 
-    A half-precision matrix is not copied: on the CPU some of its stored rows are cast at a time, as columns of the
-    result where it lies transposed, else as parts of the sum; on CUDA x is split, as in `linear_fp32`. No gradient.
+    A half-precision matrix is not copied as a whole. On the CPU some of its stored rows are cast at a time: they give
+    columns of the result if the matrix is stored transposed, else parts of the sum. On CUDA x is split, as in
+    `linear_fp32`. No gradient.
     """
     if matrix.dtype == x.dtype:
         return x @ matrix
@@ -140,7 +142,7 @@ def topk_mask(pre: Float[Tensor, "*token feature"], k: int) -> Bool[Tensor, "*to
 
 
 def topk_mask_static(pre: Float[Tensor, "*token feature"], k: int) -> Bool[Tensor, "*token feature"]:
-    """The same by tensor operations alone, with no shape or branch that depends on data: it can be captured."""
+    """The same by tensor operations only. No shape and no branch depends on data, so a CUDA graph can capture it."""
     tau = pre.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, tied = pre > tau, pre == tau
     room = k - above.sum(-1, keepdim=True)
@@ -153,12 +155,13 @@ def _vectorised(pre: Tensor) -> bool:
 
 
 def largest(pre: Float[Tensor, "*token feature"]) -> float:
-    """The largest entry; NaN if any is. On the CPU by NumPy: one token's takes a tenth of torch's time to dispatch."""
+    """The largest entry; NaN if any entry is. On the CPU NumPy finds it: for one token that takes a tenth of the time
+    that torch needs to dispatch."""
     return float(pre.numpy().max() if _vectorised(pre) else pre.max())
 
 
 def _topk_mask_numpy(pre: Float[np.ndarray, "token feature"], k: int) -> Bool[np.ndarray, "token feature"]:
-    """Quickselect finds the threshold; ties are looked at only where there are any."""
+    """Quickselect finds the threshold; ties are broken only in rows that have some."""
     threshold = pre.shape[1] - k
     tau = np.partition(pre, threshold, axis=-1)[:, threshold, None]
     keep = pre >= tau
@@ -191,7 +194,7 @@ def select_static(pre: Float[Tensor, "*token feature"], k: int | None) -> Sparse
     if k is None:
         return SparseActs(pre.relu(), features)
     keep = topk_mask_static(pre, k)
-    place = (keep.cumsum(-1) - 1).masked_fill(~keep, k)  # whatever is not kept meets in one place behind
+    place = (keep.cumsum(-1) - 1).masked_fill(~keep, k)  # features that are not kept share one extra column at the end
     indices = torch.zeros(*pre.shape[:-1], k + 1, dtype=torch.int64, device=pre.device)
     indices = indices.scatter(-1, place, features)[..., :k]
     return SparseActs(pre.gather(-1, indices).relu(), indices)
@@ -273,7 +276,7 @@ def gather_selected(
 
 
 def count_before(pre: Float[Tensor, "#hit feature"], feature: Int[Tensor, " hit"]) -> Int[Tensor, " hit"]:
-    """How many features of its row stand before each named one in the order of TopK."""
+    """How many features of its row come before each named one in the order of TopK."""
     named = rearrange(feature, "hit -> hit 1")
     own = pre.expand(len(feature), -1).gather(-1, named)
     lower = torch.arange(pre.shape[1], device=pre.device) < named
@@ -283,7 +286,7 @@ def count_before(pre: Float[Tensor, "#hit feature"], feature: Int[Tensor, " hit"
 def _gather_selected_numpy(
     pre: Float[np.ndarray, "token feature"], token: list[int], feature: list[int], k: int
 ) -> Float[np.ndarray, " hit"]:
-    """The same count, pair by pair: ties count in front of the feature, and only there."""
+    """The same count, pair by pair: an equal value counts only if its index is lower."""
     out = np.zeros(len(token), dtype=pre.dtype)
     for hit, (row, i) in enumerate(zip(token, feature, strict=True)):
         own = pre[row, i]

@@ -1,13 +1,13 @@
-"""Products with rows of a table where they lie, on the CPU.
+"""Products with rows of a table, without copying the rows, on the CPU.
 
-At 12 % density the features of one position are an eighth of a dictionary: gathering their rows costs as much as
-multiplying by them, and a product with the whole dictionary is eight times what is asked for. `add_products` forms
+At 12 % density the features of one position are an eighth of a dictionary. Copying their rows costs as much as
+multiplying by them, and a product with the whole dictionary is eight times the necessary work. `add_products` forms
 
     out[i, n] += left_i · table[row_n]
 
-for rectangles of (i, n), reading each row where it lies. It needs the optional package numba (extra `cpu`) and a CPU
-with AVX2 or AVX-512; `usable` tells, and callers have another way. `on_every_thread` runs other code compiled with the
-same tiles (`hooks.kernels._tiles`).
+for rectangles of (i, n) and reads each row in place. It needs the optional package numba (extra `cpu`) and a CPU with
+AVX2 or AVX-512. `usable` says whether both are there; if not, callers compute the same otherwise. `on_every_thread`
+runs other code compiled with the same tiles (`hooks.kernels._tiles`).
 """
 
 import ctypes
@@ -29,14 +29,14 @@ from torch import Tensor
 log = logging.getLogger("hooks")
 
 WORTH_IT = 1 << 28  # multiplications below which compiling, threads and lists of blocks cost more than they save
-MOST = 256  # targets and nodes of a block: its results and what they are made of stay in a core's cache
-PARTS = 16  # of the work for each thread, taken one after the other
-INNER = 1024  # numbers of a row that are met at a time, so that eight rows stay next to the arithmetic
+MOST = 256  # targets and nodes of a block, so that its operands and results stay in a core's cache
+PARTS = 16  # parts of the work per thread; a thread takes the next part when it has done one
+INNER = 1024  # numbers of a row that are multiplied at a time, so that eight rows stay in the fastest cache
 
 
 @cache
 def compiled() -> ModuleType | None:
-    """Code compiled by numba, where that can be used."""
+    """The module with numba's compiled code; None where it cannot be used."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
@@ -74,10 +74,10 @@ def add_products(
     Every number is summed in one order, whatever the number of threads, of targets or of blocks.
 
     Args:
-        out: changed in place; columns behind those of the nodes stay as they are.
+        out: changed in place; columns after those of the nodes stay as they are.
         row: the row of the table that each node is.
         blocks: first target, number of targets, first node, end of the nodes, row on the left of the first target, and
-            a number that neighbouring blocks share if they meet about the same rows of the table. Blocks do not
+            a number that neighbouring blocks share if they use about the same rows of the table. Blocks do not
             overlap; at most `MOST` targets and nodes each (`cut_blocks`).
     """
     tiles = compiled()
@@ -111,7 +111,7 @@ def products(x: Float[Tensor, "row inner"], table: Float[Tensor, "feature inner"
 
 @lru_cache(64)
 def _whole(targets: int, nodes: int) -> Int[Tensor, "block 6"]:
-    """All targets at all nodes, as blocks for `add_products`."""
+    """All targets with all nodes, as blocks for `add_products`."""
     start = torch.arange(0, nodes, MOST)
     zero = torch.zeros_like(start)
     every = torch.stack([zero, zero + targets, start, (start + MOST).clamp(max=nodes), zero, start // MOST], 1)
@@ -121,17 +121,18 @@ def _whole(targets: int, nodes: int) -> Int[Tensor, "block 6"]:
 def on_every_thread(
     work: Any, kind: np.dtype, numbers: Mapping[str, int], arrays: Mapping[str, Tensor], each: Int[Tensor, " block"]
 ) -> None:
-    """Run compiled code on each of torch's threads, which take part after part of some blocks until none is left.
+    """Run compiled code on each of torch's threads. Each takes part after part of some blocks until none is left.
 
-    Threads of our own would share the cores with torch's, which go on spinning for milliseconds after their last work.
+    Threads of our own would compete with torch's threads, which keep spinning for milliseconds after their last work.
 
     Args:
-        work: a function of numba's for the address of one `kind`.
-        numbers, arrays: what that holds, besides "parts", "bounds" (where each part ends) and "taken" (how many are).
-        each: the work of each block; parts are about equal.
+        work: a function compiled by numba; its argument is the address of one record of type `kind`.
+        numbers, arrays: entries of that record; "parts", "bounds" (where each part ends) and "taken" (how many parts
+            are taken) are added here.
+        each: the amount of work of each block; parts get about equal amounts.
 
     Raises:
-        MemoryError: no thread had room for its own part of the results.
+        MemoryError: no thread could allocate memory for its results.
     """
     threads, team = torch.get_num_threads(), _team()
     bounds = _parts(each, PARTS * threads)
@@ -145,12 +146,13 @@ def on_every_thread(
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda _: work.ctypes(given.ctypes.data), range(threads)))
-    if int(held["taken"]) < len(bounds):  # who comes to the end counts once more; compiled code cannot raise
+    # a thread that finds no part left has raised the counter once more; compiled code cannot raise an error itself
+    if int(held["taken"]) < len(bounds):
         raise MemoryError("no thread could allocate the few MB that a block of edges takes")
 
 
 def _parts(each: Int[Tensor, " block"], parts: int) -> Int[Tensor, " bound"]:
-    """Where blocks are divided into parts of about equal work."""
+    """Indices of blocks at which parts of about equal work begin and end."""
     work = each.cumsum(0)
     goals = work[-1] * torch.arange(1, parts) // parts
     ends = torch.tensor([0, len(each)])
@@ -159,7 +161,7 @@ def _parts(each: Int[Tensor, " block"], parts: int) -> Int[Tensor, " bound"]:
 
 @cache
 def _team() -> Callable[..., None] | None:
-    """The entry into the OpenMP runtime that this build of torch runs on; None where there is none."""
+    """The function that starts a parallel region in torch's own OpenMP runtime; None where there is none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.CDLL(str(library)).GOMP_parallel
@@ -168,7 +170,8 @@ def _team() -> Callable[..., None] | None:
 
 
 def cut_blocks(blocks: Int[Tensor, "block 6"]) -> Int[Tensor, "_block 6"]:
-    """Blocks of any size → blocks that `add_products` takes, in the same order: all nodes of some targets together."""
+    """Blocks of any size → blocks that `add_products` accepts, in the same order. All nodes of a group of targets stay
+    next to each other."""
     sizes = -(-blocks[:, 1] // MOST)
     blocks, skip = blocks.repeat_interleave(sizes, 0), MOST * _within(sizes)
     first, count, begin, end, left_row, shared = blocks.T

@@ -1,4 +1,4 @@
-"""TransformerLens, both ways: its hook functions as our edits, our edits as its hooks."""
+"""TransformerLens: its hook functions as our edits, and our edits as its hooks."""
 
 from hooks.lens.bridge import Passes, boot, fwd_hooks
 from hooks.lens.cache import FeatureCache

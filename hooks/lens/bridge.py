@@ -2,10 +2,10 @@
 
 interventions → fwd_hooks → (name, function) pairs → bridge.run_with_hooks, bridge.generate
 
-The bridge wraps a twin of the model that shares every tensor; the model itself stays as it is. A TransformerLens hook
-sees a tensor and nothing of the pass it belongs to. So the twin's decoder notes what every pass is given, and our hooks
-read there where they stand: how many tokens are cached, and where the padding is. TransformerLens 4.3 knows the cache
-by the name that it had before transformers 5.24; until it knows the new one, the twin is given it by both.
+The bridge wraps a twin of the model that shares every tensor; the model itself stays unchanged. A TransformerLens hook
+gets a tensor, but no information about its pass. So the inputs of every pass are recorded at the twin's decoder, and
+our hooks read from them how many tokens are cached and where the padding is. TransformerLens 4.3 uses the name that the
+cache had before transformers 5.24; as long as it does, the twin gets the cache under both names.
 """
 
 import copy
@@ -27,13 +27,13 @@ from hooks.types import Edit, MaskMode, Pass
 
 @dataclass(frozen=True)
 class Incoming:
-    """What one pass of the bridge's model is given.
+    """The inputs of one pass of the bridge's model.
 
     Attributes:
-        ids: None where embeddings are given.
-        first: columns that the cache holds.
+        ids: None if embeddings are given instead.
+        first: columns in the cache.
         count: columns of this pass.
-        mask: over cached and new columns, None where nothing is masked.
+        mask: over cached and new columns; None if no column is masked.
     """
 
     ids: Int[Tensor, "batch column"] | None
@@ -43,10 +43,10 @@ class Incoming:
     mask: Tensor | None
 
     def padding(self, pad_token: int | None) -> tuple[tuple[int, ...], list[int]]:
-        """Columns of padding in front of each row, and real tokens per row.
+        """Columns of padding before each row, and real tokens per row.
 
         Raises:
-            UserError: it cannot be told.
+            UserError: mask and tokens do not say it.
         """
         columns = self.first + self.count
         if self.mask is None:
@@ -78,20 +78,20 @@ class Incoming:
 
 
 class Passes:
-    """Notes what the bridge's model is given, pass by pass."""
+    """Records the inputs of each pass of the bridge's model."""
 
     def __init__(self) -> None:
         self.current: Incoming | None = None
         self._shared: list[nn.Parameter] = []
 
     def watch(self, decoder: Any) -> None:
-        """Look at every call of a transformers decoder from now on."""
+        """Record every call of a transformers decoder from now on."""
         self._shared = list(decoder.norm.parameters())
         decoder.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         self.current = None
-        # compatibility mode folds norms into weights of its own: another mlp_in, and other logits
+        # compatibility mode folds norms into copies of the weights, so mlp_in and the logits differ
         if any(now is not then for now, then in zip(decoder.norm.parameters(), self._shared, strict=True)):
             return
         ids = args[0] if args else given.get("input_ids")
@@ -128,14 +128,14 @@ def boot(host: Host, passes: Passes, name: str) -> Any:
     return bridge
 
 
-LENS_CACHE = "past_key_values"  # what TransformerLens 4.3 calls the cache, in every transformers
+LENS_CACHE = "past_key_values"  # the cache's name in TransformerLens 4.3, whatever the version of transformers
 
 
 def _name_the_cache(twin: nn.Module) -> None:
-    """Give the model the cache by its present name, and the attention of TransformerLens by the name it reads.
+    """Give the cache to the model under its present name, and to the attention of TransformerLens under the old one.
 
-    Without the first, transformers warns at every cached token. Without the second, nothing is ever put into the cache,
-    so that every new token attends to itself alone.
+    Without the first, transformers warns at every cached token. Without the second, nothing is written to the cache, so
+    every new token attends only to itself.
     """
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
@@ -152,15 +152,16 @@ def _name_the_cache(twin: nn.Module) -> None:
 
 
 def _own_tokenizer(host: Host) -> Any:
-    """A tokenizer that TransformerLens may change. It would load one that adds a BOS from where this one came from."""
+    """A copy of the tokenizer that TransformerLens may change. With another one it would load a tokenizer that adds a
+    BOS, from the same source."""
     tokenizer = copy.deepcopy(host.tokenizer)
     tokenizer.init_kwargs |= {"name_or_path": tokenizer.name_or_path, "add_bos_token": True}  # so it is left as it is
     return tokenizer
 
 
 def _read_text_as_it_is(bridge: Any) -> None:
-    """Token ids of a text are those of `Host.tokenize`: TransformerLens adds a BOS where the tokenizer adds none, and
-    removes the EOS that some tokenizers add."""
+    """Make the bridge tokenize text like `Host.tokenize`: TransformerLens would add a BOS where the tokenizer adds
+    none, and remove the EOS that some tokenizers add."""
     bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
     bridge.cfg.tokenizer_appends_eos = False
 
@@ -187,7 +188,7 @@ def fwd_hooks(
         placed = swap and replace(swap, places=_places(host, where, came, pads, lengths, max_new_tokens))
         return make_edits(store, plan, placed), Pass(0, lengths, pads=pads)
 
-    # what exists is checked now; where it stands can only be checked when a prompt is there
+    # layers and features are checked now; positions can only be checked when there is a prompt
     room = [host.max_positions]
     plans = [make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=mask) for item in listed(interventions)]
     tables = {layer: table for plan in plans for layer, table in plan.tables.items()}
@@ -201,7 +202,7 @@ def fwd_hooks(
 def _places(
     host: Host, where: Where, came: Incoming, pads: Sequence[int], lengths: Sequence[int], new_tokens: int
 ) -> Places:
-    """Where sites are replaced in what the bridge was given."""
+    """The tokens at which sites are replaced, in the bridge's input."""
     if where.everywhere:
         return Places()
     if came.ids is None:
@@ -211,9 +212,10 @@ def _places(
 
 
 def _pairs(running: "_Running", number: int, site: Site) -> list[tuple[str, Callable[..., Tensor]]]:
-    """One hook per edit; two where the bridge's hook edits a branch of the stream.
+    """One hook per edit; two where the bridge's hook edits only a copy of the stream.
 
-    There the block adds the MLP's output to the stream it kept, so the change is added once more to what it puts out.
+    There the block adds the MLP's output to its own, unedited stream. So a second hook adds the change to the block's
+    output.
     """
     branch = branches_off(site)
 
@@ -238,7 +240,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 class _Running:
-    """The edits behind one list of hooks: planned when a prompt comes in, kept while its new tokens follow."""
+    """The edits of one list of hooks: planned when a prompt is read, and kept while its new tokens follow."""
 
     def __init__(self, passes: Passes, make: Callable[[Incoming], tuple[list[Edit], Pass]], max_new_tokens: int):
         self._passes, self._make, self._room = passes, make, max_new_tokens
@@ -250,10 +252,10 @@ class _Running:
         self.left: dict[int, Tensor | None] = {}
 
     def edit(self, number: int, act: Tensor) -> Tensor:
-        """Apply one edit where the bridge stands.
+        """Apply one edit at the bridge's present position.
 
         Raises:
-            UserError: that cannot be told, or is no place these hooks were made for.
+            UserError: the position is not known, or these hooks were not made for it.
         """
         if act.ndim == 2:  # remove_batch_dim=True
             return self.edit(number, act[None])[0]
@@ -286,7 +288,7 @@ class _Running:
         self.left.clear()
 
     def _goes_on(self, came: Incoming) -> bool:
-        """Whether a pass without a cache is the last prompt with new tokens behind it."""
+        """Whether a pass without a cache is the last prompt followed by new tokens."""
         prompt = self._prompt
         if prompt is None or prompt.rows != came.rows or not prompt.count < came.count <= prompt.count + self._room:
             return False

@@ -1,4 +1,4 @@
-"""One pass as TransformerLens users know it: a mapping from hook names to what stood there, features included.
+"""One pass as a mapping from TransformerLens hook names to tensors and features.
 
 prompts → recording → cache["blocks.3.hook_transcoder_acts"], cache["resid_pre", 3]
 """
@@ -23,16 +23,16 @@ Key = str | tuple[str, int]
 
 @dataclass(frozen=True)
 class FeatureCache(Mapping[str, SparseActs | Tensor]):
-    """What the plain model did on a batch of prompts. Made by `HookedModel.feature_cache`.
+    """One plain pass over a batch of prompts. Made by `HookedModel.feature_cache`.
 
     | name | what | shape |
     |---|---|---|
     | `blocks.L.hook_transcoder_acts` | features of layer L | `SparseActs`, [batch pos k] |
     | `blocks.L.hook_transcoder_out` | reconstruction of the write site | [batch pos d_model] |
     | `blocks.L.hook_transcoder_error` | write site − reconstruction | [batch pos d_model] |
-    | the TransformerLens name of a site | what stood there | [batch pos d_model] |
+    | the TransformerLens name of a site | the tensor at this site | [batch pos d_model] |
 
-    Sites are those that were asked for, and those that the transcoders read and write. `cache["transcoder_acts", 3]`
+    Sites are the requested ones, and those that the transcoders read and write. `cache["transcoder_acts", 3]`
     and `cache["resid_pre", 3]` are short forms. Prompts are padded on the right; `cache.batch.mask` is True at real
     tokens.
     """
@@ -56,7 +56,7 @@ class FeatureCache(Mapping[str, SparseActs | Tensor]):
                 return record.acts
             if name == _part("transcoder_out", layer):
                 return record.reconstruction
-            if name == _part("transcoder_error", layer):  # formed when it is asked for
+            if name == _part("transcoder_error", layer):  # computed at each use
                 return record.error
         streams = {site.lens_name: x for site, x in self.recording.streams.items()}
         if name in streams:
@@ -84,7 +84,8 @@ class FeatureCache(Mapping[str, SparseActs | Tensor]):
         return tuple(sorted(site.layer for site in self.recording.streams if site.name == part))
 
     def stack(self, part: str) -> SparseActs | Tensor:
-        """One part or site of all layers in `layers(part)`, stacked in front: [layer batch pos …]. A copy.
+        """One part or site of all layers in `layers(part)`, stacked along a new first axis: [layer batch pos …]. A
+        copy.
 
         Raises:
             UserError: no layer has it, or the layers keep different numbers of features.

@@ -16,7 +16,8 @@ from hooks.sites import Site, lens_sites
 from hooks.types import Edit, Pass
 
 LensFunction = Callable[..., Tensor | None]
-"""`fn(activation, hook)`: a new activation, or None where it left it alone or edited it in place."""
+"""`fn(activation, hook)`: returns a new activation; or None, if it changed nothing or edited the activation in
+place."""
 
 LensHook = tuple[str | Callable[[str], bool], LensFunction]
 """A TransformerLens hook name, or a filter of names, and a function."""
@@ -24,14 +25,15 @@ LensHook = tuple[str | Callable[[str], bool], LensFunction]
 
 @dataclass
 class LensPoint:
-    """What a hook function gets as `hook`; a TransformerLens `HookPoint`, as far as functions look at it.
+    """The argument `hook` of a hook function: it has those attributes of a TransformerLens `HookPoint` that functions
+    use.
 
     Attributes:
-        name: as it was asked for.
+        name: the hook's name, as the user wrote it.
         first: column of the first token of this pass: 0, or how many tokens are cached while generating.
         lengths: real tokens of each row's prompt.
-        pads: padding in front of each row; empty where there is none. Padding behind rows is not counted.
-        ctx: whatever functions at this site want to keep, for the length of one call of `run` or `generate`.
+        pads: padding before each row; empty if there is none. Padding after rows is not counted.
+        ctx: a dict in which functions at this site can store values during one call of `run` or `generate`.
     """
 
     name: str
@@ -49,7 +51,7 @@ def lens_edits(hooks: Sequence[LensHook], n_layers: int) -> list[Edit]:
     """TransformerLens hook functions as edits, in the order given.
 
     Raises:
-        UserError: a name is not served, or a filter matches none.
+        UserError: a name is not supported here, or a filter matches none.
     """
     sites = lens_sites(n_layers)
     contexts: dict[Site, dict[Any, Any]] = {}
@@ -81,7 +83,7 @@ def _served(wanted: str | Callable[[str], bool], sites: dict[str, Site]) -> list
 def _lens_edit(site: Site, point: LensPoint, function: LensFunction) -> Edit:
     def apply(x: Tensor, at: Pass) -> Tensor:
         point.first, point.lengths, point.pads = at.first, list(at.prompt_lengths), at.pads
-        given = x.clone()  # functions that edit in place must not reach what others still hold
+        given = x.clone()  # a function may edit in place, and others may still use x
         out = function(given, hook=point)
         out = given if out is None else out
         _check_returned(out, x, point.name)

@@ -1,4 +1,4 @@
-"""One forward pass: record it, swap sites for reconstructions, edit features."""
+"""One forward pass: record it, replace sites by reconstructions, edit features."""
 
 from hooks.passes.plan import (
     NEVER,

@@ -1,9 +1,9 @@
 """Interventions → a checked plan → edits. Everything is verified before the model runs.
 
 Delta form, the default: at the transcoder's write site x' = x + sum_i (new_i − a_i) d_i, so the reconstruction error
-is kept and nothing else moves. Swapped form: the site is replaced by its reconstruction (plus error, by mode) and the
-same deltas are added. Either way the activation a_i is the one TopK gives on the stream *as it arrives*, edits at
-earlier layers included, and the result is cast to the model's precision once.
+stays and nothing else changes. Swapped form: the site is replaced by its reconstruction (plus error, by mode) and the
+same deltas are added. In both forms the activation a_i is TopK's on the stream of the *edited* run, with edits at
+earlier layers in it, and the result is cast to the model's precision once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,9 +55,9 @@ class LayerTable:
         return entry, self.rows[entry] * count + pos
 
     def touched(self, at: Pass, count: int) -> "_Hits | None":
-        """The same with everything an edit needs; None if no token is touched.
+        """The same with all that an edit needs; None if no token is touched.
 
-        While decoding the same entries are touched step after step: what was laid out for them is used again.
+        While decoding, the same entries are touched at every step, so the result is kept and used again.
         """
         if count > 1:
             return _Hits.of(self, *self.hits(at, count))
@@ -105,7 +105,7 @@ def as_interventions(items: Interventions) -> list[FeatureIntervention]:
 
 
 def listed(interventions: Interventions) -> list[Any]:
-    """One intervention, or any sequence of them, as a list; None is none.
+    """One intervention, or any sequence of them, as a list; None gives an empty list.
 
     Raises:
         InterventionError: it is neither.
@@ -169,17 +169,17 @@ def make_plan(
     mask: MaskMode = "frozen",
     pads: Sequence[int] = (),
 ) -> Plan:
-    """Check everything and lay it out as tables.
+    """Check all interventions and write them into tables.
 
     Args:
         per_row: the interventions of each prompt of the batch.
-        new_tokens: how many tokens will be generated behind each prompt.
+        new_tokens: how many tokens will be generated after each prompt.
         mask: see `hooks.types.MaskMode`.
-        pads: padding in front of each row, if there is any; the tables count columns, padding included.
+        pads: length of the padding before each row, if there is any; the tables count columns, padding included.
 
     Raises:
-        AddressError: an address names what does not exist.
-        InterventionError: two interventions meet at the same feature and token.
+        AddressError: an address names a layer, feature or position that does not exist.
+        InterventionError: two interventions act on the same feature and token.
     """
     by_layer: dict[int, list[tuple[int, FeatureIntervention, int, int]]] = {}
     for row, (items, length) in enumerate(zip(per_row, prompt_lengths, strict=True)):
@@ -243,12 +243,12 @@ def _check_overlaps(items: Sequence[FeatureIntervention], length: int) -> None:
 def inactive(
     host: Host, store: TranscoderStore, batch: Batch, interventions: Interventions
 ) -> tuple[FeatureAddress, ...]:
-    """Addresses whose feature the plain model activates at none of the prompt's tokens that they name. One pass.
+    """Addresses whose feature is inactive, in the plain model, at every token of the prompt that they name. One pass.
 
-    An address that names generated tokens only is not judged.
+    An address that names only generated tokens is not returned.
 
     Raises:
-        AddressError: an address names what does not exist.
+        AddressError: an address names a layer, feature or position that does not exist.
     """
     items = as_interventions(interventions)
     length = batch.lengths[0]
@@ -270,7 +270,7 @@ def inactive(
 
 
 def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> list[Edit]:
-    """The edits that carry out a plan, replaced sites included; layers that neither touches get none."""
+    """The edits of a plan and of a swap. Layers that neither of them touches get none."""
     swapped = set(swap.layers) if swap else set()
     edits: list[Edit] = []
     for layer in sorted(swapped | set(plan.tables)):
@@ -281,11 +281,11 @@ def make_edits(store: TranscoderStore, plan: Plan, swap: Swap | None = None) -> 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the read site leaves for the write site."""
+    """Values that the edit at the read site stores for the edit at the write site."""
 
-    acts: SparseActs | None  # of all tokens; only when the site is replaced at some of them
-    replaced: Bool[Tensor, "batch pos"] | None  # at which; None: at all
-    skipped: Float[Tensor, "batch pos d_model"] | None  # likewise; only with a skip connection
+    acts: SparseActs | None  # of all tokens; only if the site is replaced at some of them
+    replaced: Bool[Tensor, "batch pos"] | None  # tokens at which the site is replaced; None: all
+    skipped: Float[Tensor, "batch pos d_model"] | None  # the skip connection's part, if the site is replaced
     tokens: Int[Tensor, " token"]  # flat indices of the tokens with edited features
     delta: Float[Tensor, "token d_model"] | None
 
@@ -293,7 +293,8 @@ class _Seen:
 def _layer_edits(
     store: TranscoderStore, layer: int, table: LayerTable | None, mask: MaskMode, swap: Swap | None
 ) -> list[Edit]:
-    """The transcoder is looked up when a pass reaches it: the store's budget holds, and nothing loads in vain."""
+    """The edits at a layer's read and write site. They look up the transcoder when a pass reaches them, so the store's
+    budget is kept and no layer is loaded that is not used."""
     key = ("transcoder", layer)
 
     def read(x: Tensor, at: Pass) -> Tensor:
@@ -320,7 +321,7 @@ def _layer_edits(
 def _added(
     x: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, " token"], delta: Float[Tensor, "token d_model"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """x with the vectors added at some tokens, rounded once; the other tokens keep their bits."""
+    """x with the vectors added at some tokens, rounded once; the other tokens stay the same, bit for bit."""
     flat, delta = x.flatten(0, 1), delta.to(x.device)
     if len(flat) == len(tokens):
         return (flat.to(delta.dtype) + delta).to(x.dtype).view_as(x)
@@ -357,12 +358,12 @@ _NO_TOKENS = torch.zeros(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class _Hits:
-    """Entries of a table paired with the tokens they touch.
+    """Pairs (entry of a table, token that it touches).
 
     Attributes:
         tokens: flat indices of the touched tokens, ascending.
-        where: which of them each hit is at.
-        in_order: whether hit h is at token h, one each.
+        where: of each hit, the index into `tokens`.
+        in_order: whether hit h is at token h, so that each token has exactly one hit.
     """
 
     tokens: Int[Tensor, " token"]
@@ -383,7 +384,7 @@ class _Hits:
         return cls(tokens, where, features, factor, shift, table.skip_inactive[entry], in_order)
 
     def on(self, device: torch.device) -> "_Hits":
-        """The same where it is needed; moved once."""
+        """The same on another device; the copy is kept."""
         if device not in self._copies:
             columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
             moved: dict[str, Any] = {name: value.to(device) for name, value in columns.items()}
@@ -418,7 +419,7 @@ class _Hits:
     def summed(
         self, vectors: Float[Tensor, "hit d_model"], base: Float[Tensor, "token d_model"] | None
     ) -> Float[Tensor, "token d_model"]:
-        """The hits' vectors added up per token, on top of `base`."""
+        """The sum of the hits' vectors per token, plus `base`."""
         if base is None and self.in_order:
             return vectors
         if base is None:
@@ -427,7 +428,7 @@ class _Hits:
 
 
 def _reselect(transcoder: Transcoder, pre: Float[Tensor, "token feature"], hits: _Hits) -> SparseActs:
-    """TopK again with the ablated features out of the race, so the next in line moves up."""
+    """TopK again without the ablated features, so that the next feature takes the place of each."""
     barred = pre.clone()
     barred[hits.where[hits.ablated], hits.features[hits.ablated]] = -torch.inf
     return transcoder.select(barred)

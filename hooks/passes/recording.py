@@ -1,6 +1,6 @@
 """One pass over prompts → a frozen record of features, errors, residuals and logits.
 
-prompts → host (one hooked pass) → per layer: what the transcoder reads, its features, what it should reconstruct
+prompts → host (one hooked pass) → per layer: the read site, the features, the write site
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ SINK = 10.0  # a token whose stream is this many times the median norm is an att
 
 
 def sink_norm(norms: Float[Tensor, " token"]) -> float:
-    """The norm beyond which a token of this text is an attention sink. The one rule of this project."""
+    """The norm above which a token of this text is an attention sink. All of this project uses this rule."""
     return SINK * float(norms.median())
 
 
 def is_sink(norms: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
-    """Which tokens of a text are attention sinks, by the norms of their streams at one site."""
+    """Which tokens of a text are attention sinks, by the norms of their residual streams at one site."""
     return norms > sink_norm(norms)
 
 
 def sink_tokens(host: Host, batch: Batch) -> Bool[Tensor, "batch pos"]:
-    """Which real tokens are attention sinks anywhere on their way through the plain model. One pass, no logits."""
+    """Which real tokens are attention sinks at any block of the plain model. One pass, no logits."""
     found = torch.zeros_like(batch.mask)
 
     def look(x: Float[Tensor, "batch pos d_model"], at: Pass) -> Float[Tensor, "batch pos d_model"]:
@@ -48,7 +48,8 @@ def sink_tokens(host: Host, batch: Batch) -> Bool[Tensor, "batch pos"]:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One transcoder's view of the pass. Padded positions hold values of padding tokens; mask them (`acts.real`)."""
+    """The pass at one transcoder: read site, features, write site. Values at padding mean nothing: mask them
+    (`acts.real`)."""
 
     layer: int
     read: Float[Tensor, "batch pos d_model"]
@@ -58,18 +59,18 @@ class LayerRecord:
 
     @property
     def error(self) -> Float[Tensor, "batch pos d_model"]:
-        """What the reconstruction leaves: target − reconstruction."""
+        """The reconstruction error: target − reconstruction."""
         return self.target.to(self.reconstruction.dtype) - self.reconstruction
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What the plain model did on a batch of prompts.
+    """The record of one plain pass over a batch of prompts.
 
     Attributes:
-        final: the stream behind the final norm.
-        streams: what stood at further sites that were asked for.
-        shared: what has been worked out from the pass, by name, for as long as somebody holds it.
+        final: the stream after the final norm.
+        streams: the tensors at further sites that were requested.
+        shared: results computed from the pass, by name. An entry is freed when no other object uses it.
     """
 
     batch: Batch
@@ -83,7 +84,7 @@ class Recording:
 
     @cached_property
     def logits(self) -> Float[Tensor, "batch pos vocab"]:
-        """Logits at every position, formed when they are first asked for."""
+        """Logits at every position, computed at the first use."""
         return self.host.unembed(self.final)
 
     def __repr__(self) -> str:
@@ -106,7 +107,7 @@ def record(
     """Run once and encode every recorded layer.
 
     Args:
-        streams: further sites to keep as they are.
+        streams: further sites whose tensors are kept.
 
     Memory: batch × pos × (3 d_model + 2 k) numbers per layer, and d_model per further site.
     """
@@ -118,16 +119,16 @@ def record(
         transcoder = store[layer]
         acts = replace(transcoder.encode(seen[read]), real=batch.mask)
         whole = transcoder.reconstruct(acts, seen[read])
-        home = transcoder.device  # a block's input may arrive from the device of the block before
+        home = transcoder.device  # a block's input may be on the device of the block before
         records[layer] = LayerRecord(layer, seen[read].to(home), acts, seen[write].to(home), whole)
     return Recording(batch, records, final, host, {site: seen[site] for site in streams})
 
 
 def check_same_length(recording: Recording, counterfactual: Recording) -> None:
-    """Features are compared position by position, so both prompts must have as many tokens.
+    """Features are compared position by position, so both prompts must have the same number of tokens.
 
     Raises:
-        PromptError: they have not.
+        PromptError: they have different numbers of tokens.
     """
     own, other = recording.batch, counterfactual.batch
     if own.lengths != other.lengths:

@@ -1,4 +1,4 @@
-"""Reconstructions in place of sites, and how good they are.
+"""Sites replaced by their reconstructions, and how good the reconstructions are.
 
 swapped site = decode(encode(read site)) + error        error: live, frozen (of the clean run), or zero
 """
@@ -24,7 +24,7 @@ def check_modes(error: str, mask: str, *, swapping: bool) -> None:
     """Refuse unknown modes, and an error mode where no site is replaced.
 
     Raises:
-        UserError: naming the known modes.
+        UserError: a mode is not known, or no site is replaced.
     """
     if error not in ERROR_MODES:
         raise UserError(f"unknown error mode {error!r}", expected=", ".join(ERROR_MODES))
@@ -42,8 +42,8 @@ class Places:
     """At which tokens sites are replaced.
 
     Attributes:
-        positions: as those of an address.
-        spared: per row, tokens of the prompt that stay as they are all the same; empty: none.
+        positions: as in an address.
+        spared: per row, tokens of the prompt that are excepted; empty: none.
     """
 
     positions: Positions = field(default_factory=lambda: Positions("all"))
@@ -92,12 +92,12 @@ class Where:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is skipped."""
+        """The kinds of tokens that are skipped."""
         return (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
 
     @property
     def chosen(self) -> Positions:
-        """The positions, read."""
+        """The positions, parsed."""
         return Positions("all") if self.positions is None else Positions.of(self.positions)
 
     @property
@@ -106,10 +106,10 @@ class Where:
         return self.chosen.kind == "all" and not self.kinds
 
     def check(self, *, swapping: bool) -> None:
-        """Refuse to name tokens where no site is replaced.
+        """Refuse named tokens if no site is replaced.
 
         Raises:
-            UserError: they are named.
+            UserError: tokens are named, and no site is replaced.
         """
         if not swapping and (self.positions is not None or self.kinds):
             raise UserError(
@@ -118,7 +118,7 @@ class Where:
             )
 
     def on(self, host: Host, batch: Batch, new_tokens: int = 0) -> Places:
-        """The places in some prompts; to find sinks, the plain model reads them once.
+        """The places in some prompts. To find sinks, the plain model runs once.
 
         Raises:
             AddressError: the positions do not occur.
@@ -147,7 +147,7 @@ EVERYWHERE = Where()
 
 @dataclass(frozen=True)
 class Swap:
-    """Which layers' write sites are replaced, at which tokens, and what becomes of the error.
+    """Which layers' write sites are replaced, at which tokens, and what happens to the reconstruction error.
 
     `clean_errors` holds the clean run's error per layer; only `frozen` needs it.
     """
@@ -165,10 +165,10 @@ class Swap:
         x: Float[Tensor, "batch pos d_model"],
         at: Pass,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The replaced site before any feature is edited; under `live` that is x itself, exactly.
+        """The replaced site before any feature is edited. With `live` this is x itself, exactly.
 
         Args:
-            skipped: what the transcoder's skip connection adds, if it has one.
+            skipped: the skip connection's part of the reconstruction, if there is one.
         """
         if self.error == "live":
             return x
@@ -207,7 +207,7 @@ class SiteQuality:
 
 @dataclass(frozen=True)
 class SwapEffect:
-    """What replacing sites did to the predictions.
+    """The effect of replacing sites on the predictions.
 
     Attributes:
         kl: mean over the measured tokens of KL(clean || swapped), nats.
