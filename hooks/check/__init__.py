@@ -1,4 +1,4 @@
-"""What a set reads and writes, and how good it is: measured over text."""
+"""Measured over text: which sites a set reads and writes, and how good it is."""
 
 from hooks.check.block_by_block import rows_of
 from hooks.check.calibration import Calibration, calibrate

@@ -1,12 +1,12 @@
-"""The avoidable error: how much of what a decoder leaves unexplained a linear refit of it would explain.
+"""The avoidable error: the part of a decoder's reconstruction error that a linear refit of the decoder would remove.
 
-A decoder that was trained on squared error is, on the features and the target it was trained on, the best linear map
-there is: its error is uncorrelated with every feature. On other features, or towards another target, it is not. So of
+A decoder that was trained on squared error is the best linear map for its training features and its training target:
+its error is uncorrelated with every feature. For other features or another target it is not the best one. So among
 candidates that reconstruct about equally well, the one whose decoder cannot be improved is the one it was trained for.
-The error itself is no such test: a target that is easier to hit can have the smaller one.
+The error itself is no such test, because it can be smaller for a target that is easier to reconstruct.
 
-The refit is a ridge regression of the error on the features, fitted on one half of the rows and judged on the other,
-both ways; of `PENALTIES` the best one counts, and where none helps, the decoder is left as it is: nothing is avoidable.
+The refit is a ridge regression of the error on the features. It is fitted on one half of the rows and evaluated on the
+other half, and then the other way round. The best of `PENALTIES` is used; if none helps, the avoidable error is 0.
 """
 
 import torch
@@ -23,10 +23,11 @@ def avoidable_by_row(
     rows: int,
     spread: float,
 ) -> Float[Tensor, " row"]:
-    """What a refit of the decoder takes off |x − x_hat|² in each row, over the spread: the sum is in units of FVU.
+    """How much a refit of the decoder reduces |x − x_hat|² in each row, divided by `spread`: the sum is in units of
+    FVU.
 
     Args:
-        row: which of the `rows` texts a token is in. Every other text is in the same half.
+        row: the index of each token's text, below `rows`. Texts with even and with odd index are the two halves.
         spread: sum |x − mean x|² of the target.
     """
     wide, left, odd = features.double(), error.double(), (row % 2 == 1).to(error.device)
@@ -38,7 +39,7 @@ def avoidable_by_row(
 def _gain(
     features: Float[Tensor, "token feature"], error: Float[Tensor, "token d_model"], held: Bool[Tensor, " token"]
 ) -> Float[Tensor, "penalty token"]:
-    """What the refit on the other tokens takes off |error|² at the held ones, for every penalty; 0 elsewhere."""
+    """How much a refit on the other tokens reduces |error|² at the held-out ones, for every penalty; 0 elsewhere."""
     own_mean, error_mean = features[~held].mean(0), error[~held].mean(0)
     a, e, met = features[~held] - own_mean, error[~held] - error_mean, features[held] - own_mean
     dual = len(a) < a.shape[1]
@@ -54,7 +55,7 @@ def _gain(
 
 
 def separation(mine: Float[Tensor, " row"], other: Float[Tensor, " row"]) -> float:
-    """How many standard errors the other's sum is above mine, compared row by row; positive speaks for mine."""
+    """How many standard errors the sum of `other` is above the sum of `mine`, from differences per row."""
     gap = other - mine
     noise = float(gap.std()) * len(gap) ** 0.5
     return float(gap.sum()) / noise if noise > 0 else 0.0

@@ -1,6 +1,6 @@
-"""Texts through the model block by block: what stands at every site around one layer, for all tokens at once.
+"""Texts are run through the model block by block: the tensors at every site around one layer, for all tokens at once.
 
-texts → rows of tokens → in front of block 0 → block by block; the sites of a few blocks are kept, then dropped
+texts → rows of tokens → stream before block 0 → block by block; the sites of a few blocks are kept, then dropped
 
 Every block runs once over all tokens, so a set of transcoders is measured with each of them loaded once, and memory
 does not grow with the number of blocks.
@@ -28,7 +28,7 @@ Streams = dict[Site, Float[Tensor, "token d_model"]]
 
 @dataclass(frozen=True)
 class TextRows:
-    """Tokens in rows, each a text or a piece of one, padded on the right within a batch."""
+    """Rows of tokens. Each row is a text or a piece of one, padded on the right within its batch."""
 
     batches: tuple[Batch, ...]
 
@@ -39,12 +39,12 @@ class TextRows:
 
     @property
     def row(self) -> Int[Tensor, " token"]:
-        """Which row each token is in."""
+        """The row of each token."""
         lengths = [length for batch in self.batches for length in batch.lengths]
         return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
     def head(self, tokens: int) -> "TextRows":
-        """As many whole rows, spread over all of them, as hold about so many tokens; one at least."""
+        """Whole rows, evenly spaced among all rows, with about so many tokens in total; at least one row."""
         rows = [ids[:length] for batch in self.batches for ids, length in zip(batch.ids, batch.lengths, strict=True)]
         step = max(1, -(-self.n_tokens // tokens))
         return _batched([row.tolist() for row in rows[::step]])
@@ -74,7 +74,7 @@ def rows_of(host: Host, texts: Sequence[Prompt], tokens: int) -> TextRows:
 
 
 def _batched(rows: list[list[int]]) -> TextRows:
-    """Rows of similar length together; which row is where does not matter."""
+    """Batches of rows of similar length; the order of rows is not kept."""
     parts: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         if not parts or (len(parts[-1]) + 1) * len(row) > _TOKENS_AT_ONCE:
@@ -90,9 +90,11 @@ def _batched(rows: list[list[int]]) -> TextRows:
 
 
 def streams_by_layer(host: Host, rows: TextRows, layers: Sequence[int], ahead: int) -> Iterator[tuple[int, Streams]]:
-    """For each of the layers, in order, what stands at every site of blocks `layer` to `layer + ahead`, where they are.
+    """For each of the layers, in order: the tensors at every site of blocks `layer` to `layer + ahead`, as far as there
+    are such blocks.
 
-    `resid_pre L+1` is there as `resid_post L`, the same tensor; only the layer's own `resid_pre` goes by that name.
+    `resid_pre L+1` is stored as `resid_post L`, which is the same tensor; only the layer's own `resid_pre` has that
+    key.
 
     Memory: 6 (ahead + 1) × token × d_model numbers in the model's precision, on its devices.
     """
@@ -127,7 +129,7 @@ def _around(seen: Streams, layer: int) -> Streams:
 def _through(
     host: Host, streams: list[Tensor], masks: list[Tensor], block: int, sites: Sequence[Site]
 ) -> tuple[list[Float[Tensor, "batch pos d_model"]], Streams]:
-    """All rows through one block, and what stood at its sites."""
+    """Run all rows through one block: its outputs, and the tensors at its sites."""
     out: list[Tensor] = []
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for x, mask in zip(streams, masks, strict=True):
@@ -146,11 +148,11 @@ def _real(
 
 
 class _Reached(Exception):  # noqa: N818
-    """Ends a pass that has done its work."""
+    """Ends a pass early, because the rest of it is not needed."""
 
 
 def _before_first_block(host: Host, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
-    """What the model itself puts in front of block 0; nothing behind it is computed."""
+    """The model's own input of block 0; nothing after it is computed."""
     seen: list[Tensor] = []
 
     def stop(x: Tensor, at: Pass) -> Tensor:

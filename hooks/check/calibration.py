@@ -1,10 +1,11 @@
-"""What a set of transcoders reads and writes, and with which encoder: measured, not believed.
+"""Measure which sites a set of transcoders reads and writes, and with which encoder.
 
-texts → every site of the model (one pass) → FVU of every read site × write site × encoder → the candidates that are
-near the best → whose decoder cannot be improved (`hooks.check.avoidable`) → verdict
+texts → every site of the model (one pass) → FVU of every read site × write site × encoder → candidates near the best
+→ the one whose decoder cannot be improved (`hooks.check.avoidable`) → verdict
 
-FVU decides between candidates that are 0.05 or further apart. Nearer ones it cannot tell apart: a target that is easier
-to hit has the smaller error even for a decoder that was trained on another. The avoidable error can.
+FVU decides between candidates whose FVU differs by 0.05 or more. It cannot decide between closer ones: a target that is
+easier to reconstruct has the smaller error even for a decoder that was trained on another target. The avoidable error
+can.
 
 How many features TopK keeps, or whether there is a TopK at all, is not decided here (`hooks.check.selection_rule`).
 """
@@ -34,10 +35,10 @@ from hooks.sites import SiteSpec
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found, and everything it rests on.
+    """The findings, and the measurements they are based on.
 
     Attributes:
-        findings: what is worth keeping.
+        findings: the part that is saved.
         fits: every candidate at every layer.
         ranking: of the first decoder that was measured.
     """
@@ -62,14 +63,14 @@ def calibrate(
     model: str = "in memory",
     progress: bool = False,
 ) -> Calibration:
-    """Measure what a described set reads and writes on a model.
+    """Measure which sites a described set reads and writes on a model.
 
     Args:
-        texts: to measure on; the first `tokens` tokens count.
+        texts: to measure on; the first `tokens` tokens are used.
         layers: measure only these.
         read, write, encoder, decoder: only candidates with these.
-        k: what TopK keeps, if the files do not say.
-        model: its name, for the record.
+        k: how many features TopK keeps, if the files do not say.
+        model: the model's name, stored in the findings.
 
     Memory: the sites of two or three blocks for all tokens, one layer's transcoders, 256 MB of pre-activations.
 
@@ -133,7 +134,7 @@ def _conclude(
     rankings: Sequence[Ranking],
     settled: Settled,
 ) -> dict[str, Any]:
-    """What was measured, in the words of `Findings`."""
+    """The measurements as fields of `Findings`."""
     decisions = [decide(ranking, settled.mean(ranking.layers), rows.n_tokens - sinks) for ranking in rankings]
     first, best = decisions[0], decisions[0].best
     by_layer = {layer: float(part.avoidable.sum()) for layer, part in settled.evidence.get(best, {}).items()}

@@ -1,11 +1,11 @@
 """How well one layer's encoders and decoders fit every pair of sites.
 
-what stands at the sites of a few blocks → each read site encoded once per encoder → each decoder's reconstruction
-compared with every write site
+tensors at the sites of a few blocks → each read site encoded once per encoder → each decoder's reconstruction compared
+with every write site
 
     FVU = sum_t |x_t − x_hat_t|² / sum_t |x_t − mean x|²
 
-over all tokens; over those that are no attention sinks; and with x / rms(x) for x, which is what later blocks read.
+over all tokens; without attention sinks; and with x / rms(x) in place of x, which is what later blocks read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _EPS = 1e-6  # of x / rms(x); any model's
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that a set may be.
+    """One possibility for what a set reads and writes.
 
     Attributes:
         write: None: the block's update, resid_post − resid_pre, which is no site.
@@ -66,14 +66,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Target:
-    """A write site's tokens, and their summed squared distances from their mean, in the three ways."""
+    """A write site's tokens, and their summed squared distances from their mean: over all tokens, without sinks, and
+    normed."""
 
     x: Float[Tensor, "token d_model"]
     spread: Float[Tensor, " way"]
 
 
 def options(encoders: Sequence[str], decoders: int) -> Iterator[Option]:
-    """Every option: a decoder for the n-th target layer may write up to n layers behind the first one."""
+    """Every option. The decoder for the n-th target layer may write up to n layers after the first one."""
     for decoder in range(decoders):
         later = [SiteSpec(name, n) for n in range(1, decoder + 2) for name in SITE_NAMES if name != "resid_pre"]
         for read in map(SiteSpec, SITE_NAMES):
@@ -85,7 +86,7 @@ def options(encoders: Sequence[str], decoders: int) -> Iterator[Option]:
 
 
 def sink_mask(streams: Streams) -> Bool[Tensor, " token"]:
-    """Tokens whose stream is, at some depth of these blocks, more than `SINK` times as long as the median token's."""
+    """Tokens whose stream has, at some depth of these blocks, more than `SINK` times the norm of the median token's."""
     masks = []
     for site, x in streams.items():
         if site.whole_stream:
@@ -118,7 +119,7 @@ def target(x: Float[Tensor, "token d_model"], sinks: Bool[Tensor, " token"]) -> 
 
 
 def _spread(x: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
-    """sum |x − mean x|²; 0 where all that is left of it is rounding."""
+    """sum |x − mean x|²; 0 where it is only rounding error."""
     spread = (x - x.mean(0)).square().sum(dtype=torch.float64)
     return torch.where(spread > CONSTANT * x.square().sum(dtype=torch.float64), spread, 0)
 

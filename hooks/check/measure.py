@@ -1,6 +1,7 @@
-"""The passes of a check over the model: which rule, the grid of all candidates, and what tells the best of them apart.
+"""The passes of a check over the model: one to choose the selection rule, one over the grid of all candidates, and one
+to decide between the best of them.
 
-Each pass walks block by block (`hooks.check.block_by_block`), with one layer's transcoders loaded at a time.
+Each pass runs block by block (`hooks.check.block_by_block`), with one layer's transcoders loaded at a time.
 """
 
 from collections.abc import Sequence
@@ -32,13 +33,13 @@ _UNDECIDED = Convention(SiteSpec("resid_pre"), SiteSpec("resid_pre"), "unknown")
 
 @dataclass(frozen=True)
 class Settled:
-    """Of every contender: per layer, what tells it from the others, and its FVU by k."""
+    """Of every contender, per layer: its evidence, and its FVU by k."""
 
     evidence: dict[Option, dict[int, Evidence]]
     curves: dict[Option, list[tuple[int, Curve]]]
 
     def mean(self, layers: Sequence[int]) -> dict[Option, Evidence]:
-        """Over those of the layers at which it was measured."""
+        """The mean of each contender's evidence over those of the layers at which it was measured."""
         return {
             option: Evidence.mean([part for layer, part in parts.items() if layer in layers])
             for option, parts in self.evidence.items()
@@ -47,7 +48,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Passes:
-    """A set on a model, and how it is gone through."""
+    """The passes of one set over one model."""
 
     host: Host
     checkpoint: Checkpoint
@@ -63,7 +64,11 @@ class Passes:
         k: int | None,
         wanted: tuple[Option, ...],
     ) -> "Passes":
-        """Refuses what can be refused before anything is computed."""
+        """Make one, after all checks that need no computation.
+
+        Raises:
+            CheckpointError: the set and the model do not fit together.
+        """
         for source in checkpoint.layers:
             if source.d_model != host.d_model:
                 raise CheckpointError(
@@ -87,31 +92,31 @@ class Passes:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Those that are measured."""
+        """The layers that are measured."""
         return tuple(source.layer for source in self.checkpoint.layers)
 
     @property
     def decoders(self) -> tuple[int, ...]:
-        """Those that are measured."""
+        """The decoders that are measured."""
         return tuple(sorted({option.decoder for option in self.options}))
 
     @property
     def steps(self) -> int:
-        """Layers that are gone through, over all passes."""
+        """The number of layers that are measured, summed over all passes; for the progress bar."""
         possible = rules(self.checkpoint)
         pilot = len(possible) * len(_spread(self.layers, _PILOT_LAYERS)) + 1 if len(possible) > 1 else 0
         return pilot + len(self.layers) + min(len(self.layers), _SETTLE_LAYERS)
 
     @property
     def ahead(self) -> int:
-        """How many blocks behind a transcoder's own its write site may be."""
+        """How many blocks after a transcoder's own block its write site may be."""
         return max(option.write.offset for option in self.options if option.write)
 
     def with_best_rule(self, rows: TextRows, bar: Any) -> "Passes":
-        """Where the files leave open how features are selected: the rule that leaves least to improve.
+        """If the files do not say how features are selected: the rule under which the decoder can be improved least.
 
-        First the one with the smallest FVU of any candidate; then, for the candidates near the best, the one with the
-        least avoidable error among those near it.
+        First the rule with the smallest FVU of any candidate. Then, for the candidates near the best, the rule with the
+        least avoidable error among the rules near that one.
         """
         possible = rules(self.checkpoint)
         if len(possible) == 1:
@@ -166,7 +171,7 @@ class Passes:
         return {name: [store[layer] for store in parts] for name, parts in stores.items()}
 
     def grid(self, rows: TextRows, layers: Sequence[int], bar: Any) -> tuple[list[Fit], int]:
-        """Every option at every layer; and how many tokens are sinks somewhere."""
+        """The fit of every option at every layer, and how many tokens are sinks at some layer."""
         out: list[Fit] = []
         stores, ever = self.stores(), torch.zeros(rows.n_tokens, dtype=torch.bool)
         for layer, streams in streams_by_layer(self.host, rows, layers, self.ahead):
@@ -182,7 +187,7 @@ class Passes:
         contenders = [option for ranking in rankings for option in ranking.contenders]
         out = Settled({option: {} for option in contenders}, {option: [] for option in contenders})
         ranked = _spread(rankings[0].layers, _SETTLE_LAYERS)
-        others = [layer for layer in self.layers if layer not in rankings[0].layers]  # for the table alone
+        others = [layer for layer in self.layers if layer not in rankings[0].layers]  # only for the table
         for layer, streams in streams_by_layer(self.host, few, (*ranked, *others), self.ahead):
             transcoders = self._load(stores, layer)
             for option in contenders:
@@ -212,13 +217,13 @@ class Passes:
 
 
 def _units(rows: TextRows) -> Int[Tensor, " token"]:
-    """What errors are summed over: rows; with few of them, tokens."""
+    """The unit over which errors are summed: the row of each token; or each token alone, if there are few rows."""
     row = rows.row
     return row if int(row.max()) + 1 >= _LEAST_ROWS else torch.arange(rows.n_tokens)
 
 
 def _part(checkpoint: Checkpoint, layers: Sequence[int] | None, k: int | None) -> Checkpoint:
-    """Some layers, and k if it was given; with all encoders and decoders."""
+    """The set with some layers only, and with k if it was given; with all encoders and decoders."""
     if layers is not None:
         checkpoint = replace(checkpoint, layers=named_layers(checkpoint, layers))
     if k is None:
@@ -227,7 +232,7 @@ def _part(checkpoint: Checkpoint, layers: Sequence[int] | None, k: int | None) -
 
 
 def _spread(layers: Sequence[int], most: int) -> tuple[int, ...]:
-    """At most so many, evenly spaced, the first and the last among them."""
+    """At most so many of the layers, evenly spaced, with the first and the last."""
     if len(layers) <= most:
         return tuple(layers)
     return tuple(layers[round(place * (len(layers) - 1) / (most - 1))] for place in range(most))

@@ -1,8 +1,9 @@
-"""How good a set of transcoders is on a model and a text: what each reconstructs, and what swapping it in costs.
+"""How good a set of transcoders is on a model and a text: how well each one reconstructs, and what swapping it costs.
 
 batches of prompts ─1→ each site's mean and its sinks ─2→ reconstructions, features; swapped and mean-ablated passes
 
-Everything is a sum over tokens in fp64; what is kept does not grow with the text but for one norm per token and layer.
+All results are sums over tokens in fp64. Their memory does not grow with the text, except for one norm per token and
+layer.
 """
 
 import math
@@ -28,9 +29,9 @@ from hooks.types import Edit, Pass
 from hooks.whole import whole, wholes
 
 TOKENS_AT_ONCE = 2048
-FEW = 8  # sites that are swapped together beside one and all
+FEW = 8  # sites that are swapped together, besides one site and all sites
 _LOGITS_AT_ONCE = 1 << 26  # 256 MB of fp32
-_WIDE_AT_ONCE = 1 << 22  # the same in fp64, several at a time
+_WIDE_AT_ONCE = 1 << 22  # the same in fp64, where several such tensors exist at a time
 
 
 def quality(
@@ -41,11 +42,11 @@ def quality(
     tokens_at_once: int = TOKENS_AT_ONCE,
     progress: bool = False,
 ) -> QualityReport:
-    """Measure a set on some prompts, each a text of its own.
+    """Measure a set on some prompts; each is a separate text.
 
     Args:
-        layers: those to measure; all that have a transcoder by default.
-        tokens_at_once: per batch, padding included; a longer prompt is a batch alone.
+        layers: layers to measure; all that have a transcoder by default.
+        tokens_at_once: tokens per batch, padding included; a longer prompt is a batch of its own.
 
     Memory: per batch, tokens × (4 d_model + a layer's features); per layer, one count per feature and a norm per token
     of the text.
@@ -69,7 +70,7 @@ def quality(
 
 
 def _batches(host: Host, prompts: Sequence[Prompt], tokens_at_once: int) -> list[Batch]:
-    """Prompts of similar length together, so that little is padding."""
+    """Batches of prompts of similar length, so that there is little padding."""
     rows = sorted((host.tokenize(prompt) for prompt in prompts), key=len)
     if not rows or len(rows[-1]) < 2:
         raise PromptError("there is no next token to predict", expected="prompts of two tokens or more")
@@ -82,7 +83,7 @@ def _batches(host: Host, prompts: Sequence[Prompt], tokens_at_once: int) -> list
 
 
 def _together(layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Which sites are replaced together, by name."""
+    """Groups of sites that are replaced together, by name."""
     places = [round(i * (len(layers) - 1) / (FEW - 1)) for i in range(FEW)]
     few = {f"{FEW} evenly spaced": tuple(layers[place] for place in places)} if len(layers) > FEW else {}
     return few | {"all": layers}
@@ -94,12 +95,12 @@ def _ticking(batches: Sequence[Batch], bar: Any) -> Iterator[Batch]:
         bar.update()
 
 
-# -- first pass: what the sites look like ------------------------------------------------------------------------------
+# -- first pass: mean and sinks of each site ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """A write site's mean over the text, and the norm beyond which a token is a sink."""
+    """A write site's mean over the text, and the norm above which a token is a sink."""
 
     mean: Float[Tensor, " d_model"]
     sink_norm: float
@@ -140,7 +141,7 @@ def _real_tokens(x: Float[Tensor, "batch pos d_model"], real: Bool[Tensor, " tok
 
 @dataclass(frozen=True)
 class _Scores:
-    """Sums over tokens: cross-entropy, KL, and how many most likely tokens are the same."""
+    """Sums over tokens: cross-entropy, KL, and the number of tokens whose most likely next token is unchanged."""
 
     ce: float
     kl: float
@@ -152,7 +153,7 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Found:
-    """Sums of some batches; the scores by the layers that are replaced, none of them for the plain model."""
+    """Sums over some batches. Scores are by the tuple of replaced layers; the empty tuple is the plain model."""
 
     sites: dict[int, SiteSums]
     swapped: dict[tuple[int, ...], _Scores]
@@ -172,7 +173,7 @@ def _measure(
 ) -> _Found:
     host, sites, real = model.host, dict[int, SiteSums](), batch.mask.flatten()
     following = torch.cat([batch.ids[:, 1:], batch.ids[:, :1]], dim=1)
-    following[torch.arange(len(batch.lengths)), batch.last] = -1  # nothing known follows the last token
+    following[torch.arange(len(batch.lengths)), batch.last] = -1  # the last token has no known next token
     following = following.flatten()[real]
 
     def hidden(edits: Sequence[Edit]) -> Float[Tensor, "token d_model"]:
@@ -193,7 +194,7 @@ def _measure(
 def _looking(
     model: HookedModel, layer: int, scale: _Scale, real: Bool[Tensor, " token"], found: dict[int, SiteSums]
 ) -> list[Edit]:
-    """Edits that change nothing: the layer is encoded and summed while the pass is at its write site."""
+    """Edits that change nothing: they encode the layer and add up its sums when the pass reaches its write site."""
     eps = float(getattr(model.host.model.config, "rms_norm_eps", 1e-6))
 
     def read(x: Tensor, at: Pass) -> Tensor:
@@ -219,7 +220,7 @@ def _scores(
     other: Float[Tensor, "token d_model"],
     following: Int[Tensor, " token"],
 ) -> _Scores:
-    """Sums over tokens, from the streams behind the final norm; few logits exist at a time."""
+    """Sums over tokens, from the streams after the final norm; logits are computed for a few tokens at a time."""
     total = _Scores(0.0, 0.0, 0)
     rows, wide = (max(1, size // host.d_vocab) for size in (_LOGITS_AT_ONCE, _WIDE_AT_ONCE))
     for parts in zip(clean.split(rows), other.split(rows), following.split(rows), strict=True):

@@ -1,4 +1,4 @@
-"""What `quality_figures` found out about a set of transcoders, per layer and per group of replaced sites."""
+"""The results of `quality_figures` for a set of transcoders, per layer and per group of replaced sites."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,19 +12,19 @@ from hooks.errors import OutputError
 from hooks.files import replacing, write_json
 
 _SUMMED = ("dead", "always_on", "features")
-_NOTHING_LOST = 1e-6  # nats; an ablation that costs less is no yardstick
+_NOTHING_LOST = 1e-6  # nats; an ablation that costs less gives no score
 
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """How one transcoder reconstructs its write site.
+    """How well one transcoder reconstructs its write site.
 
     Attributes:
-        fvu, fvu_calm, fvu_normed: over all tokens, without sinks, in norm space; None without variance.
+        fvu, fvu_calm, fvu_normed: over all tokens; without sinks; of x / rms(x). None without variance.
         cosine, norm_ratio: means over tokens of cos(x, x̂) and of |x̂| / |x|.
         l0: mean number of active features per token.
-        dead, always_on: features active at none, at each, of the tokens of this text.
-        loss: mean squared error per entry; `stored_loss` is the `final_rec_loss` of the files, None if they have none.
+        dead, always_on: number of features that are active at no token, and at every token, of this text.
+        loss: mean squared error per entry. `stored_loss` is `final_rec_loss` in the files; None if they have none.
         sinks: how many tokens have more than `hooks.passes.recording.SINK` times the site's median norm.
     """
 
@@ -45,7 +45,7 @@ class LayerQuality:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a replacement does to predictions.
+    """The model's predictions under a replacement.
 
     Attributes:
         ce: mean cross-entropy of the next token, nats per token, over the tokens that have one.
@@ -60,7 +60,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Some sites replaced together: by reconstructions without the error, and by each site's mean over the text."""
+    """Results of replacing some sites together: by their reconstructions without the error (`swapped`), and by their
+    means over the text (`ablated`)."""
 
     layers: tuple[int, ...]
     swapped: Prediction
@@ -69,13 +70,13 @@ class Replacement:
 
     @property
     def delta_ce(self) -> float:
-        """What swapping costs, nats per token."""
+        """The cost of swapping, in nats per token."""
         return self.swapped.ce - self.clean_ce
 
     @property
     def ce_score(self) -> float | None:
-        """(CE_ablated − CE_swapped) / (CE_ablated − CE_clean): 1 is the plain model, 0 the mean. None where ablation
-        costs nothing."""
+        """(CE_ablated − CE_swapped) / (CE_ablated − CE_clean): 1 is as good as the plain model, 0 as bad as the mean.
+        None where ablation costs nothing."""
         lost = self.ablated.ce - self.clean_ce
         return (self.ablated.ce - self.swapped.ce) / lost if lost > _NOTHING_LOST else None
 
@@ -88,12 +89,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class QualityReport:
-    """Every layer's reconstruction, and what replacing one, eight and all sites does.
+    """Every layer's reconstruction, and the effect of replacing one, eight and all sites.
 
     Attributes:
-        tokens, predicted: tokens of the text, and how many of them have a next one.
-        clean_ce: of the plain model.
-        one: per layer, that site alone replaced.
+        tokens, predicted: number of tokens of the text, and of those that have a next token.
+        clean_ce: cross-entropy of the plain model.
+        one: per layer, the result of replacing only that site.
         together: several sites at once, by name: `8 evenly spaced` where there are more, and `all`.
     """
 
@@ -110,8 +111,8 @@ class QualityReport:
     def table(self) -> pd.DataFrame:
         """One row per layer, then one per group of layers swapped together.
 
-        A group's dead, always-on and all features are sums over its layers, its other site columns means; what
-        happens to predictions is measured.
+        For a group, the numbers of dead, always-on and all features are sums over its layers, and its other columns
+        about sites are means. Its columns about predictions are measured.
         """
         sites = pd.DataFrame([asdict(layer) for layer in self.layers])
         rows = [
@@ -124,7 +125,7 @@ class QualityReport:
         return pd.DataFrame(rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The whole report as plain values, for JSON."""
         facts = ("model", "transcoders", "tokens", "predicted", "clean_ce")
         return {
             **{name: getattr(self, name) for name in facts},
@@ -136,7 +137,7 @@ class QualityReport:
         """Write whole or not at all: JSON of everything, or the table as CSV or parquet, by the suffix.
 
         Raises:
-            OutputError: another suffix, the place cannot be written to, or pyarrow is not installed.
+            OutputError: the suffix is another one, the file cannot be written, or pyarrow is not installed.
         """
         path = Path(path)
         check_report_suffix(path)

@@ -1,8 +1,8 @@
-"""How a set selects features: what its files say, what they leave open, and the FVU by k beside it.
+"""How a set selects features: from its files, from its L0, and the FVU for several k.
 
-An FVU never decides k: at a high density it keeps falling past the k of training. What can be compared with the files
-is the number of active features: a set whose metadata states an L0 was not trained with plain ReLU if ReLU makes
-several times as many features active.
+The FVU does not decide k: at a high density it still falls beyond the k of training. But the number of active features
+can be compared with the files: if the metadata state an L0, and plain ReLU makes several times as many features active,
+the set was not trained with plain ReLU.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from hooks.checkpoints import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
 from hooks.transcoder import Transcoder
 
-_SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.25)  # tried where the files say nothing of k
-_DENSEST = 0.25  # where the search for a share starts if ReLU fits best so far
+_SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.25)  # shares of the dictionary that are tried if the files state no k
+_DENSEST = 0.25  # the share at which the search starts if ReLU fits best so far
 _MULTIPLES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of k, in the curve
 _UNSAID = "the files do not say it; measured with the rule under which the decoder leaves least to improve"
 _ALIKE, _UNLIKE = 2.0, 4.0  # a measured L0 within, and beyond, this factor of the stated one
@@ -49,14 +49,14 @@ class Rule:
         return replace(transcoder, k=None if self.share is None else _k(self.share, transcoder.d_features))
 
     def words(self, source: LayerSource) -> str:
-        """What it means at a layer."""
+        """The rule in words, for one layer."""
         own = self.apply(source)
         size = own.k or own.groups
         return own.activation if size is None else f"{own.activation}, {size}"
 
 
 def rules(checkpoint: Checkpoint) -> list[Rule]:
-    """The rules that are possible by what the files say. The sites are measured with the one that fits best."""
+    """The rules that the files leave possible. The sites are measured with the one that fits best."""
     source = checkpoint.layers[0]
     if source.activation in ("jumprelu", "groupmax") or source.k_source not in ("metadata", "assumed", "unknown"):
         return [Rule()]
@@ -69,19 +69,19 @@ def rules(checkpoint: Checkpoint) -> list[Rule]:
 
 
 def _far_below(source: LayerSource, stated: float) -> bool:
-    """Whether far fewer features are active than TopK keeps: ReLU behind it hardly cuts so many."""
+    """Whether the stated L0 is far below k. The ReLU after TopK hardly removes so many features."""
     return source.k is not None and stated * source.d_features * _ALIKE < source.k
 
 
 def finer(rule: Rule) -> list[Rule]:
-    """Shares around a rule's own, in steps of a fifth, and ReLU."""
+    """Rules with shares around this rule's own, in steps of a fifth, and ReLU."""
     share = _DENSEST if rule.share is None else rule.share
     steps = [share * 1.2**step for step in range(-5, 6)]
     return [*(Rule("topk", step) for step in steps if step < 1), Rule("relu")]
 
 
 def stated_share(checkpoint: Checkpoint) -> float | None:
-    """The share of active features that the training metadata state, `final_l0_pct`, over the layers."""
+    """The share of active features in the training metadata, `final_l0_pct`, over the layers."""
     stated = [source.metadata.get("final_l0_pct") for source in checkpoint.layers]
     numbers = [float(pct) for pct in stated if isinstance(pct, int | float) and not isinstance(pct, bool)]
     return mean(numbers) / 100 if numbers else None
@@ -125,8 +125,9 @@ def fit_by_rule(
 ) -> list[tuple[float, float]]:
     """FVU without sinks and avoidable error under several rules.
 
-    The decoder of a trained set is the best one for the features that it was trained with: under another rule it could
-    be improved. So the rule to measure with is the one that leaves least to improve. It does not become a finding.
+    A trained decoder is the best one for the features it was trained with; with the features of another rule it could
+    be improved. So the sites are measured with the rule under which the decoder can be improved least. That rule is
+    not a finding.
     """
     pre, out = transcoder.preactivations(x), []
     calm, spread, rows = ~sinks.to(pre.device), float(aim.spread[1]), int(row.max()) + 1
@@ -141,12 +142,12 @@ def fit_by_rule(
 
 
 def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Curve]], good: bool) -> Selection:
-    """What is known about the selection rule.
+    """The finding about the selection rule.
 
     Args:
-        rule: that the sites were measured with.
-        curves: per layer, its dictionary's size and its curve at the set's best candidate.
-        good: whether that candidate explains anything; if not, no L0 measured there means anything.
+        rule: the rule with which the sites were measured.
+        curves: per layer, the size of its dictionary and its curve at the set's best candidate.
+        good: whether that candidate fits; if not, an L0 measured there means nothing.
     """
     source, stated = checkpoint.layers[0], stated_share(checkpoint)
     by_relu = [l0 / size for size, curve in curves for k, _, l0 in curve if k is None]
@@ -168,7 +169,7 @@ def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Cu
 
 
 def _by_l0(source: LayerSource, stated: float, by_relu: float) -> dict[str, object]:
-    """What the stated L0 says, beside that of plain ReLU."""
+    """The conclusion from comparing the stated L0 with the L0 of plain ReLU."""
     said = f"the metadata state an L0 of {stated:.1%}; plain ReLU makes {by_relu:.1%} active"
     factor = by_relu / stated
     if source.activation == "topk" and factor >= _ALIKE and not _far_below(source, stated):
@@ -182,7 +183,7 @@ def _by_l0(source: LayerSource, stated: float, by_relu: float) -> dict[str, obje
 
 
 def _medians(curves: Sequence[tuple[int, Curve]]) -> tuple[CurvePoint, ...]:
-    """Layer by layer the same multiples of k, so place by place."""
+    """The median over layers of each point. Every layer's curve has the same multiples of k."""
     whole = [curve for _, curve in curves if curve and len(curve) == len(curves[0][1])]
     return tuple(
         CurvePoint(k=parts[0][0], fvu=median(part[1] for part in parts), l0=mean(part[2] for part in parts))

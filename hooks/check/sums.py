@@ -1,9 +1,9 @@
-"""How well a site is reconstructed, as sums over tokens: any number of batches add up to what one pass would give.
+"""How well a site is reconstructed, as sums over tokens, so that the sums of several batches can be added.
 
     FVU = sum_t |x_t − x̂_t|² / sum_t |x_t − mean x|²
 
-three ways: over all tokens; without attention sinks, whose norm would be all the variance there is; and with x/rms(x)
-and x̂/rms(x̂) in place of x and x̂, which is what a later block's norm makes of them. All sums are fp64.
+is computed over all tokens; without attention sinks, whose norm would dominate the variance; and with x/rms(x) and
+x̂/rms(x̂) in place of x and x̂, as a later block's norm computes them. All sums are fp64.
 """
 
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ CONSTANT = 1e-9  # a spread below this share of the summed squares is their roun
 
 @dataclass(frozen=True)
 class Spread:
-    """Sums that an FVU is made of; x may be counted from any origin, the same in all parts."""
+    """The sums for an FVU. x may be measured from any origin, if all batches use the same one."""
 
     count: int
     total: Float[Tensor, " d_model"]
@@ -35,7 +35,7 @@ class Spread:
         error: Float[Tensor, "token d_model"],
         origin: Float[Tensor, " d_model"] | None = None,
     ) -> "Spread":
-        """The sums of some tokens. An origin near the mean keeps digits."""
+        """The sums of some tokens. An origin near the mean loses fewer digits."""
         shifted = x.double() if origin is None else x.double() - origin
         total = reduce(shifted, "token d_model -> d_model", "sum")
         return cls(len(x), total, float(shifted.square().sum()), float(error.double().square().sum()))
@@ -45,7 +45,7 @@ class Spread:
 
     @property
     def fvu(self) -> float | None:
-        """The fraction of variance unexplained; None where the tokens are all alike and there is no variance."""
+        """The fraction of variance unexplained; None where there is no variance, because all tokens are equal."""
         if not self.count:
             return None
         spread = self.square - float(self.total.square().sum()) / self.count
@@ -54,13 +54,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class SiteSums:
-    """What is summed at one site.
+    """The sums of one site.
 
     Attributes:
-        all, calm, normed: for the FVU over all tokens, without sinks, in norm space.
+        all, calm, normed: for the FVU over all tokens, without sinks, and of x / rms(x).
         cosine: of cos(x, x̂).
         ratio: of |x̂| / |x| over the `sized` tokens, whose x is not 0.
-        fired: at how many tokens each feature was active.
+        fired: of each feature, the number of tokens at which it was active.
     """
 
     all: Spread
@@ -86,7 +86,7 @@ def site_sums(
     """The sums of some tokens, encoded and reconstructed here.
 
     Args:
-        mean: of the site, about; only digits depend on it.
+        mean: about the site's mean; only rounding depends on it.
         sink_norm: tokens of a larger |target| are sinks.
         eps: of the model's norms.
     """

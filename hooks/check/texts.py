@@ -1,4 +1,4 @@
-"""Texts to measure on: a file's, or what is built in."""
+"""Texts to measure on: from a file, or built in."""
 
 import errno
 import json
@@ -21,14 +21,14 @@ KEY = "text"
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts to measure on, and what to call them."""
+    """Texts to measure on, and a name for them."""
 
     name: str
     texts: tuple[Prompt, ...]
 
     @classmethod
     def built_in(cls, demo: bool) -> "Texts":
-        """For the embedded model fresh sentences of its own world; for any other passages in the public domain."""
+        """For the embedded model, new sentences of its own world; for other models, passages in the public domain."""
         if not demo:
             return cls("built-in passages", paragraphs(_SAMPLE.read_text(encoding="utf-8")))
         source = SentenceSource(0, Random("calibration"))

@@ -1,4 +1,4 @@
-"""From fits at many layers to one answer: the candidates in order, and whether the first may be built on."""
+"""Fits at many layers → one answer: the candidates in order, and whether the first one may be used."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,24 @@ from hooks.check.fits import Fit, Option
 from hooks.checkpoints import Candidate, LayerFinding, Verdict
 from hooks.formats import Checkpoint
 
-CLOSE = 0.05  # FVU: candidates nearer to the best one are told apart by their avoidable error
-GOOD = 0.5  # FVU: more is left than explained. The right model's sets stay far below, another model's come near 1
+CLOSE = 0.05  # FVU: between candidates closer than this to the best one, the avoidable error decides
+GOOD = 0.5  # FVU above which a candidate does not fit. Sets on their own model are far below, on another one near 1
 APART = 3.0  # standard errors between two avoidable errors
-AGREES = 1.5  # standard errors from which on the avoidable error speaks for a candidate at all
-_LOSS_RATIO = 3.0  # measured over stated: other texts account for less
-_AVOIDABLE_SHARE = 1 / 3  # of the error: sets on their own model have a tenth or less
+AGREES = 1.5  # standard errors above which a difference of avoidable errors counts as evidence
+_LOSS_RATIO = 3.0  # measured loss / stated loss; a change of text explains smaller ratios
+_AVOIDABLE_SHARE = 1 / 3  # of the error; sets on their own model have a tenth or less
 _FEW, _TOO_FEW = 1000, 256  # tokens
 _MOST_CONTENDERS = 8
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates by their FVU without sinks, the median over `layers`: those that have all of the candidates.
+    """Candidates with their FVU without sinks, as the median over `layers`: the layers that have all candidates.
 
     Attributes:
         scores: ascending.
-        update: the same for the block's update as the target, which is no site, with the best encoder and read site.
+        update: the same median with the block's update as the target, for the best encoder and read site. The update is
+            no site.
     """
 
     scores: Mapping[Option, float]
@@ -39,12 +40,12 @@ class Ranking:
 
     @property
     def contenders(self) -> list[Option]:
-        """The best one, and those too close to it for the FVU to decide; where none is good, the best one."""
+        """The best candidate, and those so close to it that the FVU cannot decide. If none is good, only the best."""
         return self._near[:_MOST_CONTENDERS]
 
     @property
     def crowded(self) -> bool:
-        """Whether more are that close than are looked at."""
+        """Whether more candidates are that close than are compared."""
         return len(self._near) > _MOST_CONTENDERS
 
     @property
@@ -63,7 +64,7 @@ def rank(fits: Sequence[Fit]) -> Ranking | None:
             at[fit.layer][fit.option] = fit.calm
     if not at:
         return None
-    most = max(map(len, at.values()))  # blocks near the last one lack the sites of later blocks
+    most = max(map(len, at.values()))  # layers near the last block lack the sites of later blocks
     layers = tuple(sorted(layer for layer, found in at.items() if len(found) == most))
     common = set.intersection(*(set(at[layer]) for layer in layers))
     scores = {option: median(at[layer][option] for layer in layers) for option in common}
@@ -75,22 +76,24 @@ def rank(fits: Sequence[Fit]) -> Ranking | None:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of one contender, by row of the text and in units of FVU, the mean over layers: the sums are its figures."""
+    """Errors of one contender per row of the text, in units of FVU, as the mean over layers. The sum over the rows of
+    `error` is its FVU; the sum over the rows of `avoidable` is its avoidable error."""
 
     error: Float[Tensor, " row"]
     avoidable: Float[Tensor, " row"]
 
     @classmethod
     def mean(cls, parts: Sequence["Evidence"]) -> "Evidence":
-        """Over layers."""
+        """The mean over layers."""
         return cls(*(torch.stack([getattr(part, name) for part in parts]).mean(0) for name in ("error", "avoidable")))
 
     def against(self, other: "Evidence", *, same_target: bool) -> float:
-        """How many standard errors this one is ahead of another.
+        """How many standard errors this one is better than another.
 
-        The avoidable error counts. The error itself, which the same rows tell more precisely, counts too where both aim
-        at the same target, unless the avoidable error speaks against it; towards different targets, one of which may
-        be easier to hit, only where the avoidable error speaks for it (`AGREES`).
+        The avoidable error is compared first. The error itself is measured more precisely by the same rows. If both
+        have the same target, it is used too, unless the avoidable error contradicts it. If they have different
+        targets, one may be easier to reconstruct, so the error is used only where the avoidable error agrees with it
+        (`AGREES`).
         """
         avoidable = separation(self.avoidable, other.avoidable)
         agrees = avoidable >= (0 if same_target else AGREES)
@@ -99,7 +102,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """The candidates in order, the winner first, and what may be built on it."""
+    """The candidates in order, the winner first, and the verdict."""
 
     best: Option
     verdict: Verdict
@@ -108,14 +111,14 @@ class Decision:
 
 
 def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], tokens: int, shown: int = 6) -> Decision:
-    """The winner: of the contenders the one with the least avoidable error; among equals the one with the least FVU.
+    """Choose the winner: the contender with the least avoidable error; among equals, the one with the least FVU.
 
-    It is clear if it explains more than half of the variance, is `APART` standard errors ahead of all other
-    contenders, none was left out, and there were tokens enough to tell.
+    The verdict is clear if the winner explains more than half of the variance, is `APART` standard errors better than
+    all other contenders, no contender was left out, and there were enough tokens.
 
     Args:
         evidence: of each contender.
-        tokens: that were measured, without sinks.
+        tokens: how many were measured, without sinks.
         shown: how many candidates are listed.
     """
     order = sorted(ranking.contenders, key=lambda option: float(evidence[option].avoidable.sum()))
@@ -208,7 +211,7 @@ def doubts(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding])
 def remarks(
     decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding], checkpoint: Checkpoint, tokens: int
 ) -> tuple[str, ...]:
-    """What else has to be known before the findings are used."""
+    """Further remarks for the user of the findings."""
     out, best = [], decision.candidates[0]
     good = decision.verdict != "none is good"
     stored = (checkpoint.read or decision.best.read, checkpoint.write or decision.best.write)

@@ -1,7 +1,7 @@
-"""What a model and its transcoders will take in memory, from their sizes alone, and which way of running them fits.
+"""How much memory a model and its transcoders will take, from their sizes alone, and which mode of running them fits.
 
-sizes (`ModelShape`, `SetShape`) + what is to be run (`Ask`) → the steps of every task (`work`) → ways to place the
-weights, and where they fit (`plan`). Nothing is loaded. docs/memory.md derives every formula.
+sizes (`ModelShape`, `SetShape`) + the request (`Ask`) → the steps of every task (`work`) → modes of placing the
+weights, and where they fit (`plan`). No weights are loaded. docs/memory.md derives every formula.
 """
 
 from hooks.memory._modes import MARGIN, Mode, Plan, gb, gib, plan

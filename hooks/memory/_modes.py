@@ -1,4 +1,4 @@
-"""Ways to place a model and its transcoders, and which of them fit a device."""
+"""Modes of placing a model and its transcoders, and which of them fit a device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,25 +7,26 @@ from functools import cached_property
 from hooks.memory._shapes import ModelShape
 from hooks.memory._work import Ask, Task, Work, tasks, work
 
-MARGIN = 1.15  # on what running takes: estimates are held to 15 % of what is measured
+MARGIN = 1.15  # factor on the memory of running; tests keep estimates within 15 % of measurements
 BUDGET_LAYERS = 2  # a target's transcoder and its sources'
-SWEEP_AT_LEAST = 512  # tokens of a sweep's batch that are worth the while; it takes what fits
+SWEEP_AT_LEAST = 512  # tokens of the smallest useful batch of a sweep; a sweep uses what fits
 MOST_CARDS = 16
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run, on one device (or several alike).
+    """One mode of running, on one device (or several equal ones).
 
     Attributes:
-        how: what to type, or what to load.
+        how: what to type, or which checkpoint to load.
         model: bytes of the model on the device.
-        coders: of transcoders, resident at once.
-        host: bytes that host memory must hold for as long as it runs.
-        passing: needed for a moment beside all else: a matrix as it is dequantised, a block as it arrives.
-        tasks: what can be done at all.
+        coders: bytes of the transcoders that are loaded at once.
+        host: bytes of host memory during the whole run.
+        passing: bytes needed for a moment beside everything else: a matrix while it is dequantised, a block while it is
+            copied to the device.
+        tasks: the tasks that are possible.
         by_autograd: whether edges need the rule `autograd`.
-        spread: over several devices, as many as it takes.
+        spread: whether it uses several devices, as many as needed.
     """
 
     name: str
@@ -41,14 +42,14 @@ class Mode:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request takes, and where it fits. See `plan`."""
+    """How much memory a request takes, and in which modes. See `plan`."""
 
     ask: Ask
     modes: tuple[Mode, ...]
 
     @cached_property
     def works(self) -> Mapping[Task, Work]:
-        """The steps of every task, with the blocks' weights at hand."""
+        """The steps of every task, in modes where the edge algebra can read the blocks' weights."""
         return {task: work(self.ask, task) for task in tasks()}
 
     @cached_property
@@ -60,7 +61,7 @@ class Plan:
         return self._by_autograd if task == "trace" and mode.by_autograd else self.works[task]
 
     def nbytes(self, mode: Mode, task: Task) -> int:
-        """The most a single device holds at once, without margin."""
+        """The largest memory in use on a single device, without margin."""
         return mode.model + mode.coders + mode.passing + self.running(mode, task).peak
 
     def fits(self, mode: Mode, task: Task, capacity: int) -> bool:
@@ -88,9 +89,9 @@ class Plan:
         return next((mode for mode in self.modes if not mode.spread and self.fits(mode, task, capacity)), None)
 
     def cards(self, task: Task, capacity: int) -> int | None:
-        """How many devices of so many bytes hold everything, block after block, each transcoder beside its block.
+        """How many devices of so many bytes hold everything: block after block, each transcoder with its block.
 
-        What stays is spread with the blocks; what passes is needed on every one.
+        Lasting tensors are spread with the blocks; temporary ones are needed on every device.
         """
         running = self._short_sweep if task == "sweep" else self.works[task]
         m, item = self.ask.model, self.ask.item
@@ -107,8 +108,8 @@ class Plan:
         return None
 
     def budget(self, mode: Mode, task: Task, capacity: int) -> int:
-        """Bytes that the store may keep in a mode with a budget: what is left, in whole layers, and one less, since
-        whoever works with a layer may still hold it while the next one is read."""
+        """The store's byte budget in a mode with a budget: the rest of the memory, in whole layers, minus one layer,
+        since a layer may still be in use while the next one is read."""
         rest = capacity - mode.model - mode.passing - self._with_margin(mode, task)
         layer = self.ask.coders.layer_bytes
         return layer * max(BUDGET_LAYERS, min(self.ask.coders.layers, rest // layer - 1))
@@ -153,8 +154,8 @@ def plan(ask: Ask) -> Plan:
 
 
 def _offloaded(m: ModelShape, item: int, few: int) -> Mode:
-    """Blocks in host memory, each brought to the device when its turn comes. Edges need every block's weights, and so
-    does a gradient: no `trace`."""
+    """Blocks are in host memory, and each is copied to the device when it runs. `trace` is not possible, since edges
+    and gradients need every block's weights."""
     block = m.block_bytes(item, m.bits)
     return Mode(
         "blocks in host memory",
@@ -173,6 +174,6 @@ def gb(size: int) -> str:
 
 
 def gib(size: int, *, down: bool = False) -> str:
-    """Bytes in the units of --budget-gb (2^30), to two places, up unless told otherwise."""
+    """Bytes in the units of --budget-gb (2^30), to two decimals; rounded up, or down with `down`."""
     hundredths = size * 100 // (1 << 30) if down else -(-size * 100 // (1 << 30))
     return f"{hundredths / 100:g}"

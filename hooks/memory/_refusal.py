@@ -1,4 +1,4 @@
-"""Out of memory, said in words: what was wanted, what is there, and the way that would fit."""
+"""The error for exhausted memory: how much was needed, how much there is, and the mode that would fit."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +18,15 @@ from hooks.memory._work import Ask, Task
 
 
 def capacity_of(device: torch.device) -> int:
-    """Bytes of memory a device has in all."""
+    """Total bytes of a device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
 
 
 def repair_for(ask: Ask, task: Task, capacity: int) -> str:
-    """The options with which a task fits a device of so many bytes, fastest first; half precision where fp32 was asked
-    for. Empty where nothing does."""
+    """The options with which a task fits a device of so many bytes, in the fastest mode that fits; with half precision
+    if fp32 does not fit. Empty where no mode fits."""
     halves = [ask] if ask.item <= 2 else [ask, replace(ask, dtype="bfloat16")]
     found = [(one, mode) for one in map(plan, halves) if (mode := one.first(task, capacity)) is not None]
     plain = [(one, mode) for one, mode in found if not mode.by_autograd and mode.host == 0] or found
@@ -53,11 +53,11 @@ def _options(one: Plan, mode: Mode, task: Task, capacity: int, wanted: Ask) -> s
 
 
 def refuse(doing: str, ask: Ask | None, task: Task, capacity: int, where: str) -> NoReturn:
-    """Say that memory ran out, and what would fit.
+    """Raise the error for exhausted memory, with the options that would fit.
 
     Args:
-        doing: what was under way, as in "loading the model".
-        ask: sizes of what was wanted; None where they are not known.
+        doing: the activity, for example "loading the model".
+        ask: the request; None where its sizes are not known.
         where: the device.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse(doing: str, ask: Ask | None, task: Task, capacity: int, where: str) -
 
 
 def ask_for(config: Mapping[str, Any], store: TranscoderStore, tokens: int, dtype: torch.dtype, on: str) -> Ask:
-    """What a loaded model and its set are asked to do. `on`: the type of device."""
+    """The request for a loaded model and its set. `on`: the type of device."""
     largest = max(store.layers, key=store.d_features)
     d_features = store.d_features(largest)
     width = store.bytes_of(largest) / (2 * d_features * store.d_model(largest))
@@ -97,10 +97,10 @@ def ask_for(config: Mapping[str, Any], store: TranscoderStore, tokens: int, dtyp
 def explained(
     doing: str, device: torch.device | str, ask: Callable[[], Ask | None] = lambda: None, task: Task = "features"
 ) -> Iterator[None]:
-    """Turn an allocation that fails, on either kind of device, into a message with the plan that would fit.
+    """Turn a failed allocation, on either kind of device, into an error that names the options that would fit.
 
     Args:
-        ask: called only then; where it cannot plan, the message has no plan.
+        ask: gives the request; called only if memory runs out. If it returns None, the message names no options.
 
     Raises:
         ModelError: memory ran out inside.

@@ -133,7 +133,7 @@ class ModelShape:
 
 
 def _check_blocks(config: Mapping[str, Any], where: str) -> None:
-    """A plan that counts one MLP of many, or attention in place of a state, would be wrong."""
+    """Refuse mixtures of experts and linear attention, whose sizes would be counted wrongly."""
     experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
     linear = "linear_attention" in (config.get("layer_types") or ())
     if experts or linear:
@@ -170,7 +170,7 @@ QWEN25 = {  # https://huggingface.co/Qwen: config.json of each size; base and in
 
 
 def known_model(name: str) -> ModelShape | None:
-    """The built-in facts of `Qwen/Qwen2.5-32B`, `Qwen2.5-32B-Instruct`, `32B` and their siblings."""
+    """The built-in sizes of `Qwen/Qwen2.5-32B`, `Qwen2.5-32B-Instruct`, `32B` and the other Qwen2.5 models."""
     bare = name.rpartition("/")[2].removeprefix("Qwen2.5-").removesuffix("-Instruct")
     return QWEN25.get(bare)
 
@@ -196,11 +196,12 @@ class SetShape:
 
     Attributes:
         layers: how many there are.
-        k: features kept per token; with plain ReLU or a threshold the density is unknown, and this is a guess.
+        k: features kept per token; with plain ReLU or a threshold it is unknown, and this number is a guess.
         vectors: numbers per layer beside the two matrices (biases, norm, threshold, skip connection).
         same_site: whether it reconstructs what it reads.
-        edges: how edges of a graph are found. `middle`: one block lies between neighbouring layers; `here`: none;
-            `walk`: gradients go down the model at every position (a set that writes the output of a module).
+        edges: how edges of a graph are computed. `middle`: there is one block between neighbouring layers. `here`:
+            there is none. `walk`: gradients are carried down the model at every position (a set that writes the output
+            of a module).
     """
 
     layers: int
@@ -241,7 +242,8 @@ class SetShape:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, dtype: str | None = None) -> "SetShape":
-        """The largest layer of an opened folder stands for all. `dtype`: it is held in; the stored one by default."""
+        """The sizes of an opened folder, where all layers count as large as the largest. `dtype`: of the weights in
+        memory; the stored one by default."""
         largest = max(checkpoint.layers, key=lambda source: source.d_features)
         width, features = largest.d_model, largest.d_features
         sizes = {"norm_weight": width, "norm_bias": width, "b_dec": width, "b_enc": features, "threshold": features}
@@ -259,12 +261,13 @@ class SetShape:
         return found.between(checkpoint.read, checkpoint.write)
 
     def between(self, read: SiteSpec, write: SiteSpec) -> "SetShape":
-        """The same set, reading and writing elsewhere."""
+        """The same set with other read and write sites."""
         return replace(self, same_site=read == write, edges=_edges(write.at(0), read.at(1)))
 
 
 def _edges(write: Site, read: Site) -> Edges:
-    """Between what a layer writes and what the next one reads; as in `circuits.edges.factored.way_to`."""
+    """How edges between neighbouring layers are computed, from the write site of one and the read site of the next. The
+    same cases as in `circuits.edges.factored`."""
     if not write.whole_stream or write.depth > read.depth:
         return "walk"
     if write.depth == read.depth:
@@ -275,7 +278,8 @@ def _edges(write: Site, read: Site) -> Edges:
 
 
 def _stored_dtype(source: LayerSource) -> str:
-    """Of the encoder: a `.pt` says it; elsewhere the size of the file does, divided by the numbers in it."""
+    """The encoder's dtype: as a `.pt` file states it; else from the size of the file divided by its count of
+    numbers."""
     where = source.tensors["W_enc"]
     if where.file.suffix == ".pt":
         content: Any = open_pt(where.file)

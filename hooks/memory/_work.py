@@ -1,8 +1,9 @@
-"""What running takes beside the weights, step by step, as the code allocates it (docs/memory.md derives each line).
+"""The memory of running, in addition to the weights, step by step as the code allocates it (docs/memory.md derives each
+line).
 
-T positions, B rows, S transcoder layers, L blocks; b bytes per number of the model, w of what is computed wide (fp32).
-A step leaves something that stays (`adds`) and needs something while it runs (`passing`); a task's peak is the largest
-sum of all that stays so far and what passes.
+T positions, B rows, S transcoder layers, L blocks; b bytes per number of the model, w bytes per number that is computed
+in fp32 or fp64. A step allocates tensors that stay (`adds`) and tensors that are freed at its end (`passing`). A task's
+peak is the largest sum of all that stays so far and what is temporary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from hooks.memory._shapes import ModelShape, SetShape
 On = Literal["cuda", "cpu"]
 Task = Literal["features", "generate", "sweep", "trace"]
 
-# what other modules hold at once; a test keeps these equal to theirs
+# limits of other modules; a test keeps these equal to the modules' own
 TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/edges/factored.py
 MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/tracing.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
@@ -28,16 +29,16 @@ CAST, CAST_ROWS, CAST_TILE = (
     1 << 20,
     1 << 22,
 )  # half-precision numbers cast up at a time, hooks/kernels/products.py
-FEW = 64  # tokens up to which none are, likewise
+FEW = 64  # with so many tokens or fewer none are cast, hooks/kernels/products.py
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is to be run, and how.
+    """A request: what is to be run, and how.
 
     Attributes:
-        dtype: of the model where it computes.
+        dtype: of the model's computation.
         tokens: of the prompt.
         batch: prompts at once, in `features` and `generate`.
         new: tokens generated.
@@ -85,8 +86,8 @@ class Step:
     """One step of a task, in bytes.
 
     Attributes:
-        adds: what stays from here on, by name.
-        passing: the most that is needed for a moment.
+        adds: tensors that stay after the step, by name.
+        passing: the largest temporary memory during the step.
     """
 
     name: str
@@ -96,35 +97,35 @@ class Step:
 
 @dataclass(frozen=True)
 class Work:
-    """A task's steps, in order. All figures are beside the weights of model and transcoders."""
+    """A task's steps, in order. No figure includes the weights of model and transcoders."""
 
     task: Task
     steps: tuple[Step, ...]
 
     @property
     def kept(self) -> int:
-        """What stays until the end."""
+        """Bytes that stay until the end."""
         return sum(sum(step.adds.values()) for step in self.steps)
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The most held in each step."""
+        """The largest memory in use in each step."""
         totals = accumulate(sum(step.adds.values()) for step in self.steps)
         return {step.name: total + step.passing for step, total in zip(self.steps, totals, strict=True)}
 
     @property
     def peak(self) -> int:
-        """The most held at once."""
+        """The largest memory in use."""
         return max(self.peaks.values())
 
     @property
     def passing(self) -> int:
-        """The most that any step needs for a moment."""
+        """The largest temporary memory of any step."""
         return max(step.passing for step in self.steps)
 
 
 def work(ask: Ask, task: Task, *, edges_by_autograd: bool = False) -> Work:
-    """The steps of a task. `edges_by_autograd`: on a quantised model, whose blocks the edge algebra does not know."""
+    """The steps of a task. `edges_by_autograd`: for a quantised model, whose weights the edge algebra cannot read."""
     if task == "trace":
         return Work(task, tuple(_trace(ask, edges_by_autograd)))
     steps = {"features": _record, "generate": _generate, "sweep": _sweep}[task](ask)
@@ -135,25 +136,25 @@ def work(ask: Ask, task: Task, *, edges_by_autograd: bool = False) -> Work:
 
 
 def block_pass(ask: Ask, tokens: int) -> int:
-    """One block under way, no gradients: three vectors of the MLP (or the attention's, where they are wider), the
-    stream in front, in the middle, normed and as it went in, and the rotation."""
+    """One block while it runs, without gradients: three vectors of the MLP (or the attention's, where they are larger),
+    the stream before the block, in its middle, normed, and as its input, and the rotation."""
     m = ask.model
     inside = max(3 * m.d_ff, 3 * m.query + 4 * m.keyvalue)
     return tokens * ask.item * (inside + 4 * m.d_model + 2 * m.d_head)
 
 
 def saved_graph(ask: Ask, tokens: int) -> int:
-    """What autograd saves of one pass: per block the MLP's three vectors, queries, keys, values and their result, the
-    two streams that norms saw (in fp32), and the stream that is asked for. No weight takes a gradient, so the inputs of
-    linear maps are not saved."""
+    """The tensors that autograd saves in one pass: per block the MLP's three vectors, queries, keys, values and the
+    attention's result, the inputs of the two norms (in fp32), and the recorded stream. No weight has a gradient, so the
+    inputs of linear maps are not saved."""
     m, b = ask.model, ask.item
     streams = 2 * m.d_model * b if b >= 4 else m.d_model * (b + 2 * 4)
     return m.n_layers * tokens * (b * (3 * m.d_ff + 2 * m.query + 2 * m.keyvalue) + streams)
 
 
 def backward_pass(ask: Ask, tokens: int) -> int:
-    """One pass with its graph and the start of the way back: the gradients of the logits, then of one MLP beside
-    them."""
+    """One pass with its autograd graph and the beginning of the backward pass: the gradients of the logits, and of one
+    MLP."""
     m, b = ask.model, ask.item
     logits = tokens * m.d_vocab * b
     down = 3 * m.d_ff + m.d_model + 2 * m.d_head
@@ -170,7 +171,7 @@ def encoding(ask: Ask, tokens: int) -> int:
 
 
 def decoding(ask: Ask, tokens: int) -> int:
-    """Half-precision decoders: rows cast up, on a CPU beside a dense table of activations."""
+    """Half-precision decoders: rows that are cast to fp32; on a CPU also a dense table of activations."""
     s = ask.coders
     if s.item >= 4:
         return 0
@@ -181,7 +182,7 @@ def decoding(ask: Ask, tokens: int) -> int:
 
 
 def logits(ask: Ask, tokens: int) -> tuple[int, int]:
-    """Bytes of logits, and what else forming them takes: CUDA multiplies half-precision matrices in two parts."""
+    """Bytes of logits, and of temporary memory for them: CUDA multiplies half-precision matrices in two parts."""
     m = ask.model
     kept = tokens * m.d_vocab * ask.wide
     parts = 2 * kept if ask.on == "cuda" and ask.item < 4 else widened(ask, tokens, m.d_vocab * m.d_model, ask.item)
@@ -207,7 +208,8 @@ def gathered(ask: Ask) -> int:
 
 
 def _record(ask: Ask, *, streams: bool = False) -> list[Step]:
-    """One pass whose streams are kept, then layer by layer the features. `streams`: in front of every block too."""
+    """One pass whose streams are kept, then layer by layer the features. `streams`: the streams before every block are
+    kept too."""
     m, s, tokens = ask.model, ask.coders, ask.batch * ask.tokens
     sites = s.sites
     if streams:
@@ -225,15 +227,15 @@ def _record(ask: Ask, *, streams: bool = False) -> list[Step]:
 def _generate(ask: Ask) -> list[Step]:
     m = ask.model
     cache = 2 * m.n_layers * ask.batch * (ask.tokens + ask.new) * m.keyvalue * ask.item
-    one = cache // m.n_layers  # of one block: a step writes it anew, longer by one
+    one = cache // m.n_layers  # of one block: each step copies it, with one token more
     last = sum(logits(ask, ask.batch))
-    steered = encoding(ask, ask.batch * ask.tokens)  # exact membership needs every pre-activation of a steered layer
+    steered = encoding(ask, ask.batch * ask.tokens)  # a steered layer needs all its pre-activations for exact TopK
     prompt = max(block_pass(ask, ask.batch * ask.tokens), steered)
     return [Step("prompt", prompt, {"keys and values": cache}), Step("next token", last + one)]
 
 
 def _sweep(ask: Ask) -> list[Step]:
-    """A recording that names the features, a clean pass, and batches of rows of at most so many tokens together."""
+    """A recording that finds the features, a clean pass, and batches of rows with at most so many tokens in total."""
     m, T = ask.model, ask.tokens
     one = replace(ask, batch=1)
     kept, passing = logits(one, T)
@@ -245,7 +247,7 @@ def _sweep(ask: Ask) -> list[Step]:
     if ask.on == "cpu":
         clean["clean activations"] = ask.coders.layers * T * ask.coders.d_features * 8
     tokens = min(ask.sweep_tokens, ask.active * T)
-    attention = tokens * 4 * (4 * m.query + 2 * m.keyvalue + 3 * m.n_heads * T)  # in fp32, whatever the model is
+    attention = tokens * 4 * (4 * m.query + 2 * m.keyvalue + 3 * m.n_heads * T)  # in fp32, whatever the model's dtype
     attention += tokens * ask.item * (2 * m.query + 2 * m.keyvalue + 3 * m.d_model)
     rows = tokens * m.d_model * 4 + max(block_pass(ask, tokens), attention)
     return [*_record(one), Step("clean pass", max(passing, block_pass(one, T)), clean), Step("rows", rows)]
@@ -278,7 +280,7 @@ def _trace(ask: Ask, by_autograd: bool) -> list[Step]:
 
 
 def _stack(ask: Ask) -> int:
-    """`circuits.edges.stack.record_stack`, in fp32; the streams themselves are new only in half precision."""
+    """`circuits.edges.stack.record_stack`, in fp32; the streams themselves are copied only in half precision."""
     m, T = ask.model, ask.tokens
     streams = m.d_model * (1 if ask.item >= 4 else 2)
     per_token = streams + m.query + 4 * m.keyvalue + 2 * m.d_ff + m.n_heads * T + 2
@@ -286,7 +288,8 @@ def _stack(ask: Ask) -> int:
 
 
 def _walk(ask: Ask) -> int:
-    """The gradient of one metric at every position on its way down the blocks: past an MLP, or past an attention."""
+    """The gradient of one metric at every position while it is carried down the blocks: the larger of what an MLP and
+    an attention take."""
     m, T = ask.model, ask.tokens
     mlp = T * (4 * m.d_ff + 4 * m.d_model)
     attention = T * (3 * m.n_heads * T + 4 * m.query + 4 * m.keyvalue + 4 * m.d_model)
@@ -294,12 +297,12 @@ def _walk(ask: Ask) -> int:
 
 
 def _targets(ask: Ask) -> int:
-    """Nodes of a layer, at the mean."""
+    """The mean number of nodes per layer."""
     return -(-ask.chosen // ask.coders.layers)
 
 
 def _tables(ask: Ask) -> dict[str, int]:
-    """Images of whole dictionaries in key and value space, which the store keeps once half of one is asked for."""
+    """Images of whole dictionaries in key and value space, which the store keeps once half of a dictionary is used."""
     s = ask.coders
     whole = s.edges == "middle" and 2 * _targets(ask) > s.d_features
     return {"images": s.layers * 2 * s.d_features * ask.model.keyvalue * ask.item} if whole else {}
@@ -316,14 +319,14 @@ def _kept_edges(ask: Ask) -> int:
 
 
 def _edges(ask: Ask) -> int:
-    """The edges into some targets of one layer: the larger of what the MLP, the attention and the products take."""
+    """The edges into some targets of one layer: the largest of what the MLP, the attention and the products take."""
     m, s, T, w = ask.model, ask.coders, ask.tokens, ask.wide
     if s.edges == "walk":
         return gathered(ask) + _everywhere(ask)
     nodes = _targets(ask)
     sources = nodes + 2 * T + 1
     n = min(nodes, TARGETS_AT_ONCE, max(1, ENTRIES_AT_ONCE // sources))
-    out = 3 * n * sources * w  # the edges, their size, and one of the products they are made of
+    out = 3 * n * sources * w  # the edges, their absolute values, and one of the products they are summed from
     if s.edges == "here":
         return gathered(ask) + out + 4 * n * m.d_model * w
     slopes = T * m.d_ff * w
@@ -337,9 +340,9 @@ def _edges(ask: Ask) -> int:
 
 
 def _everywhere(ask: Ask) -> int:
-    """Gradients at every position, past one attention; with layers that have no transcoder, past one MLP too.
+    """Gradients at every position, carried through one attention; and through one MLP, if layers lack a transcoder.
 
-    Half of a graph's places go by score alone: a layer may have half as many targets again as the mean.
+    Half of a graph's nodes are chosen by score alone, so a layer may have one and a half times the mean number.
     """
     m, s, T, w = ask.model, ask.coders, ask.tokens, ask.wide
     nodes = 3 * _targets(ask) // 2
@@ -352,12 +355,12 @@ def _everywhere(ask: Ask) -> int:
 
 
 def host_tables(ask: Ask, task: Task) -> int:
-    """Host memory of tables and graphs in pandas and NumPy, roughly: what `trace` and `sweep` keep beside tensors."""
+    """About how much host memory `trace` and `sweep` use for tables and graphs in pandas and NumPy."""
     if task == "trace":
         return 6 * 8 * 4 * ask.active + 100 * min(ask.chosen * ask.max_in_edges, MOST_EDGES)
     return 8 * 16 * ask.active if task == "sweep" else 0
 
 
 def tasks() -> Sequence[Task]:
-    """All there are, from the lightest."""
+    """All tasks, the one with the least memory first."""
     return ("features", "generate", "sweep", "trace")
