@@ -18,7 +18,7 @@ from circuits.building import Setting, settle
 from circuits.edges import LocalRun
 from circuits.edges import features as _features
 from circuits.edges import one_block as _middle
-from circuits.edges.buffer import Room
+from circuits.edges.buffer import Buffer
 from circuits.edges.one_block import project
 from hooks import HookedModel
 from hooks.kernels import add_products, cut_blocks, usable
@@ -273,19 +273,19 @@ def test_large_graphs_take_the_faster_way_by_themselves(demo_dense, monkeypatch)
     assert built
 
 
-def test_room_is_used_again_only_when_nobody_holds_it():
-    room, like = Room(), torch.ones(1)
-    first = room.empty((3, 4), like)
+def test_a_buffer_is_used_again_only_when_no_tensor_uses_it():
+    buffer, like = Buffer(), torch.ones(1)
+    first = buffer.empty((3, 4), like)
     place = first.data_ptr()
     view = first[1:].fill_(5)
     del first
-    assert room.empty((3, 4), like).data_ptr() != place  # a view still holds it
+    assert buffer.empty((3, 4), like).data_ptr() != place  # a view still holds it
     assert bool((view == 5).all())
-    second = room.empty((3, 4), like)
+    second = buffer.empty((3, 4), like)
     place = second.fill_(2).data_ptr()
     del second
-    again = room.empty((2, 3), like)
+    again = buffer.empty((2, 3), like)
     assert again.data_ptr() == place
     assert again.shape == (2, 3)
-    assert room.empty((2,), like.double()).dtype == torch.float64
-    assert room.empty((2,), like.to("meta")).device.type == "meta"
+    assert buffer.empty((2,), like.double()).dtype == torch.float64
+    assert buffer.empty((2,), like.to("meta")).device.type == "meta"

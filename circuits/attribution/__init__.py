@@ -1,4 +1,4 @@
-"""Attribution rules: how the edges of a graph are computed. One file each; the file name is the rule's name.
+"""Attribution rules: how the edges of a graph are computed. One file per rule; the file name is the rule's name.
 
 A rule defines
 

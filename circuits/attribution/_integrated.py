@@ -4,12 +4,12 @@ arXiv:2403.19647).
     score_i = (a_i − a'_i) d_i · ḡ        ḡ = mean_s dm/dx (x + s/steps · (x' − x)),  s = 0 … steps − 1
     score_e = (e − e') · ḡ
 
-The features *and* the error of one site move together, in a straight line, from the clean run to a baseline: a
-counterfactual prompt, or nothing at all (a' = 0 and e' = 0, so x' = b_dec). Decoding is linear, so the stream itself
-moves in a straight line. The gradient is that of the plain model behind the site. The finer the steps, the nearer the
-scores of a site sum to m(clean) − m(the site's stream replaced by x').
+The features *and* the error of one site are changed together, in a straight line, from the clean run to a baseline. The
+baseline is a counterfactual prompt, or zero (a' = 0 and e' = 0, so x' = b_dec). Decoding is linear, so the stream
+itself changes in a straight line. The gradient is that of the plain model after the site. With more steps, the sum of
+a site's scores comes closer to m(clean) − m(the site's stream replaced by x').
 
-Rule `ig` makes edges of the same gradient; here are all features of a site as one table, and the errors beside them.
+Rule `ig` computes edges from the same gradient. Here all features of a site are scored as one table, and its errors.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from hooks.whole import whole
 
 @dataclass(frozen=True)
 class IntegratedScores:
-    """What the features and errors of each site are worth on the way from the baseline to the clean run.
+    """Integrated-gradient scores of the features and errors of each site.
 
     Attributes:
         features: per layer [pos feature], in units of the target; 0 for features active in neither prompt.
@@ -55,8 +55,8 @@ def integrated_scores(
     Memory: the autograd graph of `steps` copies of the prompt from one site on, and pos × d_features numbers per layer.
 
     Args:
-        baseline: a recording of a counterfactual prompt of the same length with the same layers; None for nothing.
-        steps: rows of the one forward and backward pass per site.
+        baseline: a recording of a counterfactual prompt of the same length with the same layers; None for zero.
+        steps: rows of the forward and backward pass; there is one such pass per site.
 
     Raises:
         PromptError: the two prompts differ in length.
@@ -83,7 +83,7 @@ def integrated_scores(
 
 @dataclass(frozen=True)
 class _Parts:
-    """One site of one prompt, taken apart: stream = acts @ W_dec + b_dec + error."""
+    """One site of one prompt, split into parts: stream = acts @ W_dec + b_dec + error."""
 
     stream: Float[Tensor, "pos d_model"]
     acts: Float[Tensor, "pos feature"]
@@ -95,7 +95,7 @@ class _Parts:
 
     @classmethod
     def nothing(cls, like: LayerRecord, transcoder: Transcoder) -> "_Parts":
-        """No feature and no error: what is left is the decoder's bias."""
+        """No feature and no error: only the decoder's bias is left."""
         error = torch.zeros_like(like.error[0])
         acts = like.acts.values.new_zeros(len(error), transcoder.d_features)
         return cls(error + transcoder.b_dec.to(error.dtype), acts, error)

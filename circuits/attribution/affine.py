@@ -1,7 +1,8 @@
-"""affine: attention pattern, norm scales and gates held at their clean values, which makes every piece an affine map.
+"""affine: attention pattern, norm scales and gates are held at their clean values, so the model between two nodes is an
+affine map.
 
-Conserves: the edges into a target, value biases included, sum to its value. Right for decomposing a value; for
-predicting what a change does, `exact` is better (docs/graphs.md).
+It conserves: the edges into a target, value biases included, sum to its value. Use it to decompose a value; to predict
+the effect of a change, `exact` is better (docs/graphs.md).
 """
 
 from collections.abc import Iterator

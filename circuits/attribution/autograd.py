@@ -1,13 +1,14 @@
-"""autograd: the exact rule by automatic differentiation of whole passes. The slow oracle; runs any architecture.
+"""autograd: the exact rule by automatic differentiation of whole passes. Slow, but it works for any architecture, and
+tests compare the other implementation with it.
 
     e_ij = a_i d_i · (∂x_read / ∂x_write)ᵀ · ∂pre_j/∂x_read
 
-One forward pass over B copies of the prompt in which what is written is detached at every cut, so that what arrives at
-a target depends on the cuts that feed it alone. Copy b serves one target. Where cuts rewrite the whole stream it serves
-one of *every* group at once, since no leaf feeds two groups; a single backward then gives all their gradients. Nothing
-is frozen, and nothing is known of what a block looks like inside.
+There is one forward pass over B copies of the prompt. The written tensor is detached at every cut, so the stream at a
+target depends only on the cuts that feed it. Copy b is used for one target. If cuts replace the whole stream, copy b is
+used for one target of *every* group, since no detached tensor feeds two groups; then a single backward pass gives all
+their gradients. Nothing is held, and no knowledge of the inside of a block is needed.
 
-Token → feature edges where a group reads the embedding are as in every rule, see `_tokens`.
+Token → feature edges of a group that reads the embedding are as in every rule, see `circuits.edges.tokens`.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from hooks.sites import EMBEDDING, Site
 from hooks.types import Edit, Pass
 
 CONSERVES = False
-COPIES = 64  # of the prompt per pass; memory grows with it, time hardly
+COPIES = 64  # copies of the prompt per pass; more of them take more memory, but hardly more time
 
 
 def edge_rows(run: LocalRun) -> Iterator[Rows]:
@@ -78,7 +79,8 @@ def _block(run: LocalRun, numbers: list[int], part: slice) -> list[tuple[int, Ro
 
 
 def _forward(run: LocalRun, copies: int) -> tuple[dict[Site | None, Tensor], dict[int | None, Tensor]]:
-    """One pass with every cut detached: what arrives where groups read, and the leaf that goes on from each cut."""
+    """One pass with every cut detached: the tensors at the sites that groups read, and the detached leaf of each
+    cut."""
     arriving: dict[Site, Tensor] = {}
     out: dict[Site | None, Tensor]
     leaves: dict[int | None, Tensor] = {}
@@ -101,7 +103,7 @@ def _forward(run: LocalRun, copies: int) -> tuple[dict[Site | None, Tensor], dic
 
 
 def _values(run: LocalRun, number: int, part: slice, out: Float[Tensor, "copy pos width"]) -> Float[Tensor, " target"]:
-    """Target j's value, read from copy j."""
+    """Target j's value, from copy j."""
     if number == len(run.cuts):
         return torch.stack([target.value(out[row]) for row, target in enumerate(run.targets[part])])
     cut = run.cuts[number]
@@ -120,9 +122,9 @@ def gradients(
     sites: tuple[Site, ...],
     counterfactual: Recording | None = None,
 ) -> dict[Site, Float[Tensor, "pos d_model"]]:
-    """The metric's gradient at some sites: one forward and one backward pass of the plain model, nothing frozen.
+    """The metric's gradient at some sites: one forward and one backward pass of the plain model, with nothing held.
 
-    In a pair of prompts, too, the derivative is the clean prompt's.
+    In a pair of prompts it is the derivative at the clean prompt, too.
 
     Memory: the autograd graph of one pass over the prompt.
     """

@@ -1,8 +1,8 @@
-"""exact: the full Jacobian of what lies between two nodes, softmax, norms and gates included; factored, no autograd.
+"""exact: the full Jacobian of the model between two nodes, with softmax, norms and gates; factored, without autograd.
 
-First-order exact: scaling the source by (1 + ε) changes the target's pre-activation by ε e_ij + O(ε²). It does not
-conserve: the edges into a target do not sum to its value, and what is left goes into a remainder node. Equal to
-`autograd`, which it falls back to where the algebra does not know the model.
+It is exact to first order: scaling the source by (1 + ε) changes the target's pre-activation by ε e_ij + O(ε²). It does
+not conserve: the edges into a target do not sum to its value, and a remainder node has the difference. Its edges equal
+those of `autograd`, which is used where the algebra does not support the model.
 """
 
 from collections.abc import Iterator
@@ -33,5 +33,5 @@ def gradients(
     sites: tuple[Site, ...],
     counterfactual: Recording | None = None,
 ) -> dict[Site, Tensor]:
-    """The metric's gradient at some sites, [pos d_model] each; in a pair of prompts, too, at the clean one."""
+    """The metric's gradient at some sites, [pos d_model] each; in a pair of prompts it is at the clean prompt, too."""
     return all_gradients(model, recording, targets, sites, RULE) or autograd.gradients(model, recording, targets, sites)

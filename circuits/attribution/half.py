@@ -1,7 +1,7 @@
 """half: as `affine`, but the gate's product silu(z_g) · z_u is split evenly between its two factors.
 
-The half rule of RelP (arXiv:2508.21258) with the attention pattern held, which makes it conserve: it is the Shapley
-split of the product against a zero baseline, a rule for large changes.
+This is the half rule of RelP (arXiv:2508.21258) with the attention pattern held, so that it conserves. The split is the
+Shapley value of the product with a zero baseline, so the rule is meant for large changes.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""ig: integrated gradients, the exact derivative averaged on the way from the prompt to a baseline.
+"""ig: integrated gradients, the exact derivative averaged over steps from the prompt to a baseline.
 
     e_ij = a_i d_i · mean_s ∂pre_j/∂x (x − (s / S) δ)        s = 0 … S − 1, S = 10
 
-δ is everything the nodes of the feeding cut hold: features, rest and error together go to zero (b_dec stays), or to
-the counterfactual's in a pair of prompts; ten left sums, as in feature-circuits (Marks et al., arXiv:2403.19647). As S
-grows, the edges into a target sum to its value less its value at the baseline, which stays in the remainder. Needs
-transcoders that write the whole stream, so that one cut feeds a target.
+δ is the sum of all nodes of the feeding cut: features, rest and error are scaled to zero together (b_dec stays), or to
+the counterfactual's in a pair of prompts. The mean is a left Riemann sum of ten terms, as in feature-circuits (Marks et
+al., arXiv:2403.19647). With larger S, the edges into a target sum to its value minus its value at the baseline, which
+the remainder node has. The rule needs transcoders that write the whole stream, so that one cut feeds a target.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
     """All edges of a graph; ten times the work of `exact`.
 
     Raises:
-        UserError: the algebra does not know the model's blocks, or several cuts feed a target.
+        UserError: the algebra does not support the model's blocks, or several cuts feed a target.
     """
     stack = run.stack
     if stack is None or not all(cut.write.whole_stream for cut in run.cuts):
@@ -70,7 +70,8 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
 
 
 def _moved_stack(run: LocalRun, stack: Stack, number: int, share: float) -> Stack:
-    """The blocks between a group and the cut that feeds it, run on a stream that has lost a share of the nodes."""
+    """The blocks between a group and the cut that feeds it, run on a stream from which a share of the nodes' sum is
+    subtracted."""
     (feeder,) = run.feeders(number)
     site = run.reads(number)
     top = (len(stack.blocks), 0) if site is None else read_from(site)
@@ -105,7 +106,7 @@ def _run_again(host: Host, stack: Stack, start: Point, top: Point, x: Float[Tens
 
 
 def _held_by(cut: Cut) -> Float[Tensor, "pos d_model"]:
-    """Everything that a cut's nodes write: its features, the rest and the error."""
+    """The sum of a cut's nodes: its features, the rest and the error."""
     out = cut.rest + cut.error
     for t, here in stretches(cut.pos, len(out)):
         out[t] += cut.activation[here].to(out) @ cut.transcoder.W_dec[cut.feature[here]].to(out)
@@ -119,7 +120,7 @@ def gradients(
     sites: tuple[Site, ...],
     counterfactual: Recording | None = None,
 ) -> dict[Site, Tensor]:
-    """The metric's mean gradient at each site on the way to the baseline, [pos d_model] each.
+    """The metric's mean gradient at each site over the steps to the baseline, [pos d_model] each.
 
     One forward and one backward pass of `STEPS` copies of the prompt per site.
     """
@@ -132,7 +133,8 @@ def gradients(
 def moved(
     model: HookedModel, recording: Recording, site: Site, counterfactual: Recording | None
 ) -> Float[Tensor, "pos d_model"]:
-    """What the way to the baseline takes from a site: all but the decoder's bias, or what the two prompts differ by."""
+    """The difference between a site's tensor and its baseline: all except the decoder's bias, or the difference of the
+    two prompts."""
     _, seen = model.host.capture(recording.batch, [site])
     if counterfactual is not None:
         _, other = model.host.capture(counterfactual.batch, [site])

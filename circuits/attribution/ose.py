@@ -1,15 +1,15 @@
-"""ose: one step exact. An edge is what really changes at the target when the source is taken out.
+"""ose: one step exact. An edge is the measured change at the target when the source is removed.
 
     e_ij = pre_j(x) − pre_j(x − a_i d_i)
 
-with the model between the two nodes run for real and every other cut held at its clean value: the measured edge itself,
-curvature included. Does not conserve. Costs one pass of the model per source (all cuts of a whole-stream set share it),
-so it is for small graphs, and for scores of the candidates:
+The model between the two nodes is run, and every other cut is held at its clean value. So the edge is the measurement
+itself, curvature included. The rule does not conserve. It costs one pass of the model per source (all cuts of a
+whole-stream set share the pass), so it is for small graphs, and for scores of candidates:
 
     s_i = g_{L+k} · (x_{L+k} − x'_{L+k})
 
-runs the next k blocks after the feature for real, and goes on with the plain model's gradient (k = 1), or with
-another rule's where that predicts better (docs/rules.md).
+runs the next k blocks after the feature, and then uses the plain model's gradient (k = 1), or another rule's gradient
+where that predicts better (docs/rules.md).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,7 +76,7 @@ def edge_rows(run: LocalRun) -> Iterator[Rows]:
 def _unreachable(
     run: LocalRun, number: int, sources: Mapping[int | None, list[Removal]]
 ) -> Bool[Tensor, "target source"]:
-    """Edges from later positions, and from what writes nothing: what is measured there is rounding."""
+    """Edges from later positions, and from sources that write zero. A measurement there would be only rounding."""
     pos = torch.from_numpy(run.index.pos)
     later = pos[run.source_rows(number)] > pos[run.target_rows(number)][:, None]
     silent = [not bool(one.vector.any()) for feeder in run.feeders(number) for one in sources[feeder]]
@@ -84,7 +84,7 @@ def _unreachable(
 
 
 def _packs(run: LocalRun, sizes: Mapping[int | None, int]) -> list[dict[int | None, int]]:
-    """Which sources share a row: one of each cut where no group sees two, else one alone."""
+    """Which sources share a row: one of each cut, if no group is fed by two cuts; else each source has its own row."""
     if all(cut.write.whole_stream for cut in run.cuts):
         longest = max(sizes.values(), default=0)
         return [{feeder: n for feeder, size in sizes.items() if n < size} for n in range(longest)]
@@ -106,7 +106,7 @@ def _site(run: LocalRun, feeder: int | None) -> Site:
 
 
 def _sources(run: LocalRun, feeder: int | None) -> list[Removal]:
-    """What each source of a cut writes, in the order of `LocalRun.source_rows`."""
+    """The vector that each source of a cut writes, in the order of `LocalRun.source_rows`."""
     if feeder is None:
         still = Removal(None, torch.zeros_like(run.embedding[0]))
         return [*(Removal(t, x) for t, x in enumerate(run.embedding)), still]
@@ -132,21 +132,21 @@ def gradients(
     sites: tuple[Site, ...],
     counterfactual: Recording | None = None,
 ) -> dict[Site, Tensor]:
-    """The plain model's; `rescore` is what makes the difference."""
+    """The plain model's gradient; the rule's own scores come from `rescore`."""
     return exact.gradients(model, recording, targets, sites, counterfactual)
 
 
-ROWS = 64  # of a block's stream at once
+ROWS = 64  # copies of the stream that are run through a block at once
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stream that is ready to be run through some blocks for real, and the gradient that goes on behind them.
+    """The stream before some blocks that are to be run, and the metric's gradient after them.
 
     Attributes:
-        start, stop: from in front of block `start` to in front of block `stop`; none where they are the same.
-        clean, after: the recorded prompt's stream at both ends.
-        gradient: the metric's, by the stream at the far end.
+        start, stop: the blocks `start` to `stop` − 1; none if they are equal.
+        clean, after: the recorded prompt's stream before and after these blocks.
+        gradient: the metric's gradient with respect to the stream after them.
     """
 
     model: HookedModel
@@ -157,9 +157,9 @@ class Step:
     gradient: Float[Tensor, "pos d_model"]
 
     def effects(self, pos: Int[Tensor, " row"], vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
-        """g_stop · (x_stop − x'_stop), one vector taken out of one position per row.
+        """g_stop · (x_stop − x'_stop); per row, one vector is removed at one position.
 
-        Memory: two copies of the prompt's stream per row, and what one block needs for them.
+        Memory: two copies of the prompt's stream per row, and one block's own memory for them.
         """
         rows = self.clean.expand(len(pos), *self.clean.shape).clone()
         rows[torch.arange(len(rows), device=rows.device), pos.to(rows.device)] -= vectors.to(rows)
@@ -179,11 +179,12 @@ def one_step(
     """The blocks after one layer's write site.
 
     Args:
-        blocks: how many; beyond the targets' own place it is all of them, and 0 leaves the gradient alone.
-        gradients: of the rule that goes on behind them, the exact one by default.
+        blocks: how many blocks are run. No more are run than there are before the targets; with 0 only the gradient is
+            used.
+        gradients: the function `gradients` of the rule that is used after them; the exact rule by default.
 
     Raises:
-        UserError: what the transcoders write joins the stream inside a block.
+        UserError: the transcoders write inside a block.
     """
     write = model.store.sites(layer)[1]
     start, within = joins_at(write)
@@ -221,7 +222,7 @@ def one_step_scores(
         blocks, gradients: as of `one_step`.
 
     Raises:
-        UserError: what the transcoders write joins the stream inside a block.
+        UserError: the transcoders write inside a block.
     """
     step = one_step(model, recording, targets, layer, blocks=blocks, gradients=gradients)
     W_dec, found = model.store[layer].W_dec, [torch.zeros(0, dtype=torch.float64)]

@@ -1,6 +1,6 @@
 """relp: norm scales held, gates split by the half rule, attention live (RelP as published, arXiv:2508.21258).
 
-Does not conserve, since the softmax is differentiated. Good for whole positions and error nodes.
+It does not conserve, since the softmax is differentiated. It is good for whole positions and error nodes.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""From a recorded prompt and chosen features to a graph: cuts, edges by a rule, and what is known of every node."""
+"""A recorded prompt and chosen features → a graph: cuts, edges by a rule, and the values of every node."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,16 +35,16 @@ from hooks.host import Prompt, computes_in
 from hooks.model import HookedModel
 from hooks.passes import Recording, check_same_length, is_sink, record
 
-KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept: a missing edge counts T_j / a_j times in a total
+KEPT_FOR_TOTALS = 0.999  # share of sum |e| that must be kept, since a missing edge counts T_j / a_j times in a total
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a graph is made from.
+    """The inputs of a graph.
 
     Attributes:
-        counterfactual: the other prompt of a pair.
-        scores: of all features, by the metric's own gradient.
+        counterfactual: the recording of the other prompt of a pair.
+        scores: scores of all features, by the metric's own gradient.
         stack: what every block computed, held for what comes after the scores; None where the algebra does not know.
     """
 
@@ -68,7 +68,7 @@ def settle(
     """Record the prompt (or the pair), resolve the targets, score all features.
 
     Raises:
-        UserError: the two prompts differ in length, or nothing that the transcoders write reaches the target.
+        UserError: the two prompts differ in length, or no write site is below the target.
     """
     recording = recorded(model, whole_prompt(model.host, prompt, targets))
     other = None if counterfactual is None else recorded(model, whole_prompt(model.host, counterfactual, targets))
@@ -91,10 +91,10 @@ def score_setting(
     resolved: tuple[AnyTarget, ...],
     rule: str,
 ) -> Setting:
-    """Score all features of what is recorded.
+    """Score all features of a recording.
 
     Raises:
-        UserError: nothing that the transcoders write reaches the target.
+        UserError: no write site is below the target.
     """
     stack = stack_of(model.host, recording)
     scores = score_features(model, recording, resolved, counterfactual=other)
@@ -108,7 +108,7 @@ def score_setting(
 
 
 def make_run(setting: Setting, selected: Mapping[int, list[tuple[int, int]]]) -> LocalRun:
-    """Lay out the nodes and take the recorded prompt apart."""
+    """Number the nodes, and make the cuts of the recorded prompt."""
     model, recording, other = setting.model, setting.recording, setting.counterfactual
     embedding = embedding_of(model, recording)
     if other is not None:
@@ -124,7 +124,7 @@ def make_run(setting: Setting, selected: Mapping[int, list[tuple[int, int]]]) ->
 
 
 def assemble(setting: Setting, run: LocalRun, max_in_edges: int, *, progress: bool = False) -> Graph:
-    """All edges by the rule; the strongest into each node are kept, and what all of them amount to."""
+    """Compute all edges by the rule. The strongest into each node are kept, and figures about all of them."""
     nodes = _node_values(setting, run)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     mass, left, worst = np.zeros(len(run.index)), 0.0, 0.0
@@ -165,12 +165,12 @@ def assemble(setting: Setting, run: LocalRun, max_in_edges: int, *, progress: bo
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:
-    """NaN, where nothing reaches the targets, as None: JSON has no NaN."""
+    """NaN (where no edge reaches the targets) as None: JSON has no NaN."""
     return {name: value if np.isfinite(value) else None for name, value in scores.items()}
 
 
 def _strongest(rows: Rows, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(source, target, weight) of the strongest edges into each target of a block; zeros are no edges."""
+    """(source, target, weight) of the strongest edges into each target of a block; a weight of 0 is no edge."""
     columns = torch.arange(rows.weights.shape[1], device=rows.weights.device).expand_as(rows.weights)
     weights = rows.weights
     if rows.weights.shape[1] > most:
@@ -183,7 +183,7 @@ def _strongest(rows: Rows, most: int) -> tuple[Tensor, Tensor, Tensor]:
 def _remainder(
     index: NodeIndex, rows: Rows, gap: Float[Tensor, " target"]
 ) -> tuple[Int[Tensor, " edge"], Int[Tensor, " edge"], Float[Tensor, " edge"]]:
-    """Edges from the group's remainder node: what is missing from the sum of all others."""
+    """Edges from the group's remainder node: the target's value minus the sum of all other edges."""
     first = int(rows.targets[0])
     layer = NONE if index.kind[first] == TARGET else index.layer[first]
     (node,) = np.flatnonzero((index.kind == REMAINDER) & (index.feature == layer))
@@ -191,7 +191,7 @@ def _remainder(
 
 
 def _amounts(setting: Setting, run: LocalRun, rows: Rows) -> Float[Tensor, " target"]:
-    """What the edges into some targets should add up to in a pair: the target's difference between the prompts."""
+    """In a pair, the number to which the edges into each target should add up: its difference between the prompts."""
     other = setting.counterfactual
     assert other is not None
     targets = rows.targets.numpy()
@@ -222,7 +222,8 @@ def _target_values(setting: Setting, recording: Recording) -> Float[Tensor, " ta
 
 @dataclass(frozen=True)
 class NodeValues:
-    """Per node: activation (or norm) in the prompt and in the counterfactual, score, the metric's slope per unit."""
+    """Per node: its activation (or norm) in the prompt and in the counterfactual, its score, and the metric's
+    derivative per unit."""
 
     activation: Float[np.ndarray, " node"]
     baseline: Float[np.ndarray, " node"]
@@ -278,7 +279,8 @@ def _slopes(
 
 
 def sinks(recording: Recording) -> list[int]:
-    """Positions whose stream is anywhere `SINK` times the median norm: attention sinks, usually the first token."""
+    """Attention sinks: positions whose stream has, at any layer, `SINK` times the median norm. Usually the first
+    token."""
     found: set[int] = set()
     for seen in recording.layers.values():
         found |= set(is_sink(seen.read[0].float().norm(dim=-1)).nonzero()[:, 0].tolist())

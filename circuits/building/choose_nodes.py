@@ -1,11 +1,12 @@
-"""Which features become nodes. Deterministic: every order is a number per feature, ties by (layer, position, feature).
+"""Which features become nodes. Each order gives a number per feature; ties are broken by (layer, position, feature), so
+the choice is deterministic.
 
     score       |s_i|, grad × activation in the plain model
-    total       |total effect| through the chain of features, errors as they are
-    ose         |s_i| with the next block run for real, among the candidates of the highest score
-    influence   unsigned influence in the complete graph, all of whose edges are computed and none kept
+    total       |total effect| along all paths through features, with errors held
+    ose         |s_i| with the next block run, among the candidates of the highest score
+    influence   unsigned influence in the complete graph; all edges are computed and none is kept
 
-Half the places are shared out over the layers, so that paths, which cross every cut, find a way through.
+Half of the nodes are shared out over the layers, since every path crosses every cut and needs a node there.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from circuits.edges import chain_gradients
 from circuits.graph import FEATURE, TARGET
 
 KEYS = ["layer", "pos", "feature"]
-CANDIDATES = 4  # per place, for orders that cost a run of a block each
+CANDIDATES = 4  # candidates per node, for orders that cost a run of a block per candidate
 
 
 def select(setting: Setting, max_nodes: int | None, order: str) -> pd.DataFrame:
@@ -39,7 +40,7 @@ def select(setting: Setting, max_nodes: int | None, order: str) -> pd.DataFrame:
 
 
 def coverage(setting: Setting, chosen: pd.DataFrame, order: str) -> dict[str, int | float | str]:
-    """How much of sum |score| over all active features the chosen ones hold."""
+    """The chosen features' share of sum |score| over all active features."""
     size = setting.scores.frame["score"].abs()
     covered = float(chosen["score"].abs().sum() / size.sum()) if size.sum() else 1.0
     return {"active_features": len(size), "selected": len(chosen), "covered_score": covered, "order": order}
@@ -90,7 +91,7 @@ def _by_influence(setting: Setting, table: pd.DataFrame, max_nodes: int) -> pd.D
     run = make_run(setting, by_layer(setting, table))
     index, found = run.index, np.zeros(len(run.index))
     found[index.rows(TARGET)] = [target.weight for target in setting.targets]
-    for rows in RULES[setting.rule].edge_rows(run):  # from the targets down, so what feeds is known after what is fed
+    for rows in RULES[setting.rule].edge_rows(run):  # from the targets down, so a target's influence is known first
         size = rows.weights.abs().double()
         start = torch.from_numpy(found[rows.targets.numpy()]).to(size.device)
         flow: Float[torch.Tensor, " source"] = (start / size.sum(1).clamp_min(1e-10)) @ size

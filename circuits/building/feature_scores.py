@@ -1,10 +1,10 @@
-"""Scores of all active features: how much of the metric each one's whole contribution makes up.
+"""Scores of all active features: each one's first-order contribution to the metric.
 
     s_i = a_i · d_i · g[t]                     in a pair of prompts: (a_i − a'_i) · d_i · g[t]
 
-with g the metric's gradient where the transcoder writes; ablating the feature is predicted to change the metric by
-−s_i (grad × activation; Marks et al., Sparse Feature Circuits, arXiv:2403.19647). Which gradient is a rule's business
-(`circuits/attribution`): under `exact` it is the plain model's own, so one walk down the model serves every site.
+where g is the metric's gradient at the write site. Ablating the feature is predicted to change the metric by −s_i (grad
+× activation; Marks et al., Sparse Feature Circuits, arXiv:2403.19647). The rule (`circuits/attribution`) decides which
+gradient is used. Under `exact` it is the plain model's own, so one backward pass gives the gradients of all sites.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ class LayerScores:
     """The active features of one layer and their scores, by (position, feature).
 
     Attributes:
-        activation: in the prompt; 0 for a feature that is active in the counterfactual alone.
-        baseline: in the counterfactual; 0 without one.
+        activation: in the prompt; 0 for a feature that is active only in the counterfactual.
+        baseline: the activation in the counterfactual; 0 without one.
     """
 
     pos: Int[Tensor, " node"]
@@ -51,7 +51,7 @@ class FeatureScores:
     Attributes:
         layers: per layer, its active features.
         gradients: the metric's gradient at each layer's write site [pos d_model].
-        tokens: score of each token's embedding, x_0 · dm/dx_0.
+        tokens: the score of each token's embedding, x_0 · dm/dx_0.
     """
 
     recording: Recording
@@ -88,10 +88,10 @@ def score_features(
 
     Args:
         target: resolved targets; several are summed, each times its weight.
-        rule: whose gradient, a file in `circuits/attribution/`.
-        counterfactual: the other prompt of a pair, of the same length; scores are then of the difference to it.
+        rule: the rule whose gradient is used, a file in `circuits/attribution/`.
+        counterfactual: the other prompt of a pair, of the same length; then scores are of the difference from it.
 
-    Memory: what the rule needs for one gradient, then pos × d_features numbers per layer, one layer at a time.
+    Memory: the rule's memory for one gradient, then pos × d_features numbers per layer, one layer at a time.
 
     Raises:
         UserError: the rule is unknown or cannot be applied to this model.
@@ -101,7 +101,9 @@ def score_features(
     targets = (target,) if isinstance(target, AnyTarget) else tuple(target)
     layers = below(model, recording, targets)
     sites = {layer: model.store.convention.write.at(layer) for layer in layers}
-    held = None if rule == "autograd" else stack_of(model.host, recording)  # for all that asks for it below
+    held = (
+        None if rule == "autograd" else stack_of(model.host, recording)
+    )  # keeps the stack in memory for the calls below
     found = RULES[rule].gradients(model, recording, targets, (EMBEDDING, *sites.values()), counterfactual)
     scores = from_gradients(
         model, recording, targets, {layer: found[site] for layer, site in sites.items()}, counterfactual
@@ -117,7 +119,7 @@ def score_features(
 
 
 def rescored(model: HookedModel, scores: FeatureScores, rule: str = "ose") -> FeatureScores:
-    """The same features with the scores of a rule that runs the model for each of them."""
+    """The same features, scored by a rule that runs the model for each of them."""
     layers = {}
     for layer, scored in scores.layers.items():
         nodes = (scored.pos, scored.feature, scored.activation - scored.baseline)
@@ -127,7 +129,7 @@ def rescored(model: HookedModel, scores: FeatureScores, rule: str = "ose") -> Fe
 
 
 def below(model: HookedModel, recording: Recording, targets: Sequence[AnyTarget]) -> list[int]:
-    """Layers whose write site lies below the targets."""
+    """Layers whose write site is below the targets."""
     end = targets[0].site
     sites = {layer: model.store.convention.write.at(layer) for layer in recording.layers}
     return [layer for layer, site in sites.items() if end is None or _feeds(model, layer, end.depth)]

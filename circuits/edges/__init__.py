@@ -1,4 +1,4 @@
-"""How edges are formed, below the rules: cuts, recorded blocks, gradients that are carried down them."""
+"""How edges are computed, below the rules: cuts, recorded blocks, gradients that are carried down through them."""
 
 from circuits.edges.factored import all_edges, all_gradients, group_edges, known_edges, known_gradients
 from circuits.edges.heads import Parts, parts_of

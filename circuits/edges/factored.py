@@ -1,7 +1,8 @@
-"""Edges without an autograd graph: gradients walk down the recorded blocks, and every feeding cut is met on the way.
+"""Edges without an autograd graph: gradients are carried down through the recorded blocks, and at every feeding cut the
+edges from its nodes are computed.
 
-Where the next feeder is the whole stream one block below, which is every pair of neighbouring cuts of the same-site
-convention, no gradient is ever formed at a source's position (`_middle`).
+If the feeding cut is one block below and replaces the whole stream, no gradient is computed at a source's position
+(`one_block`). This is so for all neighbouring cuts of a set that reads and writes the same site.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from circuits.blocks import BLOCKS, Rule
 from circuits.edges.metric_ends import constants, ends, target_ends
-from circuits.edges.one_block import Projected, meet, project
+from circuits.edges.one_block import Projected, one_block_edges, project
 from circuits.edges.run import Cut, LocalRun, Rows, contract, contract_here
 from circuits.edges.stack import (
     MIDDLE,
@@ -23,12 +24,12 @@ from circuits.edges.stack import (
     Front,
     Point,
     Stack,
+    carry_down,
+    carry_on,
     joins_at,
     read_from,
     stack_of,
     summed,
-    walk,
-    walk_on,
 )
 from circuits.edges.tokens import token_rows
 from circuits.targets import AnyTarget
@@ -38,11 +39,11 @@ from hooks.passes import Recording
 from hooks.sites import Site
 
 MOST_AT_ONCE, ENTRIES_AT_ONCE = 1024, 1 << 25  # targets, and entries of a block of edges
-STREAM_ENTRIES = 1 << 26  # of gradients held at every position at once
+STREAM_ENTRIES = 1 << 26  # entries of gradients at every position that are in memory at once
 
 
 def all_edges(run: LocalRun, rule: Rule) -> Iterator[Rows] | None:
-    """Every edge of the graph under a rule; None where the algebra does not know the model or a site."""
+    """Every edge of the graph under a rule; None where the algebra does not support the model or a site."""
     sites = [site for cut in run.cuts for site in (cut.read, cut.write)]
     reads = [run.targets[0].site] if run.targets else []
     known = all(site.name in READABLE for site in [*sites[::2], *(site for site in reads if site)])
@@ -57,14 +58,14 @@ def _all_edges(run: LocalRun, stack: Stack, rule: Rule) -> Iterator[Rows]:
             yield token_rows(run, number)
         else:
             yield from group_edges(run, stack, number, rule)
-    run.room.clear()
+    run.buffer.clear()
 
 
 def known_edges(run: LocalRun, rule: Rule, name: str) -> Iterator[Rows]:
-    """`all_edges` for a rule that has no other way.
+    """`all_edges` for a rule that cannot compute edges otherwise.
 
     Raises:
-        UserError: the algebra does not know the model's blocks, or the set's site.
+        UserError: the algebra does not support the model's blocks, or the set's sites.
     """
     edges = all_edges(run, rule)
     if edges is None:
@@ -87,34 +88,34 @@ def group_edges(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Iterato
     rows, sources = run.target_rows(number), run.source_rows(number)
     if not len(rows):
         return
-    way = way_to(run, stack, number, rule)
+    between = blocks_between(run, stack, number, rule)
     d_model = stack.end.shape[1]
     most = max(1, min(MOST_AT_ONCE, ENTRIES_AT_ONCE // max(1, len(sources))))
-    if way.projected is None:
+    if between.projected is None:
         most = max(1, min(most, STREAM_ENTRIES // (len(stack.end) * d_model)))
     for start in range(0, len(rows), most):
         part = slice(start, start + most)
         point, gradients, pos, values = ends(run, stack, number, part, rule)
         if bool((pos.diff() < 0).any()):
             order = pos.argsort(stable=True)
-            weights = way.edges(point, gradients[order], pos[order])
+            weights = between.edges(point, gradients[order], pos[order])
             weights = weights[order.argsort().to(weights.device)]
         else:
-            weights = way.edges(point, gradients, pos)
+            weights = between.edges(point, gradients, pos)
         constant = constants(run, number, part).to(weights)
         weights[:, -1] += constant
         yield Rows(rows[part], sources, weights, values.to(weights) + constant)
 
 
 @dataclass(frozen=True)
-class Way:
-    """What lies between a target group and the cuts that feed it.
+class Between:
+    """The blocks between a target group and the cuts that feed it.
 
     Attributes:
-        feeders: newest first; None, last, stands for the tokens.
-        held: module outputs that cuts replace, which no gradient passes.
-        projected: the sources' images, where one block lies between the group and the one cut that feeds it, on the
-            device of that cut's transcoder.
+        feeders: the cuts, highest first; None, always last, means the tokens.
+        held: module outputs that cuts replace; no gradient passes through them.
+        projected: the sources' images; only if one cut feeds the group, one block lies between them, and both are on
+            one device.
     """
 
     run: LocalRun
@@ -127,32 +128,32 @@ class Way:
     def edges(
         self, point: Point, gradients: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"]
     ) -> Float[Tensor, "target source"]:
-        """Edges from everything that feeds the group, columns as in `LocalRun.source_rows`; positions ascending.
+        """Edges from all sources that feed the group, columns as in `LocalRun.source_rows`. `pos` must ascend.
 
-        Formed where the feeders' transcoders are, and put together where the last one's is.
+        They are computed on the devices of the feeders' transcoders, and joined on the device of the last one.
         """
         waiting = list(self.feeders)
         stack = self.stack.upto(int(pos.max()) + 1)
         parts = []
-        for front in walk(stack, point, gradients, pos, self.rule, self.held):
+        for front in carry_down(stack, point, gradients, pos, self.rule, self.held):
             while waiting and front.point == _place(waiting[0]):
-                parts.append(self._meet(waiting.pop(0), front))
+                parts.append(self._edges_from(waiting.pop(0), front))
             if not waiting:
                 break
         if not self.run.paired:
             parts[-1][:, -1] += front.constant.to(parts[-1].device)
         return torch.cat([part.to(parts[-1].device) for part in parts], dim=1) if len(parts) > 1 else parts[0]
 
-    def _meet(self, cut: Cut | None, front: Front) -> Float[Tensor, "target source"]:
+    def _edges_from(self, cut: Cut | None, front: Front) -> Float[Tensor, "target source"]:
         if front.here is not None:
             return contract_here(cut, front.here, front.pos, self.run.embedding)
         if cut is not None and self.projected is not None and front.pulled is not None and front.block is not None:
-            return meet(cut, front.block, self.projected, front.pulled, self.rule, self.run.room)
+            return one_block_edges(cut, front.block, self.projected, front.pulled, self.rule, self.run.buffer)
         return contract(cut, front.everywhere, self.run.embedding)
 
 
-def way_to(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Way:
-    """Work out what feeds a group, and project its sources where they are met in the middle."""
+def blocks_between(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Between:
+    """Find the cuts that feed a group, and project their nodes if one block lies between."""
     feeders = tuple(None if feeder is None else run.cuts[feeder] for feeder in run.feeders(number))
     writes = (cut.write for cut in run.cuts)
     held = frozenset(site for site in writes if not site.whole_stream)
@@ -164,7 +165,7 @@ def way_to(run: LocalRun, stack: Stack, number: int, rule: Rule) -> Way:
         near = within == 0 and top in ((layer + 1, 0), (layer, MIDDLE))
         if near and stack.blocks[layer].record.x.device == cut.pos.device:
             projected = project(run.model.store, cut, stack.blocks[layer], rule)
-    return Way(run, stack, rule, feeders, held, projected)
+    return Between(run, stack, rule, feeders, held, projected)
 
 
 def _place(cut: Cut | None) -> Point:
@@ -182,10 +183,10 @@ def known_gradients(
     rule: Rule,
     name: str,
 ) -> dict[Site, Float[Tensor, "pos d_model"]]:
-    """Gradients of the metric at some sites under a rule, with no cut between: one walk down the whole model.
+    """Gradients of the metric at some sites under a rule, without cuts: they are carried down the whole model once.
 
     Raises:
-        UserError: the algebra does not know the model's blocks.
+        UserError: the algebra does not support the model's blocks.
     """
     found = all_gradients(model, recording, targets, sites, rule)
     if found is None:
@@ -196,7 +197,7 @@ def known_gradients(
 def all_gradients(
     model: HookedModel, recording: Recording, targets: tuple[AnyTarget, ...], sites: tuple[Site, ...], rule: Rule
 ) -> dict[Site, Float[Tensor, "pos d_model"]] | None:
-    """The same, and None where the algebra does not know the model or a site."""
+    """The same; None where the algebra does not support the model or a site."""
     stack = stack_of(model.host, recording)
     end = targets[0].site
     if stack is None or not (end is None or end.name in READABLE) or not all(site.name in WRITABLE for site in sites):
@@ -204,7 +205,7 @@ def all_gradients(
     point, gradients, pos, _ = target_ends(model.host, stack, targets, rule)
     gradients = gradients * gradients.new_tensor([[target.weight] for target in targets])
     waiting, found = set(sites), dict[Site, Tensor]()
-    for front in walk_on(stack, summed(stack, point, gradients, pos, rule)):
+    for front in carry_on(stack, summed(stack, point, gradients, pos, rule)):
         here = {site for site in waiting if joins_at(site) == front.point}
         found |= dict.fromkeys(here, front.everywhere[0]) if here else {}
         waiting -= here

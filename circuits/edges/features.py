@@ -1,9 +1,9 @@
-"""What the features of a cut give to the targets behind one block: most of the work of `_middle`, in two ways.
+"""Edges from the features of a cut to targets one block above: most of the work of `one_block`, in two implementations.
 
-At each position stand some probes: the gradients of the targets there, then, where norms respond, the normed stream.
-They meet the decoder rows of the features there; v̄ and k̄ of the targets at or after the position meet their images.
-`EdgesInPlace` reads rows where they are (`hooks.kernels.rows_in_place`). `Gathered` says the same in plain tensor
-operations, anywhere.
+Each position has some *probes*: the gradients of the targets there and, if norms respond, the normed stream. An edge is
+the sum of two kinds of products: of the probes with the decoder rows of the features at their position; and of v̄ and k̄
+of the targets at or after a position with the images of the features at that position. `EdgesInPlace` reads rows in
+place (`hooks.kernels.rows_in_place`). `Gathered` computes the same with plain tensor operations, on any device.
 """
 
 from collections.abc import Sequence
@@ -30,24 +30,24 @@ from hooks.kernels import (
     working_dtype,
 )
 
-ROWS_AT_ONCE = 64  # of a decoder: what stays in a core's cache
-GATHERED = 60  # products with a decoder row that take as long as gathering it (measured: 2 cores and d_model 5120)
-POSITIONS_AT_ONCE = 8  # of v̄ and k̄
-FEATURES_AT_ONCE = 384  # of a dictionary, that the probes of all positions meet before the next ones are read
+ROWS_AT_ONCE = 64  # rows of a decoder that stay in a core's cache
+GATHERED = 60  # as many products with a decoder row take as long as copying it (measured: 2 cores and d_model 5120)
+POSITIONS_AT_ONCE = 8  # positions for which v̄ and k̄ are computed at once
+FEATURES_AT_ONCE = 384  # features of a dictionary that are multiplied with all probes before the next ones are read
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The features of a cut, and what meets them.
+    """The features of a cut, and the factors that they are multiplied with.
 
     Attributes:
         images: W_V γ d_i of some features, and W_K γ d_i unless the rule holds the pattern.
-        which: the row of each node there.
-        fields: the same images of vectors that stand at every position; the last is x̂ if norms respond.
+        which: of each node, its row in `images`.
+        fields: the same images of vectors that every position has; the last is x̂ if norms respond.
         pulled: v̄ and k̄ of the targets, in factored form; targets ascend by position.
         same: the gradient at each target's own position.
-        along: the part of it, without the skip connection's, that lies along x̂.
-        unit: the normed stream x̂ at every position that is reached.
+        along: the component of it along x̂, without the skip connection's part.
+        unit: the normed stream x̂ at every position that has an edge.
         scale: 1 / rms there.
     """
 
@@ -68,13 +68,13 @@ class Sources:
 
     @cached_property
     def first(self) -> list[int]:
-        """How many targets stand before each position, and how many there are."""
+        """How many targets are before each position; the last entry is the number of targets."""
         places = torch.arange(len(self.scale) + 1, device=self.same.device)
         return torch.searchsorted(self.pulled.pos.contiguous(), places).tolist()
 
     @cached_property
     def nodes(self) -> dict[int, slice]:
-        """Where the nodes of each position stand."""
+        """The slice of nodes at each position."""
         return dict(stretches(self.cut.pos, len(self.scale)))
 
     @cached_property
@@ -86,7 +86,7 @@ class Sources:
         return torch.cat([part for t, (a, b) in places for part in (self.same[a:b], self.unit[t : t + 1])])
 
     def probes_at(self, t: int) -> slice:
-        """Where the probes of a position stand."""
+        """The slice of probes at a position."""
         return slice(self.first[t] + self.norms * t, self.first[t + 1] + self.norms * (t + 1))
 
     @cached_property
@@ -96,36 +96,36 @@ class Sources:
 
 
 def features_of(sources: Sources) -> "Gathered | EdgesInPlace":
-    """The faster of the two ways that can be gone."""
+    """The faster of the two implementations that is possible here."""
     W_dec, count = sources.cut.transcoder.W_dec, len(sources.cut.pos) * len(sources.same)
     known = all(usable(sources.same, table, count * W_dec.shape[1]) for table in (W_dec, *sources.images))
     return EdgesInPlace(sources) if known else Gathered(sources)
 
 
 class Gathered:
-    """Gathers the decoder rows and images of one position after the other.
+    """Copies the decoder rows and images of one position after the other.
 
-    Probes meet the whole dictionary at once where that is cheaper than gathering every node's decoder row. v̄ and k̄ are
-    formed for a few positions of sources, for the targets at or after them (these stand together), and dropped: at all
-    positions they would be the largest thing here, and half of it zeros.
+    Probes are multiplied with the whole dictionary at once if that is cheaper than copying every node's decoder row. v̄
+    and k̄ are computed for a few source positions at a time, for the targets at or after them (a contiguous range), and
+    then freed: for all positions they would be the largest tensors here, and half of their entries would be zeros.
     """
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         most = max((nodes.stop - nodes.start for nodes in sources.nodes.values()), default=0)
-        # rows are gathered into memory that is already there: fresh pages would cost ten times the copy
-        self._rooms = [table.new_empty(most, table.shape[1]) for table in sources.images]
+        # rows are copied into buffers that are used again: new pages would cost ten times the copy
+        self._buffers = [table.new_empty(most, table.shape[1]) for table in sources.images]
         self._W_dec, self._probes = sources.cut.transcoder.W_dec, sources.probes
         cheap = len(self._probes) * len(self._W_dec) < GATHERED * len(sources.cut.pos)
         whole = cheap and self._probes.dtype == working_dtype(self._W_dec)
         self._products = linear_fp32(self._probes, self._W_dec, None) if whole else None
-        self._room = self._W_dec.new_empty(0 if whole else ROWS_AT_ONCE, self._W_dec.shape[1])
+        self._buffer = self._W_dec.new_empty(0 if whole else ROWS_AT_ONCE, self._W_dec.shape[1])
 
     def put(self, out: Float[Tensor, "target source"]) -> Float[Tensor, "field target reached"]:
-        """Fill the columns of all nodes at positions that are reached; what stood there is forgotten.
+        """Overwrite the columns of all nodes, at positions that have an edge.
 
         Returns:
-            What v̄ and k̄ meet of each field; the last has `along` in it if norms respond.
+            Products of v̄ and k̄ with the images of each field; if norms respond, `along` is added to the last one.
         """
         s, reached = self._sources, len(self._sources.scale)
         seen = s.same.new_zeros(len(s.fields[0]), len(s.same), reached)
@@ -155,9 +155,9 @@ class Gathered:
             return
         first, stop = s.first[t], s.first[t + 1]
         edges = None
-        for bar, table, room in zip(bars, s.images, self._rooms, strict=True):
+        for bar, table, buffer in zip(bars, s.images, self._buffers, strict=True):
             which = s.which[nodes]
-            part = matmul_fp32(bar, torch.index_select(table, 0, which, out=room[: len(which)]).T)
+            part = matmul_fp32(bar, torch.index_select(table, 0, which, out=buffer[: len(which)]).T)
             edges = part if edges is None else edges.add_(part)
         assert edges is not None
         met = self._met(s.probes_at(t), s.cut.feature[nodes])
@@ -177,14 +177,14 @@ class Gathered:
     def _gathered(
         self, probes: Float[Tensor, "probe d_model"], feature: Int[Tensor, " node"]
     ) -> Float[Tensor, "probe node"]:
-        rows = torch.index_select(self._W_dec, 0, feature, out=self._room[: len(feature)])
+        rows = torch.index_select(self._W_dec, 0, feature, out=self._buffer[: len(feature)])
         return probes @ rows.to(probes.dtype).T
 
 
 class EdgesInPlace:
-    """Meets decoder rows and images where they lie: nothing is gathered, and only what is asked for is formed.
+    """Reads decoder rows and images in place: none is copied, and only the needed products are computed.
 
-    v̄ and k̄ of a position are formed by the thread that needs them, and never leave its core's cache.
+    v̄ and k̄ of a position are computed by the thread that needs them, and stay in its core's cache.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -199,7 +199,8 @@ class EdgesInPlace:
         add_products(self._met, s.probes, W_dec, feature, self._by_feature(probes, len(feature)))
 
     def _by_feature(self, probes: Int[Tensor, " reached"], nodes: int) -> Int[Tensor, "block 6"]:
-        """Some features of every position, then the next: neighbouring blocks meet the same rows of the dictionary."""
+        """Blocks for `add_products`: some features of every position, then the next features. So neighbouring blocks
+        use the same rows of the dictionary."""
         cut, features = self._sources.cut, len(self._sources.cut.transcoder.W_dec)
         place = cut.pos[:nodes] * features + cut.feature[:nodes]  # ascends
         part = torch.arange(0, features + FEATURES_AT_ONCE, FEATURES_AT_ONCE).clamp(max=features)
@@ -275,5 +276,5 @@ class EdgesInPlace:
 
 
 def _places(arrays: Sequence[Tensor]) -> Int[Tensor, " array"]:
-    """Where some arrays lie in memory."""
+    """The addresses of some arrays in memory."""
     return torch.tensor([array.data_ptr() for array in arrays])

@@ -1,10 +1,11 @@
-"""Why an edge is there: its parts along the skip connection, the MLP, and each attention head's values, keys, queries.
+"""The parts of an edge: along the skip connection, the MLP, and each attention head's values, keys and queries.
 
     e_ij = y·u  +  y·(g_mid − u)  +  sum_h [ W_V n · v̄_h  +  W_K n · k̄_h  +  W_Q n · q̄_h ]_h       n = N1 y
 
-with y what the source writes and n the first norm's response to it. Source and target stand at positions s and t'; the
-first two parts and the queries need s = t'. v̄_h, k̄_h and q̄_h are those of `blocks`, not yet summed over the heads of a
-group. Whatever reaches x_mid goes on both beside the MLP and through it; the heads' parts hold both.
+where y is the vector that the source writes, and n the first norm's response to it. The source is at position s and the
+target at t'; the first two parts and the queries are 0 unless s = t'. v̄_h, k̄_h and q̄_h are those of `blocks`, before
+the sum over the heads of a group. A change of x_mid reaches the target both along the skip connection and through the
+MLP; the heads' parts contain both.
 """
 
 import math
@@ -40,12 +41,12 @@ def parts_of(
     at: Int[Tensor, " edge"],
     rule: Rule,
 ) -> Parts:
-    """Take edges through one block apart.
+    """Split edges through one block into their parts.
 
     Args:
-        point: where the targets' gradients stand, behind the block or between its attention and its MLP.
-        gradients, pos: each edge's target.
-        written, at: what each edge's source writes in front of the block, and where.
+        point: the point of the targets' gradients: after the block, or between its attention and its MLP.
+        gradients, pos: gradient and position of each edge's target.
+        written, at: the vector that each edge's source writes before the block, and its position.
     """
     w, r = block.weights, block.record
     g_mid = gradients if point[1] == MIDDLE else through_mlp(w, r, gradients, pos, rule)
@@ -79,7 +80,7 @@ def parts_of(
 def _norm_response(
     w: BlockWeights, r: BlockRecord, y: Float[Tensor, "edge d_model"], at: Int[Tensor, " edge"], rule: Rule
 ) -> Float[Tensor, "edge d_model"]:
-    """How the first norm's output answers to y at a position: s γ (y − x̂ (x̂·y)/d); with the scale held, s γ y."""
+    """The change of the first norm's output for y at a position: s γ (y − x̂ (x̂·y)/d); with the scale held, s γ y."""
     scale = r.s1[at]
     if rule.norms == "exact":
         unit = r.x[at] * scale

@@ -1,6 +1,6 @@
-"""Passes of the plain model in which every cut stands at its clean value, but for what a row takes out of it.
+"""Passes of the plain model in which every cut is held at its clean value, minus a vector that a row removes from it.
 
-Between a source and a target that it feeds directly nothing is approximated, and no other path is open: what changes
+Between a source and a target that it feeds directly nothing is approximated, and no other path is open. So the change
 at the target is the measured counterpart of one edge.
 """
 
@@ -19,14 +19,14 @@ from hooks.passes import Recording
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 
-ROWS = 64  # of the prompt per pass
+ROWS = 64  # copies of the prompt per pass
 
 Look = Callable[[Float[Tensor, "row pos d_model"], int], None]
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What one row takes out of one site; `pos` None takes it out everywhere."""
+    """The vector that one row removes from one site; `pos` None removes it at every position."""
 
     pos: int | None
     vector: Float[Tensor, " d_model"]
@@ -43,11 +43,11 @@ def run_held(
     """Run one row per mapping and return the targets' values.
 
     Args:
-        layers: whose write sites are held at what stood there in the recorded prompt.
-        rows: what each row takes out; several sites at once where they cannot see each other.
-        looks: called with what *arrives* at a site in some rows, and the number of the first of them. A site that is
-            also held is seen before it is put back.
-        targets: read from the logits, or from the stream at one site.
+        layers: layers whose write sites are held at the recorded prompt's values.
+        rows: what each row removes. It may name several sites, if none of them affects another.
+        looks: functions by site, called with the *incoming* tensor of some rows and the number of the first row. A site
+            that is also held is passed to its function before it is replaced.
+        targets: computed from the logits, or from the stream at one site.
 
     Memory: `ROWS` copies of the prompt through the model.
     """
@@ -97,7 +97,8 @@ def _look(site: Site, look: Look, start: int) -> Edit:
 
 
 def _hold(site: Site, clean: Float[Tensor, "1 pos d_model"] | None, rows: Sequence[Mapping[Site, Removal]]) -> Edit:
-    """The site at its clean value (or as it comes), less what each row takes out; subtracted wide, cast once."""
+    """An edit: the site's clean value (or its own value, if `clean` is None), minus what each row removes; subtracted
+    in fp32 or wider, cast once."""
 
     def apply(x: Tensor, at: Pass) -> Tensor:
         base = x if clean is None else clean.to(x).expand_as(x)
@@ -118,7 +119,7 @@ def feature_values(
     feature: Int[Tensor, " target"],
     stream: Float[Tensor, "row pos d_model"],
 ) -> Float[Tensor, "row target"]:
-    """Pre-activations of named features from what their transcoder reads, one position at a time."""
+    """Pre-activations of named features from the stream at the read site, one position at a time."""
     transcoder = model.store[layer]
     pos, feature = pos.to(transcoder.device), feature.to(transcoder.device)
     out = torch.zeros(len(stream), len(pos), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A target's end: its value, and its gradient by the stream it reads, at its own position."""
+"""A target's value, and its gradient with respect to the stream it reads, at its own position."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ Ends = tuple[Point, Float[Tensor, "target d_model"], Int[Tensor, " target"], Flo
 
 
 def ends(run: LocalRun, stack: Stack, number: int, part: slice, rule: Rule) -> Ends:
-    """Of some targets of a group: the point they read at, their gradients there, positions, values without constants.
+    """Of some targets of a group: the point they read, their gradients there, positions, values without constants.
 
-    A constant is what no source can claim but the bias: b_j + w_j · ln_b.
+    A constant is the part of a value that only the bias node contributes: b_j + w_j · ln_b.
     """
     if number == len(run.cuts):
         return target_ends(run.model.host, stack, run.targets[part], rule)
@@ -31,7 +31,7 @@ def ends(run: LocalRun, stack: Stack, number: int, part: slice, rule: Rule) -> E
 
 
 def constants(run: LocalRun, number: int, part: slice) -> Float[Tensor, " target"]:
-    """w_j · ln_b + b_j of some targets of a group; none in a pair of prompts, where constants cancel."""
+    """w_j · ln_b + b_j of some targets of a group; 0 in a pair of prompts, where constants cancel."""
     none = torch.zeros(len(run.target_rows(number)[part]))
     if run.paired:
         return none
@@ -48,7 +48,7 @@ def constants(run: LocalRun, number: int, part: slice) -> Float[Tensor, " target
 def _features_among(
     targets: tuple[AnyTarget, ...],
 ) -> tuple[Int[Tensor, " row"], Transcoder | None, Int[Tensor, " row"]]:
-    """Which targets are features: their places, the transcoder they share, their numbers."""
+    """Which targets are features: their indices, the transcoder they share, their feature numbers."""
     found = [(place, target) for place, target in enumerate(targets) if isinstance(target, Feature)]
     transcoder = found[0][1].transcoder if found else None
     device = None if transcoder is None else transcoder.device
@@ -69,7 +69,7 @@ def encoder_bias(transcoder: Transcoder, feature: Int[Tensor, " target"]) -> Flo
 
 
 def target_ends(host: Host, stack: Stack, targets: tuple[AnyTarget, ...], rule: Rule) -> Ends:
-    """The same of what is explained: logits, directions or features. All read at one point."""
+    """The same for the targets of a graph: logits, directions or features. All of them read one point."""
     pos = torch.tensor([target.pos for target in targets], device=stack.end.device)
     if not targets:
         return (0, 0), stack.end.new_zeros(0, stack.end.shape[1]), pos, stack.end.new_zeros(0)
@@ -119,7 +119,7 @@ def _unembedded(host: Host, target: Target) -> Float[Tensor, " d_model"]:
 
 
 def read(stack: Stack, site: Site, pos: Int[Tensor, " target"]) -> Float[Tensor, "target d_model"]:
-    """What a site shows at some positions."""
+    """A site's tensor at some positions."""
     x = stack.stream(read_from(site))
     pos = pos.to(x.device)
     x = x[pos]
@@ -132,7 +132,7 @@ def read(stack: Stack, site: Site, pos: Int[Tensor, " target"]) -> Float[Tensor,
 def before_norm(
     stack: Stack, site: Site, gradients: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"], rule: Rule
 ) -> Float[Tensor, "target d_model"]:
-    """Gradients at a site → at the stream below it: through the second norm, for what reads the MLP's input."""
+    """Gradients at a site → gradients at the residual stream: for `mlp_in`, through the second norm."""
     if site.name != "mlp_in":
         return gradients
     block = stack.blocks[site.layer]
@@ -153,8 +153,8 @@ def _feature_ends(
 def encoder_gradient(
     transcoder: Transcoder, rows: Float[Tensor, "target d_model"], x: Float[Tensor, "target d_model"], rule: Rule
 ) -> Float[Tensor, "target d_model"]:
-    """∂pre_j/∂x through the encoder's LayerNorm: σ (g − mean g − x̂ mean(x̂ g)), g = γ w_j; frozen: without the last;
-    RMSNorm: without the mean."""
+    """∂pre_j/∂x through the encoder's LayerNorm: σ (g − mean g − x̂ mean(x̂ g)) with g = γ w_j. If the rule holds norms,
+    the last term is missing; for RMSNorm, the mean."""
     if transcoder.norm_weight is None:
         return rows
     g = rows * transcoder.norm_weight.to(rows.dtype)
@@ -169,14 +169,14 @@ def encoder_gradient(
 def encoder_value(
     transcoder: Transcoder, rows: Float[Tensor, "target d_model"], x: Float[Tensor, "target d_model"]
 ) -> Float[Tensor, " target"]:
-    """pre_j − b_j − w_j · ln_b: what the stream itself contributes."""
+    """pre_j − b_j − w_j · ln_b: the stream's own contribution."""
     if transcoder.norm_weight is not None:
         x = _unit(transcoder, x)[0] * transcoder.norm_weight.to(x.dtype)
     return (x * rows).sum(-1)
 
 
 def _unit(transcoder: Transcoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x after the encoder's norm without its gain, and the factor that brought it there."""
+    """x after the encoder's norm without its gain, and the norm's scale."""
     if transcoder.norm_centred:
         x = x - reduce(x, "target d -> target 1", "mean")
     scale = torch.rsqrt(reduce(x.square(), "target d -> target 1", "mean") + transcoder.norm_eps)

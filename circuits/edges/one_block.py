@@ -1,14 +1,15 @@
-"""Edges through one block: targets and sources meet in its value and key spaces.
+"""Edges through one block, as dot products in its value and key spaces.
 
-The target's cotangent u_j is pulled back in factored form (`blocks`), every source vector y at position t is projected
-once onto the same small spaces, and they meet in the middle:
+The target's gradient u_j is pulled back through the block in factored form (`blocks`). Every source vector y at
+position t is projected once onto the same small spaces. An edge is a sum of their dot products:
 
     e_ij = a_i { s1_t (v̄_jt · W_V γy + k̄_jt · W_K γy) + [t = t'] y · (g_mid + s1 γ W_Qᵀ q̄) − s1_t (y·x̂_t)/d · dot_jt }
 
-with γ the first norm's gain, x̂ the normed stream and dot_jt the projection of x̂_t in place of y; the last term, k̄ and q̄
-fall away where the rule freezes norms or attention. Everything that crosses positions passes n_kv · d_head numbers, so
-an edge costs a dot product of that size, and a target the same whatever the number of sources. The images W_V γ d_i
-and W_K γ d_i do not depend on the prompt; once half of a dictionary is asked for, all are kept (`store.derived`).
+where γ is the first norm's gain, x̂ the normed stream, and dot_jt the same expression with x̂_t in place of y. The last
+term is missing if the rule holds norms; the terms with k̄ and q̄ are missing if it holds attention. Between positions
+only n_kv · d_head numbers pass, so an edge costs a dot product of that size, and the cost of pulling back a target
+does not depend on the number of sources. The images W_V γ d_i and W_K γ d_i do not depend on the prompt; if half of a
+dictionary is used, all of its images are kept (`store.derived`).
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.blocks import BlockRecord, Pulled, Rule
-from circuits.edges.buffer import Room
+from circuits.edges.buffer import Buffer
 from circuits.edges.features import Sources, features_of
 from circuits.edges.run import Cut
 from circuits.edges.stack import Block
@@ -31,11 +32,11 @@ from hooks.kernels import matmul_fp32
 
 @dataclass(frozen=True)
 class Fields:
-    """Vectors that stand at every position: rest, error and bias; and their images.
+    """Vectors that every position has: rest, error and bias; and their images.
 
     Attributes:
-        images: in the spaces that `Projected.images` names; last of the normed stream x̂ if norms respond.
-        along: y · x̂ / d_model of each, how far it lies along the stream it is part of.
+        images: in the spaces of `Projected.images`; the last image is that of the normed stream x̂ if norms respond.
+        along: y · x̂ / d_model of each vector: its component along the normed stream.
     """
 
     vectors: Float[Tensor, "field pos d_model"]
@@ -49,7 +50,7 @@ class Projected:
 
     Attributes:
         images: W_V γ d_i of some features, and W_K γ d_i unless the rule holds the pattern.
-        which: the row of each node.
+        which: of each node, its row in `images`.
     """
 
     images: tuple[Float[Tensor, "feature keyvalue"], ...]
@@ -58,7 +59,7 @@ class Projected:
 
 
 def project(store: TranscoderStore, cut: Cut, block: Block, rule: Rule) -> Projected:
-    """Everything about the sources that no target changes."""
+    """The images of a cut's nodes. They do not depend on the targets."""
     w, record = block.weights, block.record
     gain, W_dec = w.g1.to(record.x.dtype), cut.transcoder.W_dec
     weights = {"values": w.W_V} if rule.attention == "frozen" else {"values": w.W_V, "keys": w.W_K}
@@ -71,7 +72,7 @@ def project(store: TranscoderStore, cut: Cut, block: Block, rule: Rule) -> Proje
         def image(rows: Tensor, weight: Tensor = weight) -> Tensor:
             return matmul_fp32(rows.to(gain.dtype) * gain, weight.T)
 
-        if whole:  # the static table pays off
+        if whole:  # it is worth computing the images of the whole dictionary
             images.append(store.derived(cut.layer, name, (weight, w.g1), partial(_table, image, W_dec, weight.dtype)))
         else:
             images.append(image(W_dec[feature]))
@@ -84,7 +85,7 @@ def _fields(
     x = record.x
     rows = torch.cat([cut.rest.to(x), cut.error.to(x), rearrange(cut.bias.to(x), "d -> 1 d")])
     rest, error = torch.arange(len(rows) - 1, device=x.device).split(len(x))
-    at = torch.stack([rest, error, torch.full_like(rest, len(rows) - 1)])  # the one bias stands everywhere
+    at = torch.stack([rest, error, torch.full_like(rest, len(rows) - 1)])  # every position has the same bias
     vectors, images = rows[at], [matmul_fp32(rows * gain, weight.T)[at] for weight in weights]
     if rule.norms == "exact":
         stream = zip(images, (record.values, record.keys), strict=False)
@@ -101,20 +102,20 @@ def _table(
     return torch.cat([image(part).to(dtype) for part in W_dec.split(rows)])
 
 
-def meet(
-    cut: Cut, block: Block, projected: Projected, pulled: Pulled, rule: Rule, room: Room
+def one_block_edges(
+    cut: Cut, block: Block, projected: Projected, pulled: Pulled, rule: Rule, buffer: Buffer
 ) -> Float[Tensor, "target source"]:
-    """Edges of a one-block step, columns: features, rest, error, bias."""
+    """Edges through one block; columns: features, rest, error, bias."""
     count, whole, length = len(cut.pos), len(cut.rest), pulled.length
     fields, scale = projected.fields, block.record.s1[:length, 0]
     images = tuple(image[:, :length] for image in fields.images)
     unit = block.record.x[:length] * block.record.s1[:length]
     same, along = _at_own_position(block, unit, pulled)
     sources = Sources(cut, projected.images, projected.which, images, pulled, same, along, unit, scale)
-    out = room.empty((len(same), count + 2 * whole + 1), same)
+    out = buffer.empty((len(same), count + 2 * whole + 1), same)
     out[:, max((nodes.stop for nodes in sources.nodes.values()), default=0) :] = 0
     seen = features_of(sources).put(out)
-    if sources.norms:  # how the first norm answers to a change along the stream
+    if sources.norms:  # the first norm's response to a change along the stream
         seen = seen[:-1] - seen[-1] * rearrange(fields.along[:, :length], "field pos -> field 1 pos")
     seen = seen * scale
     rows = torch.arange(len(same), device=same.device)
@@ -127,7 +128,8 @@ def meet(
 def _at_own_position(
     block: Block, unit: Float[Tensor, "reached d_model"], pulled: Pulled
 ) -> tuple[Float[Tensor, "target d_model"], Float[Tensor, " target"]]:
-    """The gradient at each target's own position, but for values and keys; and the queries' part along the stream."""
+    """The gradient at each target's own position, without the paths through values and keys; and the component of the
+    queries' part along the normed stream."""
     if pulled.q_bar is None:
         return pulled.direct, pulled.direct.new_zeros(len(pulled.direct))
     on_query = matmul_fp32(pulled.q_bar, block.weights.W_Q) * block.weights.g1.to(pulled.direct.dtype)

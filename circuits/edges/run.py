@@ -1,10 +1,10 @@
-"""What edges are formed from: the places where what is written is taken apart, and the nodes there.
+"""The inputs of edges: cuts, where a written tensor is split into the contributions of nodes, and the nodes.
 
-The stream is taken apart at every layer that has a transcoder. What a target reads comes from the *feeding* cuts below
-it: where transcoders rewrite the whole residual stream, that is the newest one alone, since every older path passes
-through its features, rest, error and bias. Where they write the output of an MLP, nodes add to the stream, so all
-cuts below feed the target, and the tokens with them; edges then skip layers, and cross the blocks between by their
-attention. Each edge is a derivative through what lies between the two nodes and is not itself taken apart.
+There is a cut at every layer that has a transcoder. A target reads a stream that comes from the *feeding* cuts below
+it. If transcoders replace the whole residual stream, only the highest cut below the target feeds it, since every
+earlier path passes through that cut's features, rest, error and bias. If transcoders write the output of an MLP, nodes
+add to the stream, so all cuts below feed the target, and the tokens too. Then edges skip layers, and pass through the
+attention of the blocks between. An edge is a derivative through the part of the model between its two nodes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from circuits.edges.buffer import Room
+from circuits.edges.buffer import Buffer
 from circuits.edges.stack import Stack, stack_of
 from circuits.graph import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, NodeIndex
 from circuits.targets import AnyTarget
@@ -32,14 +32,14 @@ from hooks.types import SparseActs
 
 @dataclass(frozen=True)
 class Cut:
-    """One place where what is written is taken apart: selected features a_i d_i + rest + b_dec + error.
+    """A layer's written tensor, split into parts: selected features a_i d_i + rest + b_dec + error.
 
-    In a pair of prompts everything is the difference to the counterfactual, so that a bias is zero.
+    In a pair of prompts each part is the difference from the counterfactual, so the bias is zero.
 
     Attributes:
         pos, feature, activation: the selected features, in node order.
-        rest: what the other active features write, [pos d_model].
-        error: what the transcoder does not explain, [pos d_model].
+        rest: the sum of all other active features, [pos d_model].
+        error: the reconstruction error, [pos d_model].
         bias: b_dec.
     """
 
@@ -54,17 +54,18 @@ class Cut:
 
     @property
     def transcoder(self) -> Transcoder:
-        """Looked up each time, so that a store's byte budget holds while a graph is built."""
+        """The layer's transcoder, looked up at each use, so that the store's byte budget holds while a graph is
+        built."""
         return self.store[self.layer]
 
     @property
     def read(self) -> Site:
-        """Where the transcoder reads."""
+        """The transcoder's read site."""
         return self.store.sites(self.layer)[0]
 
     @property
     def write(self) -> Site:
-        """Where it writes."""
+        """The transcoder's write site."""
         return self.store.sites(self.layer)[1]
 
 
@@ -74,8 +75,8 @@ class LocalRun:
 
     Attributes:
         cuts: ascending, all below the targets.
-        embedding: x_0 [pos d_model], what the token nodes carry.
-        paired: whether nodes carry differences to a counterfactual, which constants have no part in.
+        embedding: x_0 [pos d_model], the vectors of the token nodes.
+        paired: whether nodes are differences from a counterfactual; then constants cancel.
     """
 
     model: HookedModel
@@ -88,13 +89,13 @@ class LocalRun:
 
     @cached_property
     def stack(self) -> Stack | None:
-        """What every block computed; None where the algebra does not know the model."""
+        """The recorded values of every block; None where the algebra does not support the model."""
         return stack_of(self.model.host, self.recording)
 
     @cached_property
-    def room(self) -> Room:
-        """Where blocks of edges are formed."""
-        return Room()
+    def buffer(self) -> Buffer:
+        """The buffer for blocks of edges."""
+        return Buffer()
 
     @property
     def groups(self) -> range:
@@ -102,11 +103,11 @@ class LocalRun:
         return range(len(self.cuts), -1, -1)
 
     def reads(self, number: int) -> Site | None:
-        """Where a target group reads; None: the logits."""
+        """The site that a target group reads; None: the logits."""
         return self.cuts[number].read if number < len(self.cuts) else self.targets[0].site
 
     def feeders(self, number: int) -> tuple[int | None, ...]:
-        """Numbers of the cuts that feed a target group, newest first; None, always last, stands for the tokens."""
+        """Numbers of the cuts that feed a target group, highest first; None, always last, means the tokens."""
         site = self.reads(number)
         found: list[int | None] = []
         for below in reversed(range(number)):
@@ -144,7 +145,7 @@ class Rows:
     Attributes:
         targets, sources: node rows.
         weights: contribution of each source to each target, in the target's units.
-        values: what the contributions of a conserving rule add up to: a feature's pre-activation, a target's value.
+        values: a feature's pre-activation, or a target's value; the weights of a conserving rule sum to it.
     """
 
     targets: Int[Tensor, " target"]
@@ -156,11 +157,12 @@ class Rows:
 def contract(
     cut: Cut | None, gradients: Float[Tensor, "target reached d_model"], embedding: Float[Tensor, "pos d_model"]
 ) -> Float[Tensor, "target source"]:
-    """Gradients where a cut writes → edges from its nodes: every node's vector dotted with the gradient at its place.
+    """Gradients at a cut's write site → edges from its nodes: the dot product of each node's vector with the gradient
+    at its position.
 
-    One position at a time, so no more than the selected features of one token are gathered at once. Each node's edge
-    is computed on its own; none is a difference to a total. The gradients may end before the prompt does: later
-    positions reach nothing. Edges are formed on the device of the cut.
+    It runs one position at a time, so only the selected features of one token are gathered at once. Each node's edge is
+    computed directly; none is a difference from a total. The gradients may have fewer positions than the prompt: nodes
+    at later positions have no edge. Edges are computed on the device of the cut.
     """
     device = (embedding if cut is None else cut.pos).device
     gradients = gradients.to(device, torch.promote_types(gradients.dtype, torch.float32))
@@ -181,7 +183,7 @@ def contract(
 
 
 def stretches(pos: Int[Tensor, " node"], length: int) -> Iterator[tuple[int, slice]]:
-    """Ascending positions → each position below `length` and where its nodes stand."""
+    """Ascending positions → each position below `length`, with the slice of its nodes."""
     start = 0
     for t, count in enumerate(torch.bincount(pos, minlength=length).tolist()[:length]):
         if count:
@@ -195,7 +197,7 @@ def contract_here(
     pos: Int[Tensor, " target"],
     embedding: Float[Tensor, "pos d_model"],
 ) -> Float[Tensor, "target source"]:
-    """The same where each target's gradient stands at its own position alone."""
+    """The same, if each target has a gradient only at its own position."""
     dtype, device = gradients.dtype, (embedding if cut is None else cut.pos).device
     gradients, pos = gradients.to(device), pos.to(device)
     rows = torch.arange(len(pos), device=pos.device)
@@ -223,7 +225,7 @@ def make_cuts(
     selected: Mapping[int, list[tuple[int, int]]],
     counterfactual: Recording | None = None,
 ) -> tuple[Cut, ...]:
-    """Take what is written apart at every layer with a transcoder; in a pair, what differs from the counterfactual."""
+    """One cut per layer with a transcoder; in a pair, of the difference from the counterfactual."""
     return tuple(
         _cut(model, recording, counterfactual, layer, sorted(pairs)) for layer, pairs in sorted(selected.items())
     )

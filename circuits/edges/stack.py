@@ -1,7 +1,7 @@
-"""The blocks of a model as recorded on one prompt, and gradients walking down through them.
+"""The recorded blocks of a model on one prompt, and gradients that are carried down through them.
 
-A *point* is a depth at which the residual stream stands: (L, 0) before block L, (L, 2) between its attention and its
-MLP, as in `Site.depth`. What a module writes joins the stream at the point behind it.
+A *point* is a depth of the residual stream: (L, 0) before block L, (L, 2) between its attention and its MLP, as in
+`Site.depth`. A module's output is added to the stream at the point after the module.
 """
 
 from collections.abc import Collection, Iterator
@@ -41,7 +41,7 @@ WRITABLE = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 
 @dataclass(frozen=True)
 class Block:
-    """One block: its weights and what it computed."""
+    """One block: its weights and its recorded values."""
 
     weights: BlockWeights
     record: BlockRecord
@@ -52,8 +52,8 @@ class Stack:
     """All blocks of a model on one prompt.
 
     Attributes:
-        blocks: block L at place L.
-        end: the stream behind the last one.
+        blocks: block L has index L.
+        end: the stream after the last block.
     """
 
     blocks: tuple[Block, ...]
@@ -68,7 +68,7 @@ class Stack:
         return record.x_mid if within else record.x
 
     def upto(self, length: int) -> "Stack":
-        """The first positions alone."""
+        """Only the first positions."""
         if length >= len(self.end):
             return self
         blocks = tuple(Block(block.weights, block.record.upto(length)) for block in self.blocks)
@@ -76,19 +76,19 @@ class Stack:
 
 
 def joins_at(site: Site) -> Point:
-    """The point at which what is written to a site is part of the stream."""
+    """The point at which a write to this site has been added to the stream."""
     if site.name == "mlp_out":
         return (site.layer + 1, 0)
     return (site.layer, MIDDLE) if site.name == "attn_out" else site.depth
 
 
 def read_from(site: Site) -> Point:
-    """The point whose stream a site shows; `mlp_in` shows it normed."""
+    """The point whose stream a site has; at `mlp_in` it is normed."""
     return (site.layer, MIDDLE) if site.name == "mlp_in" else site.depth
 
 
 def known_blocks(host: Host) -> tuple[BlockWeights, ...] | None:
-    """The weights of every block, or None where the algebra does not know the architecture, or not all are loaded."""
+    """The weights of every block; None where the algebra does not support the architecture, or not all are loaded."""
     layers: list[Any] = list(host.layers)
     found = [read_block(host.model, layer) for layer in range(len(layers))]
     blocks = tuple(weights for weights in found if weights is not None)
@@ -98,15 +98,16 @@ def known_blocks(host: Host) -> tuple[BlockWeights, ...] | None:
 
 
 def stack_of(host: Host, recording: Recording) -> Stack | None:
-    """What every block computed on a recorded prompt, worked out once for as long as somebody holds it.
+    """The values of every block on a recorded prompt. They are computed once and kept as long as the result is in use.
 
-    None where the algebra does not know the model: by its modules, by how far its attention reaches, or because it
-    does not arrive at what the model itself computed. Architectures that share all names differ in more (Granite
-    scales what a block adds, SmolLM3 leaves rotations out), so that is measured on a host's first prompts.
+    None where the algebra does not support the model: because of its modules, because of a sliding window, or because
+    the algebra does not reproduce the model's own streams. Architectures with the same module names can compute
+    different things (Granite scales the output of a block, SmolLM3 leaves out rotations), so this is measured on a
+    host's first prompts.
     """
     key = f"stack of {id(host)}"
     found: Stack | None = recording.shared.get(key)
-    if _REPRODUCED.get(host) is False or host.held:  # what is held is not what the algebra would work out
+    if _REPRODUCED.get(host) is False or host.held:  # the algebra would not compute the held values
         return None
     if found is not None:
         return found
@@ -125,21 +126,21 @@ def stack_of(host: Host, recording: Recording) -> Stack | None:
 
 
 _REPRODUCED: WeakKeyDictionary[Host, bool] = WeakKeyDictionary()
-TELLING = 8  # tokens; a shorter prompt settles nothing
+TELLING = 8  # tokens; a shorter prompt does not decide it
 
 
 def _reproduces_now(host: Host, recording: Recording, blocks: tuple[BlockWeights, ...]) -> bool:
-    """The same on a new pass: a recording may be older than an edit of the weights."""
+    """`reproduces` on a new pass, because the weights may have been edited after the recording."""
     final, seen = host.capture(recording.batch, stream_sites(host))
     now = Recording(recording.batch, {}, final, host, seen)
     return reproduces(host, now, record_stack(host, now, blocks))
 
 
 def reproduces(host: Host, recording: Recording, stack: Stack) -> bool:
-    """Whether the recorded blocks, norm and unembedding arrive at the streams and logits of the model itself.
+    """Whether the recorded blocks, the norm and the unembedding reproduce the model's own streams and logits.
 
-    What a block adds may be off by rounding, at most positions: 1 % of its size in fp32 and fp64, a fifth of it in
-    half precision; and twice what rounding the stream takes.
+    At most positions, the output of a block may differ by rounding: by 1 % of its size in fp32 and fp64, by a fifth in
+    half precision, plus twice the rounding error of the stream.
     """
     precision = torch.finfo(recording.final.dtype).eps
     streams = [*(block.record.x for block in stack.blocks), stack.end]
@@ -165,12 +166,13 @@ def _near(
 
 
 def stream_sites(host: Host) -> list[Site]:
-    """The stream in front of every block, and behind the last."""
+    """The sites of the stream before every block, and after the last."""
     return [Site("resid_pre", layer) for layer in range(host.n_layers)] + [Site("resid_post", host.n_layers - 1)]
 
 
 def record_stack(host: Host, recording: Recording, blocks: tuple[BlockWeights, ...]) -> Stack:
-    """What every block computed on a recorded prompt, from the streams between them; each block's on its own device.
+    """The values of every block on a recorded prompt, computed from the streams between blocks; each block's on its own
+    device.
 
     Memory: per block and position 3 d_model + 2 d_ff + 2 d_query + 4 d_keyvalue numbers, and the attention pattern.
     """
@@ -196,15 +198,15 @@ def rotary(host: Host, x: Float[Tensor, "pos d_model"]) -> tuple[Float[Tensor, "
 
 @dataclass(frozen=True)
 class Front:
-    """Gradients of some targets as they stand at one point of a stack, in the cheapest form there is.
+    """Gradients of some targets at one point of a stack, in the cheapest form that can represent them.
 
     Attributes:
         pos: each target's position.
-        length: positions the stack has.
-        here: the gradient at the target's own position, while nothing has crossed positions.
-        pulled: behind the first attention, the factored form; `block` is the one it passed.
-        full: behind more than that, at every position.
-        constant: what value biases contribute so far, where the pattern is held.
+        length: number of positions of the stack.
+        here: the gradient at the target's own position, as long as no attention was passed.
+        pulled: after one attention, the factored form; `block` is the block of that attention.
+        full: after that, the gradient at every position.
+        constant: the contribution of value biases so far, if the rule holds the pattern.
     """
 
     point: Point
@@ -219,7 +221,7 @@ class Front:
 
     @cached_property
     def everywhere(self) -> Float[Tensor, "target pos d_model"]:
-        """The gradient at every position, whatever form it stands in."""
+        """The gradient at every position, whatever its form."""
         if self.full is not None:
             return self.full
         if self.pulled is not None and self.block is not None:
@@ -230,7 +232,7 @@ class Front:
         return out
 
     def on(self, device: torch.device) -> "Front":
-        """The same on another device; what is factored there is multiplied out before it leaves."""
+        """The same on another device; a factored form is multiplied out before it is moved."""
         if device == self.constant.device:
             return self
         here = None if self.here is None else self.here.to(device)
@@ -239,7 +241,7 @@ class Front:
         return replace(self, pos=pos, constant=constant, here=here, pulled=None, block=None, full=full)
 
 
-def walk(
+def carry_down(
     stack: Stack,
     point: Point,
     gradients: Float[Tensor, "target d_model"],
@@ -247,18 +249,20 @@ def walk(
     rule: Rule,
     held: Collection[Site] = (),
 ) -> Iterator[Front]:
-    """Gradients at every point from where they start, each at its own position, down to the embedding.
+    """Gradients at every point from `point` down to the embedding. At `point` each target has a gradient only at its
+    own position.
 
     Args:
-        stack: no longer than the last target needs (`Stack.upto`).
-        held: outputs of modules (`mlp_out`, `attn_out`) that are replaced, so that no gradient passes the module.
+        stack: with as many positions as the last target needs (`Stack.upto`).
+        held: outputs of modules (`mlp_out`, `attn_out`) that are replaced, so that no gradient passes through the
+            module.
     """
     front = Front(point, pos, len(stack.end), rule, gradients.new_zeros(len(gradients)), here=gradients)
-    yield from walk_on(stack, front, held)
+    yield from carry_on(stack, front, held)
 
 
-def walk_on(stack: Stack, front: Front, held: Collection[Site] = ()) -> Iterator[Front]:
-    """The same from any front on, itself the first."""
+def carry_on(stack: Stack, front: Front, held: Collection[Site] = ()) -> Iterator[Front]:
+    """The same from any front on; that front is the first."""
     yield front
     while front.point != (0, 0):
         front = step(stack, front, held)
@@ -268,7 +272,8 @@ def walk_on(stack: Stack, front: Front, held: Collection[Site] = ()) -> Iterator
 def summed(
     stack: Stack, point: Point, gradients: Float[Tensor, "target d_model"], pos: Int[Tensor, " target"], rule: Rule
 ) -> Front:
-    """The front of one target: the sum of these, at its position if they share one, else at every position."""
+    """The front of a single target: the sum of these gradients; at one position if all share it, else at every
+    position."""
     constant = gradients.new_zeros(1)
     if bool((pos == pos[0]).all()):
         return Front(point, pos[:1], len(stack.end), rule, constant, here=gradients.sum(0, keepdim=True))
@@ -278,7 +283,7 @@ def summed(
 
 
 def step(stack: Stack, front: Front, held: Collection[Site]) -> Front:
-    """From one point to the next below: past an MLP, or past an attention."""
+    """From one point to the next one below: through an MLP, or through an attention."""
     layer, within = front.point
     block = stack.blocks[layer if within else layer - 1]
     front = front.on(block.record.x.device)
@@ -314,7 +319,7 @@ def _past_attention(block: Block, front: Front, held: bool) -> Front:
 
 
 def value_bias(w: BlockWeights, v_bar: Float[Tensor, "target keyvalue"], rule: Rule) -> Float[Tensor, " target"]:
-    """What the value bias contributes when the pattern is held: it reaches every target as a constant.
+    """The contribution of the value bias if the pattern is held: a constant for every target.
 
     Under a live pattern the rule does not conserve, and constants are not attributed.
     """

@@ -1,8 +1,8 @@
-"""Token → feature edges where a group reads the embedding: the same under every rule.
+"""Token → feature edges of a group that reads the embedding: the same under every rule.
 
-There a token node *is* the whole stream, and the exact derivative behind a norm along the stream itself is zero,
-since scaling x changes nothing. So the encoder's norm is held at its value, which is the right linearisation for
-replacing a whole position, and the one token explains everything but the encoder's bias.
+There a token node *is* the whole stream. The exact derivative after a norm, along the stream itself, is zero, since
+scaling x changes nothing. So the encoder's norm is held at its value. This is the right linearisation for replacing a
+whole position, and the single token explains everything except the encoder's bias.
 """
 
 import torch

@@ -1,9 +1,10 @@
-"""Total effects by one backward pass through the replacement chain: only features carry, errors stay as they are.
+"""Total effects by one backward pass through the replaced layers: gradients pass only through features, and errors are
+held.
 
     g_read += sum_j (d_j · g_write) ∂pre_j/∂x        over the active features j of a cut
 
 The total effect of a node is the sum over all paths through features of the product of edges, divided by a_j at every
-feature j on the way; this pass sums them all at once, with no matrix over nodes.
+feature j of the path. This pass sums all of them at once, without a matrix over nodes.
 """
 
 import torch
@@ -35,10 +36,10 @@ from hooks.types import SparseActs
 def chain_gradients(
     model: HookedModel, recording: Recording, targets: tuple[AnyTarget, ...], layers: list[int], rule: Rule
 ) -> dict[int, Float[Tensor, "pos d_model"]]:
-    """The metric's total derivative by what each layer's transcoder writes, every later cut replaced.
+    """The metric's total derivative with respect to each layer's write site, with every later cut replaced.
 
     Raises:
-        UserError: the algebra does not know the model's blocks, or a site.
+        UserError: the algebra does not support the model's blocks, or a site.
     """
     stack, convention = stack_of(model.host, recording), model.store.convention
     if stack is None or convention.read.name not in READABLE or convention.write.name not in WRITABLE:
@@ -69,7 +70,7 @@ def _descend(
     carried: dict[Point, Tensor] = {}
     found: dict[int, Tensor] = {}
     while True:
-        gradient = _with(gradient, carried.pop(point, None))  # what later layers read here, before anything is cut
+        gradient = _with(gradient, carried.pop(point, None))  # from later layers that read here, before the cut
         if point in writes:
             layer = writes[point]
             found[layer] = gradient[0]
@@ -79,7 +80,7 @@ def _descend(
             carried[at] = _with(back, carried.get(at))
             if transcoder.write.whole_stream:
                 gradient = torch.zeros_like(gradient)
-        gradient = _with(gradient, carried.pop(point, None))  # a layer that reads where it writes
+        gradient = _with(gradient, carried.pop(point, None))  # from a layer that reads and writes the same site
         if point == (0, 0) or len(found) == len(writes):
             return found
         pos = torch.zeros(1, dtype=torch.int64, device=gradient.device)
@@ -98,7 +99,7 @@ def _adds(model: HookedModel) -> bool:
 def _through_features(
     stack: Stack, transcoder: Transcoder, acts: SparseActs, gradient: Float[Tensor, "pos d_model"], rule: Rule
 ) -> Float[Tensor, "pos d_model"]:
-    """Decoder, mask and encoder transposed, one position at a time."""
+    """The gradient through decoder, mask and encoder, transposed, one position at a time."""
     gradient, dtype = gradient.to(transcoder.device), gradient.dtype
     out = torch.zeros_like(gradient)
     everywhere = torch.arange(len(gradient), device=gradient.device)
