@@ -1,8 +1,8 @@
-"""Predicted against measured, in figures: how well, in which respect, and where the question has no answer.
+"""Figures of how well predictions agree with measurements.
 
-Pure functions of two columns, compared item by item in their order. A pair with a NaN or an infinity on either side is
-left out and counted. None stands where a figure is not defined: nothing varies, nothing rises above the noise, or there
-are too few items.
+Pure functions of two columns, compared item by item in their order. An item with a NaN or an infinity on either side is
+left out and counted. A figure is None where it is not defined: a column does not vary, no item is above the noise, or
+there are too few items.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class Agreement:
         n: items compared.
         n_left_out: items with a NaN or an infinity.
         n_above_noise: items whose measured effect is larger than the noise floor.
-        pearson: linear correlation; sees size, and a few large items can make it.
-        spearman: the same of ranks, ties at their mean rank; sees order only.
-        sign: share of the items above the noise whose predicted sign is the measured one. No prediction (0) is a miss.
+        pearson: linear correlation. It depends on sizes, and a few large items can dominate it.
+        spearman: the correlation of ranks, ties at their mean rank. It depends on the order only.
+        sign: share of the items above the noise whose predicted sign is the measured one. A prediction of 0 is wrong.
         slope: least-squares slope of measured on predicted, through the origin. Below 1, effects are smaller than
             predicted.
         top_tenth, top_20: `top_precision` of the strongest tenth, and of the strongest 20.
@@ -52,7 +52,7 @@ def agree(predicted: Values, measured: Values, noise_floor: float = 0.0) -> Agre
     """Compare two columns.
 
     Args:
-        noise_floor: largest effect measured where nothing happened; effects up to this size have no sign.
+        noise_floor: largest effect measured where nothing was changed; effects up to this size have no sign.
     """
     assert noise_floor >= 0, f"a noise floor of {noise_floor}"
     x, y, left_out = _pairs(predicted, measured)
@@ -73,7 +73,9 @@ def agree(predicted: Values, measured: Values, noise_floor: float = 0.0) -> Agre
 def correlation(predicted: Values, measured: Values) -> float:
     """Pearson's correlation; NaN where one side does not vary."""
     x, y, _ = _pairs(predicted, measured)
-    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():  # rounding in the mean would leave them a variance
+    if (
+        len(x) < 2 or x.min() == x.max() or y.min() == y.max()
+    ):  # else rounding of the mean would give a variance above 0
         return float("nan")
     x, y = _standing(x), _standing(y)
     return float(np.clip((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()), -1.0, 1.0))
@@ -86,12 +88,12 @@ def rank_correlation(predicted: Values, measured: Values) -> float:
 
 
 def slope(predicted: Values, measured: Values) -> float:
-    """Least-squares slope b of measured = b · predicted, no constant: Σ p m / Σ p². NaN where nothing is predicted."""
+    """Least-squares slope b of measured = b · predicted, no constant: Σ p m / Σ p². NaN if all predictions are 0."""
     x, y, _ = _pairs(predicted, measured)
     largest = np.abs(x).max(initial=0.0)
     if largest == 0:
         return float("nan")
-    unit = x / largest  # its squares neither overflow nor vanish
+    unit = x / largest  # so that its squares neither overflow nor underflow
     with np.errstate(over="ignore", invalid="ignore"):
         return float((unit * y).sum() / (unit * unit).sum() / largest)
 
@@ -99,8 +101,8 @@ def slope(predicted: Values, measured: Values) -> float:
 def top_precision(predicted: Values, measured: Values, n: int) -> float | None:
     """Share of the n strongest predicted items that are among the n strongest measured ones; None for n items or fewer.
 
-    Strong means a large absolute value. Items that tie for the last places share them evenly, so the result is what
-    drawing among them would give on average, and does not depend on the order of the items. Chance level is n / items.
+    Strong means a large absolute value. Items that tie for the last places get equal shares of them. So the result is
+    the mean over random choices among them, and does not depend on the order of the items. Chance level is n / items.
     """
     x, y, _ = _pairs(predicted, measured)
     if not 0 < n < len(x):
@@ -109,7 +111,7 @@ def top_precision(predicted: Values, measured: Values, n: int) -> float | None:
 
 
 def _places(size: Float[np.ndarray, " item"], n: int) -> Float[np.ndarray, " item"]:
-    """Each item's share of a place among the n largest: 1 above the last value that gets in, a fraction at it."""
+    """Each item's share of a place among the n largest: 1 above the smallest value among them, a fraction at it."""
     last = np.sort(size)[-n]
     above, at = size > last, size == last
     return above + at * ((n - above.sum()) / at.sum())
@@ -123,7 +125,8 @@ def _pairs(predicted: Values, measured: Values) -> tuple[np.ndarray, np.ndarray,
 
 
 def _standing(x: Float[np.ndarray, " item"]) -> Float[np.ndarray, " item"]:
-    """Deviations from the mean, the largest 1: squares neither overflow nor vanish. NaN if all is rounding."""
+    """Deviations from the mean, scaled so that the largest is 1 and squares neither overflow nor underflow. NaN if they
+    are only rounding."""
     x = x / np.abs(x).max()
     x = x - x.mean()
     with np.errstate(invalid="ignore"):

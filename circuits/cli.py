@@ -1,7 +1,7 @@
 """The command line: parses, runs one subcommand, prints its result under `--json`.
 
-Exit status 0: done; 2: the input was wrong, or a file could not be read or written, said without a traceback; 130:
-interrupted; 141: whoever read the output has gone; 1: a fault of ours.
+Exit status 0: done; 2: the input was wrong, or a file could not be read or written (a message without a traceback);
+130: interrupted; 141: the reader of the output closed it; 1: an error in this project.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from circuits.options import build_parser
 from hooks.errors import PictureError, UserError, first_line, printable
 
-INTERRUPTED, READER_GONE = 130, 141  # as a shell shows a command that the signals INT and PIPE have ended
+INTERRUPTED, READER_GONE = 130, 141  # the statuses that a shell shows for commands ended by INT and PIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return READER_GONE
     except UserError as error:
         _complain(f"error: {error}")
-    except OSError as error:  # of a file, a disk or the memory: never of our doing, and said in one sentence
+    except OSError as error:  # from a file, a disk or memory: no error in this project, so it is shown in one line
         where = error.filename or ("the output" if error.errno == errno.ENOSPC else type(error).__name__)
         _complain(f"error: {printable(str(where)[:200])}: {error.strerror or first_line(error)}")
     return 2
@@ -61,7 +61,7 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Import what the chosen command needs, which takes seconds, and do it; returns what `--json` prints."""
+    """Import the chosen command's module, which takes seconds, and run it. Returns the result that `--json` prints."""
     return importlib.import_module(f"circuits.commands.{args.command}").run(args)
 
 
@@ -69,9 +69,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _open_streams() -> None:
-    """Streams that exist, and that take every text: a terminal may know ASCII alone, and a token may be half a letter.
+    """Make sure that stdout and stderr exist and accept any text: a terminal may support only ASCII, and a token may be
+    half a character.
 
-    A closed descriptor is opened on nothing, lest a file of ours get its number and what is said on stderr.
+    A closed descriptor is opened to the null device. Otherwise the next file could get its number, and messages for
+    stderr would be written into that file.
     """
     for number in range(3):
         try:
@@ -87,7 +89,8 @@ def _open_streams() -> None:
 
 @contextlib.contextmanager
 def _flushed() -> Iterator[None]:
-    """What is to be said is said inside: at exit Python would report a full disk or a closed pipe in its own way."""
+    """Flush the streams at the end of the block. At exit Python would report a full disk or a closed pipe its own
+    way."""
     try:
         yield
     finally:
@@ -101,7 +104,7 @@ def _flushed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_backend() -> Iterator[None]:
-    """Pictures go into files, and a backend for windows that is not installed would stop matplotlib's import."""
+    """Choose matplotlib's file backend: a window backend that is set but not installed would stop its import."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         yield
@@ -118,7 +121,7 @@ def _complain(text: str) -> None:
 
 
 def _mute(stream: TextIO) -> None:
-    """What is still in the buffer of a stream that cannot be written goes nowhere."""
+    """Discard the buffered text of a stream that cannot be written."""
     with contextlib.suppress(OSError, io.UnsupportedOperation):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())

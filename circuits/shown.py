@@ -1,4 +1,4 @@
-"""Text of foreign origin, such as a token or a prompt, as files and pictures can hold it."""
+"""Make foreign text, such as a token or a prompt, fit for files and pictures."""
 
 import re
 from collections.abc import Sequence
@@ -7,23 +7,24 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def clean(text: str) -> str:
-    """The text with U+FFFD for what XML 1.0 cannot hold: control characters (a byte token can be one), surrogates."""
+    """The text with U+FFFD in place of characters that XML 1.0 does not allow: control characters (a byte token can be
+    one) and surrogates."""
     return _NOT_XML.sub("\ufffd", text)
 
 
 def drawn(text: str, longest: int = 160) -> str:
-    """One line of a picture: cleaned, line ends and tabs as signs, and no longer than can be read."""
+    """Text for one line of a picture: cleaned, with signs for line ends and tabs, and shortened."""
     line = clean(text[: longest + 1]).translate({10: "⏎", 13: "⏎", 9: "⇥"})
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def token(text: str, longest: int = 14) -> str:
-    """A token in a picture: without the spaces around it, unless that is all it is."""
+    """A token for a picture: without the spaces around it, unless it consists of spaces."""
     return drawn(text.strip(), longest) if text.strip() else drawn(repr(text)[1:-1], longest) or "␣"
 
 
 def unique(names: Sequence[str]) -> tuple[str, ...]:
-    """The names in their order, each but once: where one comes again, it gets the next free number, as in `x (2)`."""
+    """The names in their order, made unique: a repeated name gets the next free number, as in `x (2)`."""
     taken, used, count = set(names), set[str](), dict[str, int]()
     out = []
     for name in names:

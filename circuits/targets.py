@@ -1,7 +1,7 @@
-"""What is explained: linear functionals of the logits or of the stream, each at one position.
+"""Targets of a graph: linear functions of the logits or of the stream, each at one position.
 
-The default is the metric used everywhere: logit(answer) − logit(best other token), both of the clean run. Several
-targets are explained together; scores and influence are then those of their sum, each times its weight.
+The default is the metric of the whole project: logit(answer) − logit(best other token), both of the clean run. If there
+are several targets, scores and influence are those of their weighted sum.
 """
 
 import warnings
@@ -29,14 +29,14 @@ class Target:
     """sum_v coefficient_v · logit_v + mean · (mean logit), at one position.
 
     Attributes:
-        name: how it is shown, for example `' Austin' − ' Sacramento'`.
-        tokens, coefficients: the functional.
-        pos: absolute position whose next-token logits are meant.
-        mean: coefficient of the mean logit; −1 makes a single logit demeaned.
-        weight: its share where several targets are explained together.
+        name: for example `' Austin' − ' Sacramento'`.
+        tokens, coefficients: the linear function.
+        pos: the position whose next-token logits are used, counted from 0.
+        mean: coefficient of the mean logit; −1 subtracts the mean from a single logit.
+        weight: its weight in the sum of several targets.
     """
 
-    site: ClassVar[None] = None  # read from the logits
+    site: ClassVar[None] = None  # computed from the logits
 
     name: str
     tokens: tuple[int, ...]
@@ -47,7 +47,7 @@ class Target:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Target":
-        """Read back what a saved graph knows of a target."""
+        """A target from the facts in a saved graph."""
         return cls(
             facts["name"],
             tuple(facts["tokens"]),
@@ -66,7 +66,7 @@ class Target:
         return self.of_row(logits[..., self.pos, :])
 
     def of_row(self, row: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-        """The same from the logits at the target's position alone."""
+        """The same from the logits at the target's position only."""
         wide = row if row.dtype.itemsize >= 4 else row.float()
         picked = wide[..., list(self.tokens)]
         value = (picked * picked.new_tensor(self.coefficients)).sum(-1)
@@ -79,7 +79,7 @@ class Direction:
 
     Attributes:
         vector: d_model numbers.
-        site: where it is read: resid_pre, resid_mid or resid_post of a layer.
+        site: its site: resid_pre, resid_mid or resid_post of a layer.
         pos: position; negative counts from the end of the prompt.
     """
 
@@ -128,7 +128,7 @@ class Feature:
     """The pre-activation of a feature at one position: w_j · LayerNorm(x) + b_j.
 
     Attributes:
-        address: such as `L3/99@8`; a negative position counts from the end of the prompt, none means the last.
+        address: such as `L3/99@8`. A negative position counts from the end of the prompt; without one it is the last.
     """
 
     address: FeatureAddress
@@ -151,12 +151,12 @@ class Feature:
 
     @property
     def pos(self) -> int:
-        """The position meant."""
+        """The position."""
         return int(self.address.positions.start or 0)
 
     @property
     def site(self) -> Site:
-        """Where its transcoder reads."""
+        """The read site of its transcoder."""
         assert self.transcoder is not None, "resolved targets know their transcoder"
         return self.transcoder.read
 
@@ -189,8 +189,8 @@ class Logit:
     """A named token: logit(token) − logit(against), at any position.
 
     Attributes:
-        token: text or id; None is the model's own answer there.
-        against: the other token; None is the best other one of the clean run.
+        token: text or id; None is the model's own answer at this position.
+        against: the other token; None is the clean run's best other one.
     """
 
     token: str | int | None = None
@@ -200,7 +200,8 @@ class Logit:
 
 @dataclass(frozen=True)
 class Mass:
-    """The most likely next tokens up to a probability mass, each a demeaned logit weighted by its probability.
+    """The most likely next tokens up to a probability mass. Each is its logit minus the mean logit, weighted by its
+    probability.
 
     circuit-tracer's default target: mass 0.95, at most 10 tokens.
     """
@@ -212,8 +213,8 @@ class Mass:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of one or several tokens: the prompt goes on with it, and each of its tokens is a target against the
-    best other one at its place. What is explained is their sum.
+    """An answer of one or several tokens. The prompt is continued with it, and each of its tokens is a target against
+    the best other token at its position. The graph explains the sum of these targets.
     """
 
     text: str | tuple[int, ...]
@@ -228,7 +229,7 @@ def metric(targets: Sequence[AnyTarget], out: Float[Tensor, "*batch pos width"])
 
 
 def metric_name(targets: Sequence[AnyTarget]) -> str:
-    """How the metric is shown."""
+    """The metric in words."""
     if len(targets) == 1:
         return targets[0].name
     return " + ".join(target.name if target.weight == 1 else f"{target.weight:.3g} {target.name}" for target in targets)
@@ -251,10 +252,10 @@ def _read(facts: Mapping[str, Any], store: TranscoderStore) -> AnyTarget:
 
 
 def whole_prompt(host: Host, prompt: Prompt, targets: object) -> list[int]:
-    """The tokens a trace runs on: the prompt, and of a longer answer all but the last token.
+    """The tokens of a trace: the prompt, followed by all tokens of an answer but the last.
 
     Raises:
-        TargetError: an answer stands beside other targets, or is empty.
+        TargetError: an answer is given together with other targets, or is empty.
     """
     ids = host.tokenize(prompt)
     listed = _listed(targets)
@@ -267,7 +268,7 @@ def whole_prompt(host: Host, prompt: Prompt, targets: object) -> list[int]:
 
 
 def answer_tokens(host: Host, answer: Answer) -> list[int]:
-    """Ids of an answer's tokens; a word without a leading space means the one with it.
+    """Ids of an answer's tokens. A word without a leading space means the word with one.
 
     Raises:
         TargetError: it has no tokens, or some that the vocabulary lacks.
@@ -290,7 +291,7 @@ def resolve_targets(
     store: TranscoderStore | None = None,
     counterfactual: Float[Tensor, "pos vocab"] | None = None,
 ) -> tuple[AnyTarget, ...]:
-    """Turn what the user named into targets.
+    """The user's targets → `Target`, `Direction` and `Feature` objects.
 
     Args:
         logits: of the clean run, to find the answer and the best other token.
@@ -300,8 +301,8 @@ def resolve_targets(
         counterfactual: logits of the other prompt of a pair; its answer is then what the answer is against.
 
     Raises:
-        TargetError: a name is not one token, a position does not occur, a target is empty or doubled, or the targets
-            are read at different places.
+        TargetError: a name is not one token, a position does not occur, a target is empty or given twice, or the
+            targets have different sites.
     """
     listed = _listed(targets)
     if not listed:
@@ -320,10 +321,10 @@ def resolve_targets(
 
 
 def either(targets: Any, target: Any) -> Any:
-    """What is explained, given by one of its two names.
+    """The value of `targets=` or of `target=`, two names of one argument.
 
     Raises:
-        TargetError: by both.
+        TargetError: both are given.
     """
     if targets is not None and target is not None:
         raise TargetError("target= and targets= are one argument", expected="one of them")
@@ -331,10 +332,10 @@ def either(targets: Any, target: Any) -> Any:
 
 
 def against_token(targets: Any, against: str | int | None) -> Any:
-    """A token and what it is measured against, as one target; without `against`, the targets as they are.
+    """A token and the token it is measured against, as one target; without `against`, the targets unchanged.
 
     Raises:
-        TargetError: `against` beside anything but one token, or the model's own answer.
+        TargetError: `against` is given, and the target is neither one token nor the model's own answer.
     """
     if against is None:
         return targets
@@ -349,9 +350,9 @@ def against_token(targets: Any, against: str | int | None) -> Any:
 
 
 def _listed(targets: Any) -> list[Any]:
-    """The targets one by one: a list or a tuple is several.
+    """The targets as a list: a list or a tuple gives several.
 
-    Two tokens in a tuple were the pair (answer, against) in version 0.1, and still are, with a warning.
+    Exception: a tuple of two tokens is the pair (answer, against), as in version 0.1, with a warning.
     """
     if not isinstance(targets, list | tuple):
         return [targets]
@@ -378,10 +379,10 @@ def _pair(target: Any) -> Logit:
 
 
 def _told_apart(found: Sequence[AnyTarget]) -> list[AnyTarget]:
-    """The targets, each under a name of its own: tokens that read the same are told apart by their ids.
+    """The targets with unique names: tokens with the same text get their ids into the name.
 
     Raises:
-        TargetError: one is there twice.
+        TargetError: a target is given twice.
     """
     meant: list[Any] = []
     for target in found:

@@ -1,4 +1,4 @@
-"""The driver: record, score, select, edges, verify, prune. One prompt (or a pair) in, one graph out."""
+"""`trace`: one prompt (or a pair) → one graph. Record, score, select, edges, verify, prune."""
 
 import logging
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from hooks.whole import whole
 log = logging.getLogger("circuits")
 
 MOST_SAMPLED = 20_000
-EDGE_BYTES = 24  # source, target and weight of one edge while a graph is put together
+EDGE_BYTES = 24  # source, target and weight of one edge while a graph is built
 
 
 @measured
-@torch.inference_mode(False)  # gradients cannot be taken through what is made in that mode
+@torch.inference_mode(False)  # tensors that are made in that mode have no gradients
 def trace(
     model: HookedModel,
     prompt: Prompt,
@@ -44,32 +44,32 @@ def trace(
     seed: int = 0,
     progress: bool = False,
 ) -> Graph:
-    """Explain a target by a graph of features, and measure how far the graph is right.
+    """Explain a target by a graph of features, and measure how well the graph predicts interventions.
 
     Args:
-        targets: what is explained: None (the model's own answer against the best other token), a token, or what
-            `circuits.targets` offers: `Logit` (against a named token, at any position), `Mass` (next tokens by mass),
-            `Answer` (several tokens), `Feature`, `Direction`, `Target`; or a list or tuple, explained in equal shares.
-            A tuple of two tokens is still read as `Logit(answer, against)`, with a DeprecationWarning.
-        target: the same as `targets`, as other functions call it.
+        targets: what is explained. None (the model's own answer against the best other token), a token, or a class of
+            `circuits.targets`: `Logit` (against a named token, at any position), `Mass` (next tokens by mass),
+            `Answer` (several tokens), `Feature`, `Direction`, `Target`; or a list or tuple of these, with equal
+            weights. A tuple of two tokens is still read as `Logit(answer, against)`, with a DeprecationWarning.
+        target: another name of `targets`, as in other functions.
         against: the token that one answer is measured against, instead of the best other one.
-        counterfactual: the other prompt of a pair, of the same length. Nodes then carry the *difference* between the
-            two, and the default target is this prompt's answer against the other's.
-        max_nodes: how many features become nodes; the others act through the rest nodes. None: every active feature,
-            the complete graph.
+        counterfactual: the other prompt of a pair, of the same length. Then nodes are *differences* between the two
+            prompts, and the default target is this prompt's answer against the other's.
+        max_nodes: how many features become nodes; the sum of all others is in the rest nodes. None: every active
+            feature becomes a node, which is the complete graph.
         select_by: how they are chosen, see `circuits.building.choose_nodes`: score, total, ose, influence.
-        max_in_edges: how many of the strongest edges into a node are kept; the normalisation of influence, the
-            conservation and the remainder are over all of them.
-        budget_bytes: of memory for kept edges; fewer edges per node are kept where they would not fit.
+        max_in_edges: how many of the strongest edges into a node are kept. The normalisation of influence, the
+            conservation and the remainder are computed from all edges.
+        budget_bytes: memory for kept edges; if they do not fit, fewer edges per node are kept.
         rule: an attribution rule, a file in `circuits/attribution/`.
         node_threshold, edge_threshold: see `circuits.graph.pruning`; 1.0 keeps everything.
-        sample: how many nodes and edges are verified by real interventions; 0 skips the verification.
-        seed: of that sample.
+        sample: how many nodes and edges are verified by interventions; 0 skips the verification.
+        seed: random seed of that sample.
         progress: show a bar on stderr.
 
     Raises:
-        UserError: the rule is unknown, a number is out of range, the two prompts differ in length, or nothing that
-            the transcoders write reaches the target.
+        UserError: the rule is unknown, a number is out of range, the two prompts differ in length, or no write site is
+            below the target.
 
     Example:
         >>> from hooks import HookedModel
@@ -112,9 +112,9 @@ def prepare(
     select_by: str = "score",
     rule: str = "exact",
 ) -> LocalRun:
-    """Everything up to the edges: record, score, select, lay out the nodes. Arguments as of `trace`.
+    """The steps of `trace` before the edges: record, score, select, number the nodes. Arguments as of `trace`.
 
-    `RULES[rule].edge_rows(run)` then yields the edges group by group, from the targets down, if they are wanted raw.
+    `RULES[rule].edge_rows(run)` then yields the raw edges group by group, from the targets down.
 
     Raises:
         UserError: as `trace`.
@@ -154,7 +154,7 @@ def check_options(
     seed: int,
     select_by: str = "score",
 ) -> None:
-    """Refuse what cannot be traced, before a model is even loaded.
+    """Refuse options that cannot be traced, before a model is loaded.
 
     Raises:
         UserError: the rule is unknown, or a number is out of range.
@@ -170,7 +170,7 @@ def check_options(
     for name, value in (("sample", sample), ("seed", seed)):
         if whole(value, name) < 0:
             raise UserError(f"{name} = {value} is out of range", expected="at least 0")
-    if sample > MOST_SAMPLED:  # its values are stored with the graph, as text
+    if sample > MOST_SAMPLED:  # the measured values are stored in the graph's file as text
         raise UserError(f"sample = {sample} is out of range", expected=f"at most {MOST_SAMPLED:,}")
 
 

@@ -1,4 +1,4 @@
-"""The algebra of one decoder block, forward and transposed. One file per architecture; it says where the weights are.
+"""The algebra of one decoder block, forward and transposed. One file per architecture; it finds the weights.
 
 A file defines
 
@@ -31,7 +31,7 @@ BLOCKS = discover(__name__, ("matches", "read"))
 
 
 def read_block(model: nn.Module, layer: int) -> BlockWeights | None:
-    """The weights of one block, or None where no file knows the architecture."""
+    """The weights of one block; None if no file supports the architecture."""
     for module in BLOCKS.values():
         if module.matches(model):
             weights: BlockWeights = module.read(model, layer)

@@ -1,4 +1,4 @@
-"""A pre-norm block with rotary grouped-query attention and SwiGLU: what it computes, and its transposed products.
+"""A pre-norm block with rotary grouped-query attention and SwiGLU: its forward pass and its transposed products.
 
     n1 = g1 · x · s1                        s1 = 1 / rms(x)
     q, k, v = R(W_Q n1 + b_Q), R(W_K n1 + b_K), W_V n1 + b_V          (Qwen3: q and k normed per head before R)
@@ -7,15 +7,15 @@
     n2 = g2 · x_mid · s2
     y = x_mid + W_D (silu(z_g) · z_u)       z_g, z_u = W_G n2, W_U n2
 
-A cotangent u on y at *one* position t' comes back in two steps. The MLP and the second norm act at t' alone and give
-g_mid. Everything that reaches other positions passes the values and keys, so it is held by two small vectors per
-position, v̄_t and k̄_t (n_kv · d_head numbers each), and by q̄ at t':
+A gradient u with respect to y at *one* position t' is pulled back in two steps. The MLP and the second norm act only at
+t' and give g_mid. Only values and keys connect t' with other positions, so the gradient there is represented by two
+small vectors per position, v̄_t and k̄_t (n_kv · d_head numbers each), and by q̄ at t':
 
     p = W_Oᵀ g_mid        a_hs = p_h · v_s        s̄_hs = A_hs (a_hs − sum_r A_hr a_hr) / sqrt(d_head)
     v̄_s = sum_h A_hs p_h      k̄_s = R_sᵀ sum_h s̄_hs q_h      q̄_h = R_t'ᵀ sum_s s̄_hs k_s
 
-The gradient at position t is then  [t = t'] g_mid + N1ᵀ (W_Vᵀ v̄_t + W_Kᵀ k̄_t + [t = t'] W_Qᵀ q̄),  N1 the first norm's
-Jacobian. `Pulled` keeps the small pieces; nothing of size d_model is formed per source position.
+The gradient at position t is then  [t = t'] g_mid + N1ᵀ (W_Vᵀ v̄_t + W_Kᵀ k̄_t + [t = t'] W_Qᵀ q̄),  where N1 is the first
+norm's Jacobian. `Pulled` stores the small vectors; no tensor of size d_model is computed per source position.
 """
 
 import math
@@ -39,10 +39,10 @@ class Rule:
     """What is differentiated and what is held at its clean value.
 
     Attributes:
-        norms: "exact" differentiates 1/rms, of queries and keys too where they are normed; "frozen" holds it.
+        norms: "exact" differentiates 1/rms (also of queries and keys, if they are normed); "frozen" holds it.
         attention: "exact" differentiates the softmax; "frozen" holds the pattern.
-        gate: "exact" differentiates silu(z_g) · z_u; "frozen" holds silu(z_g), all credit to z_u; "half" splits it
-            between the two factors (each gets half; with silu(z) = z · sigmoid(z), the sigmoid held).
+        gate: "exact" differentiates silu(z_g) · z_u; "frozen" holds silu(z_g), so all of it is attributed to z_u;
+            "half" attributes half to each factor (with silu(z) = z · sigmoid(z), and the sigmoid held).
     """
 
     norms: Literal["exact", "frozen"]
@@ -84,21 +84,21 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class Normed:
-    """A head vector before and after its norm and rotation (Qwen3); without a head norm only the result matters."""
+    """A head vector before and after its norm and rotation (Qwen3); without a head norm only the result is stored."""
 
     unit: Float[Tensor, "pos head d_head"] | None  # raw / rms
     scale: Float[Tensor, "pos head 1"] | None  # 1 / rms
     out: Float[Tensor, "pos head d_head"]  # rotated
 
     def upto(self, length: int) -> "Normed":
-        """The first positions alone."""
+        """Only the first positions."""
         unit, scale = (None if part is None else part[:length] for part in (self.unit, self.scale))
         return Normed(unit, scale, self.out[:length])
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What a block computed on one prompt.
+    """The values of a block on one prompt.
 
     Attributes:
         keys, values: W_K n1 and W_V n1, before biases, head norms and rotation.
@@ -122,11 +122,11 @@ class BlockRecord:
 
     @property
     def y(self) -> Float[Tensor, "pos d_model"]:
-        """What the block puts out; transposed products do not need it, so it is not kept."""
+        """The block's output; it is computed at each use, since transposed products do not need it."""
         return self.x_mid + _linear(silu(self.z_g) * self.z_u, self.W_D)
 
     def upto(self, length: int) -> "BlockRecord":
-        """The first positions alone (views): nothing later reaches them."""
+        """Only the first positions (views): later positions do not affect them."""
         if length >= len(self.x):
             return self
         by_position = ("x", "s1", "v", "keys", "values", "x_mid", "s2", "z_g", "z_u", "cos", "sin")
@@ -141,11 +141,11 @@ _OVER_GROUP = "j kv group s, j kv group h -> j s kv h"
 
 @dataclass(frozen=True)
 class Pulled:
-    """Cotangents of some targets, pulled back to a block's input in factored form.
+    """Gradients of some targets, pulled back to a block's input in factored form.
 
     Attributes:
         pos: each target's position t'.
-        direct: g_mid, the part that reaches the input through the skip connection, at t'.
+        direct: g_mid at t', the part along the skip connection.
         q_bar: gradient on the queries before bias and rotation, at t' (None where the pattern is frozen).
         heads: p, the gradient on each head's output at t'.
         pattern: A, each target's row.
@@ -164,7 +164,7 @@ class Pulled:
 
     @property
     def length(self) -> int:
-        """Source positions there are."""
+        """Number of source positions."""
         return self.pattern.shape[-1]
 
     def v_bar(self, targets: slice = ALL, at: slice = ALL) -> Float[Tensor, "target pos keyvalue"]:
@@ -195,7 +195,8 @@ class Pulled:
 def record_block(
     w: BlockWeights, x: Float[Tensor, "pos d_model"], cos: Float[Tensor, "pos d_head"], sin: Float[Tensor, "pos d_head"]
 ) -> BlockRecord:
-    """Run the block on one prompt and keep what its transposed products need. Computed in the dtype of x."""
+    """Run the block on one prompt and keep the values that its transposed products need. It computes in the dtype of
+    x."""
     s1 = _inverse_rms(x, w.eps)
     n1 = w.g1.to(x.dtype) * x * s1
     queries, keys, values = (_linear(n1, weight) for weight in (w.W_Q, w.W_K, w.W_V))
@@ -221,10 +222,10 @@ def pull_back(
     pos: Int[Tensor, " target"],
     rule: Rule,
 ) -> Pulled:
-    """Cotangents on the block's output, each at one position → their factored form at the input.
+    """Gradients on the block's output, each at one position → their factored form at the input.
 
     FLOP per target: 6 d_model d_ff for the MLP, 2 d_model (d_query) for W_O, and products with the n_kv · d_head
-    bottleneck; nothing grows with the number of sources, and only the last with the number of positions.
+    bottleneck. None of it grows with the number of sources, and only the last grows with the number of positions.
     """
     return through_attention(w, record, through_mlp(w, record, cotangents, pos, rule), pos, rule)
 
@@ -236,10 +237,10 @@ def through_mlp(
     at: Int[Tensor, " target"] | slice,
     rule: Rule,
 ) -> Float[Tensor, "*#row d_model"]:
-    """Gradient on the block's output → at x_mid, position by position; the skip connection is part of it.
+    """Gradient on the block's output → gradient at x_mid, position by position, skip connection included.
 
     Args:
-        at: the position of each row, or the positions that the last but one axis runs over.
+        at: the position of each row, or the positions of the last but one axis.
     """
     to_u, to_g = _gate_slopes(r, rule)
     h = _transposed(u, w.W_D)
@@ -252,7 +253,7 @@ def through_mlp(
 
 
 def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"], Float[Tensor, "pos d_ff"] | None]:
-    """What silu(z_g) · z_u passes on to z_u and to z_g, at every position; None: nothing."""
+    """The derivatives of silu(z_g) · z_u by z_u and by z_g under a rule, at every position; None: 0."""
     if rule.gate == "frozen":
         return silu(r.z_g), None
     if rule.gate == "half":
@@ -261,7 +262,8 @@ def _gate_slopes(r: BlockRecord, rule: Rule) -> tuple[Float[Tensor, "pos d_ff"],
 
 
 def _scaled(h: Tensor, slopes: Float[Tensor, "pos d_ff"], at: Int[Tensor, " target"] | slice, *, out: Tensor) -> Tensor:
-    """out = h * slopes[at], and `out` may be h; on the CPU without a copy of these widest of rows per target."""
+    """out = h * slopes[at]; `out` may be h. On the CPU no copy of the slopes is made, since their rows are the widest
+    ones per target."""
     if isinstance(at, slice) or h.device.type != "cpu":
         return torch.mul(h, slopes[at], out=out)
     start = 0
@@ -288,7 +290,7 @@ def through_attention(
 
 
 def spread(w: BlockWeights, r: BlockRecord, pulled: Pulled, rule: Rule) -> Float[Tensor, "target pos d_model"]:
-    """The factored form multiplied out: the gradient at every position of the block's input."""
+    """The gradient at every position of the block's input, from the factored form."""
     on_n1 = _transposed(pulled.v_bar(), w.W_V)
     k_bar = pulled.k_bar()
     if k_bar is not None and pulled.q_bar is not None:
@@ -303,7 +305,7 @@ def spread(w: BlockWeights, r: BlockRecord, pulled: Pulled, rule: Rule) -> Float
 def through_attention_everywhere(
     w: BlockWeights, r: BlockRecord, g_mid: Float[Tensor, "target pos d_model"], rule: Rule
 ) -> tuple[Float[Tensor, "target pos d_model"], Float[Tensor, "target pos keyvalue"]]:
-    """Gradients on all positions of x_mid → on all positions of the block's input; and on the values, v̄."""
+    """Gradients at all positions of x_mid → gradients at all positions of the block's input, and on the values, v̄."""
     p = rearrange(_transposed(g_mid, w.W_O), "j t (kv group h) -> j t kv group h", kv=w.n_kv, group=w.group)
     v_bar = rearrange(einsum(r.pattern, p, "kv group t s, j t kv group h -> j s kv h"), "j s kv h -> j s (kv h)")
     on_n1 = _transposed(v_bar, w.W_V)
@@ -316,7 +318,7 @@ def through_attention_everywhere(
 def _through_softmax_everywhere(
     w: BlockWeights, r: BlockRecord, p: Float[Tensor, "target pos n_kv group d_head"], rule: Rule
 ) -> tuple[Float[Tensor, "target pos query"], Float[Tensor, "target pos keyvalue"]]:
-    """As `_through_softmax`, from every query position at once."""
+    """As `_through_softmax`, for all query positions at once."""
     a = einsum(p, r.v, "j t kv group h, s kv h -> j kv group t s")
     centred = a - reduce(r.pattern * a, "j kv group t s -> j kv group t 1", "sum")
     s_bar = r.pattern * centred / math.sqrt(w.d_head)
@@ -341,7 +343,7 @@ def _through_softmax(
 def on_query(
     w: BlockWeights, r: BlockRecord, g: Float[Tensor, "*row head d_head"], at: Int[Tensor, " row"] | slice, rule: Rule
 ) -> Float[Tensor, "*row head d_head"]:
-    """Gradient on rotated queries at some positions → before rotation, head norm and bias."""
+    """Gradient on rotated queries at some positions → gradient before rotation, head norm and bias."""
     g = _unrotate(g, r.cos[at, None], r.sin[at, None])
     if w.q_norm is None or r.q.unit is None or r.q.scale is None:
         return g
@@ -351,7 +353,7 @@ def on_query(
 def on_key(
     w: BlockWeights, r: BlockRecord, g: Float[Tensor, "*row head d_head"], at: Int[Tensor, " row"] | slice, rule: Rule
 ) -> Float[Tensor, "*row head d_head"]:
-    """The same of keys; `head` may be key heads, or query heads that each hold their part of their key head's."""
+    """The same for keys. `head` is key heads; or query heads, each with its own part of its key head's gradient."""
     g = _unrotate(g, r.cos[at, None], r.sin[at, None])
     if w.k_norm is None or r.k.unit is None or r.k.scale is None:
         return g
@@ -397,7 +399,7 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _transposed(g: Tensor, weight: Tensor) -> Tensor:
-    """Gradient on a linear layer's input from the one on its output."""
+    """Gradient on a linear layer's output → gradient on its input."""
     return matmul_fp32(g, weight)
 
 
@@ -420,9 +422,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _unrotate(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation's transpose; in place, since gradients on keys are the largest thing that is ever rotated."""
+    """The rotation's transpose. It makes no further copies, since gradients on keys are the largest rotated tensors."""
     half = g.shape[-1] // 2
-    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)  # rows side by side, however those of g lie
+    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)  # contiguous, even if g is not
     torch.mul(g, cos, out=out)
     out[..., :half].addcmul_(g[..., half:], sin[..., half:])
     out[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)

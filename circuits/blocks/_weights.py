@@ -1,4 +1,4 @@
-"""Where transformers keeps the weights of a pre-norm SwiGLU block."""
+"""Find the weights of a pre-norm SwiGLU block in a transformers model."""
 
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ _PARTS = (
 
 
 def style(model: nn.Module) -> Literal["biases", "head norms", "plain"] | None:
-    """What sets a model's attention apart; None where the blocks are not what the algebra knows.
+    """The kind of a model's attention; None if the algebra does not support its blocks.
 
-    That is: exactly these matrices, as plain float weights, RMSNorms, SiLU. Whether they are put together as the
-    algebra does it is measured (`circuits.edges.stack.reproduces`).
+    Supported blocks have exactly these matrices, as plain float weights, RMSNorms and SiLU. Whether a model combines
+    them like the algebra is measured (`circuits.edges.stack.reproduces`).
     """
     layer: Any = decoder_layers(model)[0]
     if not _known(layer):

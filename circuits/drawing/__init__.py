@@ -1,4 +1,4 @@
-"""What every picture is drawn with, and the scatter of predictions against measurements."""
+"""Tools of all pictures, and the scatter plot of predictions against measurements."""
 
 from circuits.drawing.canvas import check_drawing, check_suffix, picture, plain_decades
 from circuits.drawing.colours import FIRST, INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SECOND, SUPPORTS

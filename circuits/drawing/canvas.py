@@ -1,4 +1,4 @@
-"""Where every picture is drawn: suffixes, a figure that is written whole, plain labels."""
+"""Tools for drawing: checks of suffixes, a figure that is written whole, plain labels."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".svg")
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse what cannot be drawn, before anything is computed for it.
+    """Refuse a suffix that is no picture format, before anything is computed.
 
     Raises:
         OutputError: the suffix is neither .png nor .svg.
@@ -55,17 +55,17 @@ def picture(
     kind: str | None = None,
     dpi: int = 160,
 ) -> Iterator[Any]:
-    """A figure to draw in, written whole or not at all. All pictures are drawn in here.
+    """A figure to draw in, written whole or not at all. All pictures use this.
 
-    It draws with Agg and touches no global state; the same drawing gives the same bytes. No text is read as TeX, and
-    a sign that the font lacks is a box. Foreign text goes through `circuits.shown.drawn`.
+    It draws with Agg and changes no global state; the same drawing gives the same bytes. No text is read as TeX, and a
+    sign that the font lacks is drawn as a box. Foreign text must be cleaned by `circuits.shown.drawn`.
 
     Args:
         kind: png or svg; None: by the path's suffix.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, the picture is too large for a PNG, or the place
-            cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, the picture is too large for a PNG, or the
+            file cannot be written.
     """
     if kind is None:
         check_suffix(path)
@@ -85,7 +85,7 @@ def picture(
 
 
 def _dots_per_inch(size: tuple[float, float]) -> int:
-    """How finely a PNG of so many inches can be drawn."""
+    """The resolution at which a PNG of so many inches can be drawn."""
     most = min(math.sqrt(MOST_DOTS / (size[0] * size[1])), (WIDEST - 1) / max(size))
     if most < COARSEST:
         raise OutputError(

@@ -1,8 +1,8 @@
-"""Predicted against measured as a picture: one panel per kind of claim, its figures above it.
+"""A picture of predictions against measurements: one panel per kind of prediction, with its figures above it.
 
-Effects spread over decades and have both signs, so axes are symmetric-logarithmic: linear around zero, up to the noise
-floor or to a small share of the largest effect, and decades beyond. Both axes of a panel are the same, so the diagonal
-says "as predicted".
+Effects range over several decades and have both signs, so axes are symmetric-logarithmic: linear around zero, up to the
+noise floor or to a small share of the largest effect, and logarithmic beyond. Both axes of a panel are the same, so
+points on the diagonal are as predicted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,20 +20,20 @@ from circuits.shown import drawn
 
 COLUMNS = 3  # panels side by side
 SIDE, HEAD, MARGIN, FOOT = 3.3, 0.65, 0.75, 0.3  # inches: a panel; the space for its title, its labels, the legend
-TINY = 1e-30  # what is smaller is drawn as nothing
-DECADES = 4  # below the largest effect; what is smaller is drawn linearly
+TINY = 1e-30  # smaller values are drawn as 0
+DECADES = 4  # decades below the largest effect; smaller effects are in the linear part
 LEGEND = "dashed: as predicted; green: of the predicted sign; purple: of the other sign; grey: within the noise floor"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One kind of claim.
+    """One kind of prediction.
 
     Attributes:
-        name: what is claimed, for example "features: ablation".
-        predicted, measured: the items, in the same order. Those with a NaN or an infinity are not drawn.
-        noise_floor: what is measured where nothing happened; drawn as a band.
-        unit: of both axes.
+        name: for example "features: ablation".
+        predicted, measured: the items, in the same order. Items with a NaN or an infinity are not drawn.
+        noise_floor: the largest effect measured without an edit; drawn as a band.
+        unit: unit of both axes.
     """
 
     name: str
@@ -52,7 +52,7 @@ def scatter_plot(panels: Sequence[Panel], path: Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same panels give the same bytes.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
     """
     check_suffix(path)
     columns = max(1, min(COLUMNS, len(panels)))
@@ -88,7 +88,7 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _scale(axes: Any, size: Float[np.ndarray, " item"], noise_floor: float) -> float:
-    """Set both axes alike, and give their end."""
+    """Set both axes in the same way; returns their end."""
     largest = max(float(size.max(initial=0.0)), noise_floor)
     if largest < TINY:
         largest = 1.0

@@ -1,4 +1,4 @@
-"""Export formats. One file each; the file name is the format's public name.
+"""Export formats. One file per format; the file name is its public name.
 
 A format is a module with
 
@@ -15,10 +15,10 @@ EXPORTERS = discover(__name__, ("write",))
 
 
 def check_format(name: str) -> None:
-    """Refuse a format that is not there.
+    """Refuse an unknown format.
 
     Raises:
-        OutputError: with the list of known ones.
+        OutputError: the message lists the known ones.
     """
     if name not in EXPORTERS:
         raise OutputError(f"unknown export format {name!r}", expected=", ".join(EXPORTERS), where="--format")
@@ -28,7 +28,7 @@ def export(graph: Graph, path: str | Path, format: str) -> None:
     """Write a graph in a named format.
 
     Raises:
-        OutputError: the format is unknown, or the place cannot be written to.
+        OutputError: the format is unknown, or the file cannot be written.
         UserError: the graph is not sound, see `check_graph`.
     """
     check_format(format)

@@ -1,4 +1,4 @@
-"""Ids of nodes where a format cannot hold every sign."""
+"""Ids of nodes for formats that do not allow every character."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,6 @@ from circuits.shown import unique
 
 
 def relabelled(network: nx.DiGraph, change: Callable[[str], str]) -> nx.DiGraph:
-    """The graph with every id changed; those that would then be one are numbered."""
+    """The graph with every id changed; ids that become equal get numbers."""
     names = list(network)
     return nx.relabel_nodes(network, dict(zip(names, unique([change(name) for name in names]), strict=True)))

@@ -1,8 +1,8 @@
-"""The circuit as a picture: layers upward, tokens to the right, edges weighted and signed.
+"""A picture of the circuit: layers upward, tokens to the right, edges with width and colour.
 
-Only what a person can read at once is drawn: tokens, the target, and in every layer the strongest features, rests and
-errors by score; an edge is drawn if it joins two of them and is among the strongest into its target. Biases are
-constants and are not drawn. What is left out is said under the picture.
+Only as much is drawn as can be read: tokens, the target, and in every layer the strongest features, rests and errors by
+score. An edge is drawn if both its nodes are drawn and it is among the strongest into its target. Biases are constants
+and are not drawn. A note under the picture says how much is left out.
 """
 
 from collections import defaultdict
@@ -20,11 +20,11 @@ from circuits.shown import token as shown_token
 from hooks.errors import OutputError
 
 DRAWN_PER_LAYER = 7
-EDGES_PER_NODE = 3  # strongest ways in
-ABREAST = 4  # nodes of one layer and token side by side; more go into a second line
+EDGES_PER_NODE = 3  # the strongest edges into each node are drawn
+ABREAST = 4  # nodes of one layer and token side by side; further ones are in a second line
 SLOT, NARROW, LINE, GAP, HEIGHT = 0.98, 0.72, 0.52, 0.55, 0.4  # inches
 BOTTOM, LEFT = 1.0, 0.85
-LONGEST = 24  # characters of a token
+LONGEST = 24  # characters of a token that are shown
 FILL = {
     TOKEN: "#efe9dc",
     FEATURE: "#ffffff",
@@ -39,8 +39,8 @@ def draw(graph: Graph, path: Path, kind: str) -> None:
     """Write the picture of a graph.
 
     Raises:
-        OutputError: there is nothing to draw, the picture would be too large, matplotlib is not installed, or the
-            place cannot be written to.
+        OutputError: there is nothing to draw, the picture would be too large, matplotlib is not installed, or the file
+            cannot be written.
     """
     shown, edges = choose(graph)
     if not len(shown):
@@ -77,7 +77,7 @@ def choose(graph: Graph) -> tuple[Int[np.ndarray, " node"], Int[np.ndarray, " ed
 def _layout(
     graph: Graph, shown: Int[np.ndarray, " node"]
 ) -> tuple[dict[int, tuple[float, float]], tuple[float, float]]:
-    """Centre of every shown node in inches, and the size of the picture. A column per token, as wide as it needs."""
+    """Centre of every shown node in inches, and the size of the picture. There is one column per token."""
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
     levels = _levels(graph, shown)
     for row in shown.tolist():
@@ -95,7 +95,8 @@ def _layout(
 
 
 def _widths(cells: dict[tuple[int, int], list[int]], tokens: Sequence[str]) -> list[float]:
-    """Columns with features are as wide as their fullest line; columns with only a token as wide as its text."""
+    """Widths of columns: of a column with features, by its longest line; of one with only a token, by the token's
+    text."""
     widths = []
     for pos, token in enumerate(tokens):
         most = max((len(rows) for (p, level), rows in cells.items() if p == pos and level), default=0)
@@ -112,7 +113,7 @@ def _token(text: str) -> str:
 
 
 def _heights(cells: dict[tuple[int, int], list[int]], count: int) -> list[float]:
-    """The middle of each level, from the tokens up, leaving room for second lines."""
+    """The height of each level's middle, from the tokens up, with space for second lines."""
     lines = [
         max((-(-len(r) // ABREAST) for (_, lv), r in cells.items() if lv == level), default=1) for level in range(count)
     ]
@@ -194,14 +195,14 @@ def _draw_nodes(axes: Any, graph: Graph, places: dict[int, tuple[float, float]])
         )
         axes.add_patch(box)
         offset = 0.08 if detail else 0.0
-        size = 8.5 if kind != FEATURE else min(8.5, 8.5 * 11 / len(title))  # a long label stays inside its box
+        size = 8.5 if kind != FEATURE else min(8.5, 8.5 * 11 / len(title))  # so that a long label fits into its box
         axes.text(x, y + offset, title, fontsize=size, color=INK, ha="center", va="center", zorder=3)
         if detail:
             axes.text(x, y - 0.1, detail, fontsize=7, color="#666666", ha="center", va="center", zorder=3)
 
 
 def _absent(graph: Graph, row: int) -> bool:
-    """Whether a feature of a pair is active in the other prompt alone."""
+    """Whether a feature of a pair is active only in the other prompt."""
     return graph.baseline is not None and graph.index.kind[row] == FEATURE and graph.activation[row] == 0
 
 

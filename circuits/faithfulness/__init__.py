@@ -1,4 +1,4 @@
-"""Is a circuit enough, and is it needed?"""
+"""Faithfulness and completeness: is a circuit enough for the metric, and is it needed?"""
 
 from circuits.faithfulness.cases import Ablation, Case, Pair, Ranking, make_cases
 from circuits.faithfulness.curves import Curve

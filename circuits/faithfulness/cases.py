@@ -1,4 +1,4 @@
-"""Prompt pairs, recorded and ready to be cut: what is active, and what takes the place of what is ablated.
+"""Prompt pairs, recorded and prepared for cuts: the active features, and the value that each is ablated to.
 
 pairs → recordings at the chosen layers → metric, ablation values, universe of features
 """
@@ -21,7 +21,7 @@ from hooks.passes import Recording, check_same_length
 from hooks.whole import whole, wholes
 
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
-"""What a feature outside the circuit is set to.
+"""The value to which a feature outside the circuit is set.
 
 `zero`; `mean`: its mean over all tokens of a list of prompts, the same at every position; `resample`: its value at the
 same position of another prompt of the list, drawn at random; `counterfactual`: its value at the same position of the
@@ -36,11 +36,11 @@ ROWS = 64  # prompts per pass
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and the one it is compared with.
+    """A prompt, and the prompt it is compared with.
 
     Attributes:
-        target: the metric m, a difference of logits as `trace` takes it; None is logit(answer) − logit(answer of the
-            counterfactual) or, without another answer, − logit(best other token), of the plain model at the last token.
+        target: the metric m, a difference of logits as in `trace`. None is logit(answer) − logit(the counterfactual's
+            answer), or − logit(best other token) if both answers are the same; of the plain model at the last token.
     """
 
     prompt: Prompt
@@ -50,12 +50,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Case:
-    """A pair, recorded and ready to be cut.
+    """A pair, recorded and prepared for cuts.
 
     Attributes:
-        clean: the prompt's recording, one row, at the layers to be cut.
-        counterfactual: the other prompt's.
-        towards: the recording whose activations ablation puts in place, where it is that of a prompt.
+        clean: the prompt's recording, one row, at the layers that are cut.
+        counterfactual: the other prompt's recording.
+        towards: the recording whose activations are the ablation values, if they come from one prompt.
         ablated: the ablation value of every feature.
     """
 
@@ -74,8 +74,8 @@ class Case:
 
     @cached_property
     def universe(self) -> Mapping[int, Bool[Tensor, "pos feature"]]:
-        """What circuits choose from: features active in the clean run, in the counterfactual, or in what ablation puts
-        in their place. Under `mean` that is most of the dictionary at every position.
+        """The features that a circuit can have: those active in the clean run, in the counterfactual, or in the
+        ablation values. Under `mean` this is most of the dictionary at every position.
         """
         out = {}
         for layer, ablated in self.ablated.items():
@@ -86,13 +86,13 @@ class Case:
 
     @cached_property
     def items(self) -> Int[Tensor, "item 3"]:
-        """(layer, pos, feature) of the universe in the order in which a circuit is written down as a mask."""
+        """(layer, pos, feature) of the universe, in the order of a circuit's mask."""
         found = [(layer, mask.nonzero().cpu()) for layer, mask in self.universe.items()]
         return torch.cat([torch.cat([torch.full_like(at[:, :1], layer), at], dim=1) for layer, at in found])
 
     @property
     def size(self) -> int:
-        """How many features there are to choose from."""
+        """The number of features in the universe."""
         return len(self.items)
 
     def circuit(self, features: Iterable[tuple[int, int, int]]) -> Bool[Tensor, " item"]:
@@ -127,17 +127,17 @@ def make_cases(
     prompts: Sequence[Prompt] = (),
     seed: int = 0,
 ) -> tuple[Case, ...]:
-    """Record every pair and fix what its features are ablated to.
+    """Record every pair, and compute the value to which each feature is ablated.
 
     Args:
-        sites: the layers to be cut: one, a list, or "all" that have a transcoder.
-        prompts: what `mean` averages over and `resample` draws from.
-        seed: of `resample`.
+        sites: the layers that are cut: one, a list, or "all" that have a transcoder.
+        prompts: the prompts that `mean` averages over and `resample` draws from.
+        seed: random seed of `resample`.
 
     Raises:
-        PromptError: no pairs, or prompts that are compared differ in length.
-        TargetError: a target that is not one difference of logits.
-        UserError: an unknown ablation, one that lacks its prompts, or a layer without a transcoder.
+        PromptError: there are no pairs, or the two prompts of a pair differ in length.
+        TargetError: a target is not one difference of logits.
+        UserError: the ablation is unknown or lacks its prompts, or a layer has no transcoder.
     """
     check_ablation(ablation, pairs, prompts)
     seed = whole(seed, "seed", least=-(1 << 63), most=(1 << 63) - 1)
@@ -160,10 +160,10 @@ def make_cases(
 
 
 def check_ablation(ablation: str, pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> None:
-    """Refuse an unknown ablation, and one whose values nobody gave.
+    """Refuse an unknown ablation, and one whose prompts are missing.
 
     Raises:
-        PromptError: no pairs.
+        PromptError: there are no pairs.
         UserError: the ablation is unknown, or lacks prompts.
     """
     if ablation not in get_args(Ablation):
@@ -216,7 +216,7 @@ def _means(
 def _another(
     model: HookedModel, clean: Recording, prompts: Sequence[Prompt], generator: torch.Generator
 ) -> Sequence[int]:
-    """A random prompt of the list that is as long and not the same."""
+    """A random other prompt of the list with the same length."""
     own = clean.batch.ids[0].tolist()
     others = [ids for ids in map(model.host.tokenize, prompts) if len(ids) == len(own) and ids != own]
     if not others:
@@ -229,7 +229,7 @@ def _another(
 
 
 def _target(model: HookedModel, pair: Pair, clean: Recording, other: Recording | None) -> Target:
-    """The metric of a pair: by default its answer against the other prompt's, as in `trace`."""
+    """The metric of a pair: by default its answer against the other prompt's answer, as in `trace`."""
     against = None if other is None else other.logits[0]
     found = resolve_targets(model.host, clean.logits[0], pair.target, counterfactual=against)
     if len(found) != 1 or not isinstance(found[0], Target):

@@ -1,10 +1,10 @@
-"""Faithfulness over circuit size: the curve, its areas, its picture. No model in here.
+"""Faithfulness over circuit size: the curve, its areas, its picture. This file needs no model.
 
     f(C_k) = mean over prompts (m(C_k) − m(0)) / mean over prompts (m(M) − m(0))
 
-CPR is the area under f, CMD the area of |1 − f|, both by trapezoids over the share k of kept features, on a linear axis
-and not divided by its length, as MIB's circuit track does (arXiv:2504.13151). Half of such an area lies above k = 50 %,
-where rankings hardly differ, so the same areas on a logarithmic axis, divided by its length, stand beside them.
+CPR is the area under f, and CMD the area of |1 − f|. Both use trapezoids over the share k of kept features, on a linear
+axis, and are not divided by its length, as in MIB's circuit track (arXiv:2504.13151). Half of such an area is above
+k = 50 %, where rankings hardly differ. So the same areas are also given on a logarithmic axis, divided by its length.
 """
 
 import math
@@ -22,7 +22,8 @@ from circuits.drawing import picture, plain_decades
 from circuits.shown import drawn
 
 Order = Literal["signed", "absolute"]
-"""What comes first: the highest score (MIB measures CPR on it), or the largest in size (CMD)."""
+"""Which features come first: those with the highest score (MIB uses this for CPR), or with the largest |score|
+(CMD)."""
 
 LEVEL = 0.8
 COLOURS = ("#1f6f8b", "#c8553d", "#588157", "#7b5ea7", "#b08900", "#8c8c8c", "#2b2b2b", "#d4a5c9")
@@ -34,8 +35,8 @@ class Curve:
 
     Attributes:
         ranking: its name.
-        order: which end of the ranking comes first.
-        shares: size of each circuit as a share of the universe; the mean over prompts where counts were asked for.
+        order: which features of the ranking come first.
+        shares: size of each circuit as a share of the universe; the mean over prompts if sizes were given as counts.
         counts: mean number of features of each circuit.
         numerator: m(C_k) − m(0) per prompt.
         denominator: m(M) − m(0) per prompt.
@@ -50,23 +51,23 @@ class Curve:
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """f at each size: the ratio of the means, so that prompts with a small denominator do not rule."""
+        """f at each size: the ratio of the means, so that prompts with a small denominator do not dominate."""
         means = reduce(self.numerator.double(), "pair size -> size", "mean") / self.denominator.double().mean()
         return tuple(means.tolist())
 
     @property
     def each(self) -> Float[Tensor, "pair size"]:
-        """f of every prompt on its own."""
+        """f of every single prompt."""
         return self.numerator / self.denominator[:, None]
 
     @property
     def cpr(self) -> float:
-        """Area under f, linear axis. 1 − the first share for a perfect circuit of any size; can be larger."""
+        """Area under f, linear axis. It is 1 − the first share if all circuits are perfect, and can be larger."""
         return area(self.shares, self.values)
 
     @property
     def cmd(self) -> float:
-        """Area of |1 − f|, linear axis. 0 for a perfect circuit of any size."""
+        """Area of |1 − f|, linear axis. It is 0 if all circuits are perfect."""
         return area(self.shares, self._misses)
 
     @property
@@ -84,12 +85,12 @@ class Curve:
         return [abs(1 - value) for value in self.values]
 
     def needed(self, level: float = LEVEL) -> float | None:
-        """Mean number of features of the smallest measured circuit with f at `level` or above; None if none is."""
+        """Mean number of features of the smallest measured circuit with f at `level` or above; None without one."""
         return next((n for n, value in zip(self.counts, self.values, strict=True) if value >= level), None)
 
 
 def area(x: Sequence[float], y: Sequence[float]) -> float:
-    """Trapezoids under y over x. One point alone has no area: NaN."""
+    """The area of trapezoids under y over x. For a single point it is NaN."""
     if len(x) < 2:
         return math.nan
     return sum((b - a) * (c + d) / 2 for a, b, c, d in zip(x, x[1:], y, y[1:], strict=False))
@@ -106,15 +107,15 @@ def plot_curves(
 ) -> None:
     """Write a picture: one panel per entry, one line per curve, areas in the legend.
 
-    The legend has CPR for curves in signed order and CMD for those in absolute order, first on the linear axis, then in
-    brackets on the logarithmic one.
+    The legend has CPR for curves in signed order and CMD for curves in absolute order: on the linear axis, and in
+    brackets on the logarithmic axis.
 
     Args:
         path: the suffix is the format, .png or .svg.
-        bound: where a dotted line is drawn.
+        bound: the height of a dotted line.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)

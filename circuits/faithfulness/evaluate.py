@@ -1,4 +1,4 @@
-"""Is a circuit enough, and is it needed? Everything outside it is ablated, for real, and the metric is measured.
+"""Is a circuit enough, and is it needed? Every feature outside it is ablated in the model, and the metric is measured.
 
 prompt pairs → recorded cases with ablation values → rankings → circuits of growing size → one batch per pair → curves
 
@@ -6,13 +6,13 @@ A circuit is a set of (layer, position, feature). At every chosen site, with eve
 
     x' = Σ_{i in C} a_i d_i + Σ_{i not in C} ã_i d_i + b_dec + e
 
-where a_i is what TopK gives on the stream *as it arrives*, earlier cuts included, ã_i is the ablation value and e the
-error by mode. Nothing is frozen but what the mode says. With the metric m, the empty circuit 0 and the model M,
+where a_i is TopK's activation on the stream of the *cut* run, with earlier cuts in it, ã_i is the ablation value and e
+the error by mode. Only what the mode names is frozen. With the metric m, the empty circuit 0 and the model M,
 
     faithfulness f(C) = (m(C) − m(0)) / (m(M) − m(0))        completeness of C: f(M \\ C), lower is better
 
-(Marks et al., arXiv:2403.19647; sizes and areas of MIB, arXiv:2504.13151). Cutting the *whole* stream at many sites
-multiplies what the transcoders leave unexplained, so a figure means something only with its sites and its error mode.
+(Marks et al., arXiv:2403.19647; sizes and areas of MIB, arXiv:2504.13151). If the *whole* stream is cut at many sites,
+the transcoders' errors accumulate. So a figure is meaningful only together with its sites and its error mode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ from hooks.model import HookedModel
 from hooks.types import Edit, Pass
 
 CutError = Literal["clean", "live", "patched", "zero"]
-"""The error at cut sites: of the clean run; recomputed from the stream that arrives; of the counterfactual; none."""
+"""The error at cut sites: the clean run's; computed from the cut run's own stream; the counterfactual's; none."""
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # MIB's
 ORDERS: tuple[Order, ...] = ("signed", "absolute")
@@ -45,15 +45,15 @@ ROWS = 64  # circuits per pass
 def measure(
     model: HookedModel, case: Case, keep: Bool[Tensor, "row item"], error: CutError = "clean"
 ) -> Float[Tensor, " row"]:
-    """m of several circuits at once, one row of a batch each.
+    """m of several circuits at once; each is one row of a batch.
 
     Memory: `ROWS` × pos × d_features numbers, for one cut at a time.
 
     Args:
-        keep: which items of the case's universe each circuit has.
+        keep: for each circuit, a mask over the items of the case's universe.
 
     Raises:
-        UserError: an unknown error mode, or `patched` without a counterfactual.
+        UserError: the error mode is unknown, or it is `patched` without a counterfactual.
     """
     check_error(error, case)
     values = []
@@ -66,10 +66,10 @@ def measure(
 
 
 def check_error(error: str, case: Case) -> None:
-    """Refuse an unknown error mode, and one that the case cannot serve.
+    """Refuse an unknown error mode, and `patched` for a case without a counterfactual.
 
     Raises:
-        UserError: naming the known modes.
+        UserError: the mode is one of these.
     """
     if error not in get_args(CutError):
         raise UserError(f"unknown error mode {error!r}", expected=", ".join(get_args(CutError)))
@@ -78,7 +78,7 @@ def check_error(error: str, case: Case) -> None:
 
 
 def cut(model: HookedModel, case: Case, keep: Bool[Tensor, "row item"], error: CutError) -> list[Edit]:
-    """The edits that leave each row of a batch of copies of the prompt one circuit, at every site of the case."""
+    """Edits for a batch of copies of the prompt: in each row, at every site of the case, only one circuit is kept."""
     sizes = [int(mask.sum()) for mask in case.universe.values()]
     edits: list[Edit] = []
     for layer, part in zip(case.universe, keep.split(sizes, dim=1), strict=True):
@@ -91,8 +91,8 @@ def _cut_site(
 ) -> list[Edit]:
     """Encode at the read site, write at the write site: x' = stream + (new − acts) @ W_dec.
 
-    `stream` and `acts` belong together and carry the error: (x, a) as they arrive, the clean run's, the
-    counterfactual's, or (b_dec, 0). So where nothing changes, nothing is added, and no reconstruction is rounded.
+    `stream` and `acts` are a pair that fixes the error: (x, a) of the cut run, of the clean run, of the counterfactual,
+    or (b_dec, 0). So where no feature changes, nothing is added, and no reconstruction is rounded.
     """
     key = ("cut", layer)
 
@@ -127,7 +127,7 @@ def _cut_site(
 
 
 def circuits_by_size(case: Case, ranking: Ranking, order: Order, counts: Sequence[int]) -> Bool[Tensor, "size item"]:
-    """The first n items of a ranking, for every n; ties go by layer, position, feature."""
+    """The first n items of a ranking, for every n; ties are broken by layer, position, feature."""
     scores = torch.cat([ranking[layer][mask].cpu() for layer, mask in case.universe.items()])
     scores = scores.abs() if order == "absolute" else scores
     place = scores.sort(descending=True, stable=True).indices.argsort()
@@ -143,16 +143,16 @@ def faithfulness(
     sizes: Sequence[float] | Sequence[int] = SHARES,
     orders: Sequence[Order] = ORDERS,
 ) -> tuple[Curve, ...]:
-    """f(C_k) for every ranking and order: how much of the metric the first k features keep up.
+    """f(C_k) for every ranking and order: the share of the metric that the first k features keep.
 
-    All circuits of a pair, of every ranking, order and size, are rows of the same batch.
+    All circuits of a pair (every ranking, order and size) are rows of the same batch.
 
     Args:
         rankings: per name, one ranking per case; see `circuits.faithfulness.rankings.rank`.
         sizes: shares of the universe in (0, 1] (rounded down, as MIB does), or numbers of features (int, at least 1).
 
     Raises:
-        UserError: sizes that do not ascend, an unknown error mode, or a metric that ablation leaves as it is.
+        UserError: sizes do not ascend, the error mode is unknown, or ablation does not change the metric.
     """
     return _curves(model, cases, rankings, error, sizes, orders, lambda circuit: circuit)
 
@@ -166,7 +166,8 @@ def completeness(
     sizes: Sequence[float] | Sequence[int] = SHARES,
     orders: Sequence[Order] = ORDERS,
 ) -> tuple[Curve, ...]:
-    """f(M \\ C_k): what is left of the metric without the first k features. Lower is better; see `faithfulness`."""
+    """f(M \\ C_k): the share of the metric that is left without the first k features. Lower is better; see
+    `faithfulness`."""
     return _curves(model, cases, rankings, error, sizes, orders, torch.logical_not)
 
 
@@ -199,7 +200,7 @@ def _curves(
 def _axes(
     sizes: Sequence[float] | Sequence[int], counts: Sequence[Sequence[int]], cases: Sequence[Case]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shares as asked for, or the mean ones of the counts asked for; and mean counts."""
+    """The given shares, or the mean shares of the given counts; and the mean counts."""
     table = torch.tensor(counts, dtype=torch.float64)
     of_all = (table / torch.tensor([[case.size] for case in cases])).mean(0).tolist()
     shares = sizes if isinstance(sizes[0], float) else of_all
@@ -232,7 +233,7 @@ def _count(size: float | int, items: int) -> int:
 
 
 def _check_denominator(denominator: Float[Tensor, " pair"], cases: Sequence[Case]) -> None:
-    """f is undefined where the empty circuit does what the model does; the floor is the rounding of fp32 logits."""
+    """Refuse a denominator of about 0, for which f is not defined; the limit is the rounding of fp32 logits."""
     scale = max(abs(case.metric) for case in cases)
     if abs(float(denominator.mean())) <= 1e-6 * scale:
         raise UserError(

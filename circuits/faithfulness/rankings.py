@@ -1,7 +1,7 @@
-"""Which features come first: rankings by scores, and the baselines that a score has to beat.
+"""Rankings of features: by scores, and baselines for comparison.
 
-A rule turns a case into a number per feature, without running any circuit. `ig`, `grad x difference` and `difference`
-know what a feature is ablated to and weigh how far it would move; the others weigh its whole activation.
+A ranking rule turns a case into a number per feature, without running any circuit. `ig`, `grad x difference` and
+`difference` use the difference between a feature's activation and its ablation value; the others use its activation.
 """
 
 import zlib
@@ -23,7 +23,7 @@ Rule = Callable[[HookedModel, Case], Ranking]
 
 
 def integrated(model: HookedModel, case: Case) -> Ranking:
-    """Integrated gradients per site, ten steps, from the clean run towards what ablation puts in its place."""
+    """Integrated gradients per site, in ten steps from the clean run to the ablation values."""
     return integrated_scores(model, case.clean, case.target, case.towards).features
 
 
@@ -33,7 +33,7 @@ def gradient(model: HookedModel, case: Case) -> Ranking:
 
 
 def gradient_difference(model: HookedModel, case: Case) -> Ranking:
-    """Attribution patching: the same first order for (a_i − ã_i) d_i."""
+    """Attribution patching: the first-order effect of (a_i − ã_i) d_i."""
     return {layer: (case.acts(layer) - case.ablated[layer]) * along for layer, along in _slopes(model, case).items()}
 
 
@@ -48,7 +48,7 @@ def difference(model: HookedModel, case: Case) -> Ranking:
 
 
 def chance(seed: int = 0) -> Rule:
-    """Baseline: random order, the same for a pair of prompts wherever it stands in a list."""
+    """Baseline: random order. For a pair of prompts it is the same, whatever its place in a list."""
 
     seed = whole(seed, "seed")
 
@@ -83,7 +83,7 @@ def rank(
 
 
 def _slopes(model: HookedModel, case: Case) -> dict[int, Float[Tensor, "pos feature"]]:
-    """d_i · g for every feature: the metric's slope along each decoder row, at the clean run."""
+    """d_i · g for every feature: the metric's derivative along each decoder row, at the clean run."""
     gradients = score_features(model, case.clean, case.target).gradients
     return {
         layer: linear_fp32(gradients[layer].to(model.store[layer].device), model.store[layer].W_dec, None)

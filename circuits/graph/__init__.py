@@ -1,4 +1,4 @@
-"""The graph, and everything that is computed from it alone."""
+"""The graph, and all computations that need only the graph."""
 
 from circuits.graph.graph import Graph, check_graph
 from circuits.graph.identity import check_same

@@ -1,7 +1,7 @@
-"""The circuit: a frozen table of nodes, a frozen table of edges, and what is known about them.
+"""The circuit: a frozen table of nodes, a frozen table of edges, and facts about them.
 
-Saved as one safetensors file (arrays plus one JSON text in the header): no pickle, and the same graph gives the same
-bytes. A file is checked whole before it becomes a graph (`circuits.graph.sound`).
+It is saved as one safetensors file (arrays, and one JSON text in the header), without pickle; the same graph gives the
+same bytes. All of a file is checked before it becomes a graph (`circuits.graph.sound`).
 """
 
 import html
@@ -45,19 +45,19 @@ class Graph:
     """An attribution graph.
 
     Attributes:
-        index: what each node is.
+        index: kind, layer, position and feature of each node.
         activation: a feature's activation, a target's value, the norm of a rest, error, bias or token vector.
         score: first-order contribution of the node to the (first) target, in logits: removing the node is predicted
             to lower the target by this much.
         influence: share of the first target that flows through the node, unsigned (`circuits.graph.influence`).
-        source, target: rows of the nodes an edge joins, cause → effect.
-        weight: contribution of the source to the target's pre-activation (or logit difference), in its units.
-        effect: the same in logits of the first target: weight times the target node's own effect per unit (into a
-            further target: in that target's own logits).
+        source, target: of each edge, the rows of its two nodes, cause → effect.
+        weight: contribution of the source to the target's pre-activation (or logit difference), in the target's units.
+        effect: the same in logits of the first target: weight times the target node's own effect per unit. An edge into
+            another target has the effect in that target's logits.
         meta: JSON-able facts: prompt, tokens, targets, rule, model, convention, verification.
         baseline: in a pair of prompts, the activation (or value) in the counterfactual; else None, which means 0.
-        total: signed total effect along all paths of the graph before it was pruned (`circuits.graph.scores`); None
-            where too many edges were left out to say.
+        total: signed total effect along all paths of the graph before it was pruned (`circuits.graph.scores`); None if
+            too many edges were left out to compute it.
     """
 
     index: NodeIndex
@@ -74,7 +74,7 @@ class Graph:
 
     @property
     def difference(self) -> Float[np.ndarray, " node"]:
-        """What edges take apart: the activation, less the counterfactual's in a pair of prompts."""
+        """The activation; in a pair of prompts, the activation minus the counterfactual's."""
         return self.activation if self.baseline is None else self.activation - self.baseline
 
     @property
@@ -94,12 +94,12 @@ class Graph:
 
     @cached_property
     def target_names(self) -> tuple[str, ...]:
-        """A name per target, each but once."""
+        """A unique name per target."""
         return unique([target["name"] for target in self.meta.get("targets", [])])
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The prompt's tokens as text; nameless where the graph was made without them."""
+        """The prompt's tokens as text; empty texts if the graph was made without them."""
         known = self.meta.get("tokens")
         return tuple(known) if known is not None else ("",) * (int(self.index.pos.max(initial=NONE)) + 1)
 
@@ -108,11 +108,11 @@ class Graph:
         return {name: column for name in NODE_EXTRA if (column := getattr(self, name)) is not None}
 
     def with_meta(self, **facts: Any) -> "Graph":
-        """The same graph with more known about it."""
+        """The same graph with additional facts."""
         return replace(self, meta={**self.meta, **facts})
 
     def subgraph(self, nodes: Int[np.ndarray, " row"], edges: Int[np.ndarray, " edge"]) -> "Graph":
-        """Some nodes, and those of the given edges that join them."""
+        """Some nodes, and those of the given edges whose two nodes are among them."""
         place = np.full(self.n_nodes, NONE)
         place[nodes] = np.arange(len(nodes))
         edges = edges[(place[self.source[edges]] != NONE) & (place[self.target[edges]] != NONE)]
@@ -166,8 +166,8 @@ class Graph:
     def to_networkx(self) -> nx.DiGraph:
         """A `networkx.DiGraph`: nodes by name with the columns of `nodes_frame`, edges with `weight` and `effect`.
 
-        A node's `pos` is `position` here: Graphviz reads `pos` as a place on the page. Absent numbers (a token's layer,
-        a bias's position) are left out rather than filled with a stand-in.
+        A node's `pos` is called `position` here, because Graphviz reads `pos` as a place on the page. Numbers that a
+        node does not have (a token's layer, a bias's position) are left out.
         """
         graph = nx.DiGraph(prompt=self.meta.get("prompt", ""), rule=self.meta.get("rule", ""))
         for row in self.nodes_frame().rename(columns={"pos": "position"}).to_dict("records"):
@@ -189,7 +189,7 @@ class Graph:
         return f"Graph({drawn(' + '.join(targets)) or 'no target'}: {', '.join(facts)})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the line, and the strongest features."""
+        """For notebooks: the text of `repr`, and the strongest features."""
         frame = self.nodes_frame()
         shown = frame[frame["kind"] == "feature"].head(10)[
             ["name", "token", "activation", "score", "influence", "label"]
@@ -200,7 +200,7 @@ class Graph:
         """Write one safetensors file, whole or not at all. NaN and infinities among the facts become null.
 
         Raises:
-            OutputError: the place cannot be written to.
+            OutputError: the file cannot be written.
             UserError: the graph is not sound, see `check_graph`.
         """
         check_graph(self)
@@ -219,8 +219,8 @@ class Graph:
         """Read a saved graph, and check all of it.
 
         Raises:
-            CheckpointError: there is no such file, it is not a graph of this version, or it is damaged: something in it
-                is not what `check_graph` asks for.
+            CheckpointError: there is no such file, it is not a graph of this version, or `check_graph` refuses its
+                content.
         """
         path = Path(path)
         if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
@@ -244,12 +244,12 @@ class Graph:
 
 
 def check_graph(graph: Graph) -> None:
-    """Refuse a graph that contradicts itself, wherever it was made. `Graph.load` and every export ask for the same.
+    """Refuse a graph that contradicts itself. `Graph.load` and every export check the same.
 
     Raises:
-        UserError: a column of another length, type or range; a node or an edge that occurs twice; an edge that leads
-            down, sideways, or back in time; a number that is NaN or infinite (but the norm of a folded rest); a fact
-            in `meta` of another type, or one that does not fit the nodes.
+        UserError: a column has another length, type or range; a node or an edge occurs twice; an edge leads to a lower
+            or to the same level, or to an earlier position; a number is NaN or infinite (only the norm of a folded rest
+            may be NaN); a fact in `meta` has another type, or does not fit the nodes.
     """
     check_parts(_parts(graph), graph.meta)
 
@@ -260,11 +260,11 @@ def _parts(graph: Graph) -> dict[str, np.ndarray]:
     return columns | {name: getattr(graph, name) for name in _COLUMNS} | graph._extra()
 
 
-_STORED = {True: ("I64", "I32"), False: ("F64", "F32")}  # of whole numbers, and of others
+_STORED = {True: ("I64", "I32"), False: ("F64", "F32")}  # dtypes of columns of whole numbers, and of other columns
 
 
 def _facts(path: Path) -> Any:
-    """The facts in a graph's file, after a look at its header: a graph of this version, its columns numbers."""
+    """The facts in a graph's file, after its header was checked: the version, and columns of numbers."""
     check_size(safetensors_header(path, TEXT_LIMIT))
     stored = check_safetensors(path)
     try:
@@ -285,11 +285,11 @@ def _facts(path: Path) -> Any:
 
 
 def _unknown(constant: str) -> None:
-    """NaN and the infinities, which earlier files may hold, are what is not known."""
+    """Read NaN and infinity, which earlier files may have, as None."""
 
 
 def _check_stored(stored: Mapping[str, HeaderEntry]) -> None:
-    """Refuse columns that are no numbers of one of the kinds that are written, before they are read."""
+    """Refuse columns that do not have one of the dtypes of `_STORED`, before they are read."""
     for name, column in stored.items():
         kinds = _STORED[name in NUMBERS]
         if name not in (*REQUIRED, *NODE_EXTRA) or column.dtype not in kinds or len(column.shape) != 1:
@@ -301,5 +301,5 @@ def _check_stored(stored: Mapping[str, HeaderEntry]) -> None:
 
 
 def _column(tensor: Shaped[Tensor, " row"]) -> Shaped[np.ndarray, " row"]:
-    """A stored column, in the precision that a graph has."""
+    """A stored column, in a graph's own precision."""
     return tensor.numpy().astype(np.float64 if tensor.is_floating_point() else np.int64, copy=False)

@@ -9,18 +9,18 @@ from hooks.errors import UserError
 
 @runtime_checkable
 class Loaded(Protocol):
-    """A model and its transcoders: a `HookedModel`, as far as it is needed here."""
+    """A model and its transcoders: the part of `HookedModel` that is needed here."""
 
     store: TranscoderStore
 
     @property
     def name(self) -> str:
-        """What the user called the model."""
+        """The user's name for the model."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Tells models and sets apart."""
+        """A digest that differs between models and between sets."""
         ...
 
 

@@ -1,10 +1,10 @@
-"""The index of a graph's nodes: which row is which. The only file that adds offsets.
+"""The index of a graph's nodes: what each row is. Only this file computes row numbers.
 
 Order of rows: tokens by position, the bias of the blocks below the first cut; then per cut (a layer with a transcoder,
 ascending): features by (position, feature), one rest node per position, one error node per position, one bias node;
-then targets; then, for a rule that does not conserve, one remainder node per group of targets: what the edges into it
-leave over. A remainder stands below everything (no layer, no position); its `feature` is the layer of the group, `NONE`
-for the targets.
+then targets; then, for a rule that does not conserve, one remainder node per group of targets: the targets' values
+minus the sum of the edges into them. A remainder has no layer and no position; its `feature` is the layer of the
+group, and `NONE` for the targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class NodeIndex:
         *,
         remainders: bool = False,
     ) -> "NodeIndex":
-        """Lay out rows for a prompt of `n_pos` tokens.
+        """The rows for a prompt of `n_pos` tokens.
 
         Args:
             selected: per layer with a transcoder, the (position, feature) pairs that become nodes.
@@ -59,7 +59,7 @@ class NodeIndex:
         return len(self.kind)
 
     def rows(self, kind: int, layer: int | None = None) -> Int[np.ndarray, " row"]:
-        """The rows of one kind, at one layer."""
+        """The rows of one kind, at one layer or at all."""
         hit = self.kind == kind
         return np.flatnonzero(hit if layer is None else hit & (self.layer == layer))
 

@@ -1,8 +1,9 @@
 """Keep the nodes and edges through which most of the influence flows.
 
-As circuit-tracer does it: nodes up to a share of the influence, then edges up to a share of theirs, recomputed on the
-nodes that are left; then nodes without a way in or out are dropped until nothing changes. Tokens and targets stay.
-Remainder nodes count in none of this; they stay, with their edges, as long as something stays that they lead to.
+As in circuit-tracer: first the nodes with the largest influence are kept, up to a share of the sum; then the edges with
+the largest influence, which is computed again on the kept nodes. Then nodes without an edge into them or out of them
+are dropped, until nothing changes. Tokens and targets are always kept. Remainder nodes are not counted; they are kept,
+with their edges, as long as a target of these edges is kept.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ def check_thresholds(node_threshold: float, edge_threshold: float) -> None:
 
 
 def prune(graph: Graph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Graph:
-    """A smaller graph; scores, influence and effects of what stays are unchanged.
+    """A smaller graph. Scores, influence and effects of the kept nodes and edges are unchanged.
 
     Args:
         node_threshold: share of the summed node influence to keep; 1 keeps every node that has any.

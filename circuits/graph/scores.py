@@ -1,8 +1,8 @@
-"""What a graph explains as a whole: circuit-tracer's two scores, signed total effects, and honest scores of subgraphs.
+"""Scores of a whole graph: circuit-tracer's two scores, signed total effects, and scores of subgraphs.
 
-Scores are unsigned shares (`circuits.graph.influence`); totals keep the sign and add up where a rule conserves. A
-subgraph is scored with the features it leaves out folded into the rest nodes: what is merely dropped cannot count as
-unexplained, and so the fewer features stay, the better a graph would look.
+Scores are unsigned shares (`circuits.graph.influence`). Totals are signed, and add up if the rule conserves. Before a
+subgraph is scored, the features that it leaves out are folded into the rest nodes. If they were only dropped, they
+would not count as unexplained, and a graph would look better with fewer features.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ UNEXPLAINED = ("error", "rest")
 
 @dataclass(frozen=True)
 class GraphScores:
-    """Shares between 0 and 1; NaN where nothing reaches the targets.
+    """Shares between 0 and 1; NaN where no edge reaches the targets.
 
     Attributes:
-        replacement: of the influence of tokens and unexplained nodes together, the tokens' part: how much of the
-            answer can be followed back to the prompt.
-        completeness: the explained share of what enters a node, averaged over all nodes by their influence.
+        replacement: the tokens' share of the influence of tokens and unexplained nodes together: how much of the answer
+            the graph traces back to the prompt.
+        completeness: the explained share of the edges into a node, averaged over all nodes, weighted by influence.
     """
 
     replacement: float
@@ -45,23 +45,23 @@ def graph_scores(
         replacement  = I_tokens / (I_tokens + I_unexplained)
         completeness = sum_t I_t (1 − sum_{s unexplained} Â[t, s]) / sum_t I_t          I at a target: its weight
 
-    Its graphs have tokens, features, errors and targets only; on such a graph the numbers are circuit-tracer's. Here
-    a rest counts as an error. A bias is known, not explained by the prompt: it counts as neither in `replacement`, as
-    explained in `completeness`. Edges of remainder nodes count nowhere.
+    circuit-tracer's graphs have only tokens, features, errors and targets; for such a graph the numbers are the same.
+    Here a rest counts as an error. A bias is known, but not explained by the prompt: in `replacement` it counts neither
+    way, in `completeness` it counts as explained. Edges of remainder nodes are not counted.
 
     Args:
         unexplained: the kinds of nodes that count like errors.
         without: kinds whose edges are dropped before anything is normalised. `unexplained=("error",),
-            without=("rest", "bias")` is what circuit-tracer would say of the same selection of features.
-        mass: sum |e| into each node over all edges, where `max_in_edges` left some out; those count as if they came
-            from an error node. None: the edges of the graph are all there are.
+            without=("rest", "bias")` gives circuit-tracer's scores for the same features.
+        mass: sum |e| into each node over all edges, if `max_in_edges` left some out. Those count as if they came from
+            an error node. None: no edge was left out.
 
     Raises:
         UserError: there is no such kind of node.
     """
     index, source, target = graph.index, graph.source, graph.target
     is_lost = _is_one_of(index, unexplained)
-    drop = (_is_one_of(index, without) & (index.kind != REMAINDER))[source]  # remainders are in no mass anyway
+    drop = (_is_one_of(index, without) & (index.kind != REMAINDER))[source]  # `mass` does not include remainders
     if mass is not None:
         mass = mass - _into(index, target[drop], np.abs(graph.weight[drop]))
     share = shares(index, source, target, np.where(drop, 0.0, graph.weight), mass)
@@ -69,7 +69,7 @@ def graph_scores(
     missing = np.zeros(len(index))
     if mass is not None:
         missing = np.where(mass > 0, np.maximum(1 - _into(index, target, share), 0.0), 0.0)
-    elsewhere = missing @ influence  # the influence of the node the missing edges would come from
+    elsewhere = missing @ influence  # the influence of an error node with all missing edges
     explained = 1 - missing - _into(index, target, share * is_lost[source])
     tokens, errors = influence[index.kind == TOKEN].sum(), influence[is_lost].sum() + elsewhere
     completeness = _ratio(explained @ influence + elsewhere, influence.sum() + elsewhere)
@@ -77,14 +77,15 @@ def graph_scores(
 
 
 def signed_totals(graph: Graph) -> Float[np.ndarray, " node"]:
-    """Total effect of every node on the targets, signed, in logits: over all paths at once, one sweep.
+    """Total effect of every node on the targets, signed, in logits: over all paths, in one pass over the edges.
 
         T_i = sum_{targets t} w_t e_it + sum_{features j} (e_ij / a_j) T_j
 
     A path counts the product of its edges, divided by the activation at every feature it passes (an active feature's
     activation is its pre-activation; in a pair of prompts: the difference of the two). A target's total is its weight
-    times its value. If the edges into every node sum to its value, remainders included, the totals of the nodes
-    without inputs sum to the targets'; edges that were left out or pruned at a feature j go missing T_j / a_j times.
+    times its value. If the edges into every node sum to its value, remainders included, the totals of the nodes without
+    inputs sum to the targets' totals. Each edge into a feature j that was left out or pruned changes that sum by its
+    weight times T_j / a_j.
     """
     index, value = graph.index, graph.difference
     start = start_weights(index, _targets(graph))
@@ -111,15 +112,15 @@ def subgraph_scores(
 
 
 def fold(graph: Graph, keep: Int[np.ndarray, " row"]) -> Graph:
-    """The same graph with fewer features: the others become part of the rest at their layer and position.
+    """The same graph with fewer features: the others become part of the rest node at their layer and position.
 
-    Their edges into what stays are added to the rest's, signed; what fed them is no longer explained. So the edges
-    into every node that stays sum to what they did. Scores add up in the same way, influence is that of the new edges.
-    The norm of a rest that grew is not known without the decoder: its activation is NaN. Totals are not carried over;
-    `signed_totals` gives those of the folded graph.
+    Their edges into kept nodes are added to the rest's edges, with sign; edges into them are dropped. So the sum of the
+    edges into every kept node is unchanged. Scores are added in the same way, and influence is computed from the new
+    edges. The norm of an enlarged rest is not known without the decoder, so its activation is NaN. Totals are dropped;
+    `signed_totals` computes those of the folded graph.
 
     Args:
-        keep: rows of the features that stay. Nodes of other kinds stay in any case.
+        keep: rows of the features that are kept. Nodes of other kinds are always kept.
     """
     goes = graph.index.kind == FEATURE
     goes[keep] = False
@@ -149,7 +150,7 @@ def fold(graph: Graph, keep: Int[np.ndarray, " row"]) -> Graph:
 
 
 def _with_rests(graph: Graph, rows: Int[np.ndarray, " row"]) -> Graph:
-    """The graph with a rest node, last and without edges, wherever one of these rows has none."""
+    """The graph with additional rest nodes, at the end and without edges, where one of these rows has none."""
     index = graph.index
     rests = index.rows(REST)
     there = set(zip(index.layer[rests].tolist(), index.pos[rests].tolist(), strict=True))
@@ -183,7 +184,8 @@ def _rest_at(index: NodeIndex, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray,
 
 
 def _in_order(index: NodeIndex, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
-    """Rows by layer, kind and position as in `NodeIndex.build`; equals, such as remainders, stay in their order."""
+    """Rows sorted by layer, kind and position as in `NodeIndex.build`; equal ones, such as remainders, keep their
+    order."""
     last = (index.kind == TARGET) + 2 * (index.kind == REMAINDER)
     return rows[np.lexsort((index.pos[rows], index.kind[rows], index.layer[rows], last[rows]))]  # stable
 
@@ -202,12 +204,12 @@ def _targets(graph: Graph) -> Sequence[dict]:
 def _into(
     index: NodeIndex, rows: Int[np.ndarray, " item"], values: Float[np.ndarray, " item"]
 ) -> Float[np.ndarray, " node"]:
-    """Values summed by the node they belong to."""
+    """The sum of the values of each node."""
     return _sums(rows, values, len(index))
 
 
 def _sums(places: Int[np.ndarray, " item"], values: Float[np.ndarray, " item"], size: int) -> Float[np.ndarray, " row"]:
-    return np.bincount(places, weights=values, minlength=size).astype(np.float64)  # of no items it makes integers
+    return np.bincount(places, weights=values, minlength=size).astype(np.float64)  # without items it gives integers
 
 
 def _ratio(part: float, whole: float) -> float:

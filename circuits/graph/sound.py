@@ -1,7 +1,7 @@
-"""What every graph must be, read from a file or made in memory: columns of one length, nodes of known kinds that occur
-once, edges that lead upward and never back in time, finite numbers, and facts that fit the nodes.
+"""The checks of every graph, read from a file or made in memory: columns have one length, nodes are of known kinds and
+occur once, edges lead to a higher level and not to an earlier position, numbers are finite, and facts fit the nodes.
 
-Nothing here repairs. `parts` are the columns of a graph by name: `kind`, `layer`, `pos`, `feature` of the nodes,
+Nothing is repaired. `parts` are the columns of a graph by name: `kind`, `layer`, `pos`, `feature` of the nodes,
 `activation` and so on, `source`, `target` and so on of the edges.
 """
 
@@ -22,22 +22,23 @@ EDGE_NUMBERS, EDGE_VALUES = ("source", "target"), ("weight", "effect")
 REQUIRED = (*NODE_NUMBERS, *NODE_VALUES, *EDGE_NUMBERS, *EDGE_VALUES)
 NUMBERS = (*NODE_NUMBERS, *EDGE_NUMBERS)
 EDGES = (*EDGE_NUMBERS, *EDGE_VALUES)
-LARGEST = float(np.finfo(np.float32).max)  # a model's numbers stay below
-MOST_LAYERS, MOST = 1 << 14, 1 << 31  # layers; positions, features, targets
+LARGEST = float(np.finfo(np.float32).max)  # numbers of a model are below this
+MOST_LAYERS, MOST = 1 << 14, 1 << 31  # limits: of layers; of positions, features and targets
 DEPTH = 32  # containers within containers
-TEXT_LIMIT, VALUE_LIMIT = 8 << 20, 1_000_000  # of the facts as JSON: bytes, and values; each takes up to 100 bytes read
+TEXT_LIMIT, VALUE_LIMIT = 8 << 20, 1_000_000  # of the facts as JSON: bytes, and values (up to 100 bytes each in memory)
 
 
 def check_parts(parts: Mapping[str, Any], meta: Any) -> dict[str, Any]:
-    """Refuse what is no graph.
+    """Refuse parts that are no graph.
 
     Returns:
         The facts in plain data.
 
     Raises:
-        UserError: a column is missing or unknown, has another shape, type or range; a node or edge occurs twice; an
-            edge leads down, sideways, or back in time; a number is NaN or infinite (but the norm of a folded rest,
-            which is not known); `meta` is no plain data, or a fact has another type or does not fit the nodes.
+        UserError: a column is missing or unknown, or has another shape, type or range; a node or edge occurs twice; an
+            edge leads to a lower or to the same level, or to an earlier position; a number is NaN or infinite (only the
+            norm of a folded rest may be NaN); `meta` is no plain data, or a fact has another type or does not fit the
+            nodes.
     """
     _check_columns(parts)
     _check_nodes(parts)
@@ -86,7 +87,7 @@ def _type_of(name: str) -> tuple[str, str]:
 
 
 def _first(hit: Bool[np.ndarray, " item"]) -> int | None:
-    """The first place that is hit."""
+    """The index of the first True; None without one."""
     return int(hit.argmax()) if hit.any() else None
 
 
@@ -116,7 +117,7 @@ def _check_nodes(parts: Mapping[str, Any]) -> None:
 
 
 def depth(kind: Int[np.ndarray, " node"], layer: Int[np.ndarray, " node"]) -> Int[np.ndarray, " node"]:
-    """How high each node stands: what has no layer below, targets above everything."""
+    """The level of each node: nodes without a layer are lowest, targets are highest."""
     return np.where(kind == TARGET, MOST_LAYERS, layer)
 
 
@@ -148,7 +149,7 @@ def _check_values(parts: Mapping[str, Any]) -> None:
         if name not in parts:
             continue
         column = parts[name]
-        fits = np.abs(column) <= np.float64(LARGEST)  # not so where it is NaN
+        fits = np.abs(column) <= np.float64(LARGEST)  # False for NaN
         if name in ("activation", "baseline"):
             fits |= folded & np.isnan(column)
         if name == "influence":
@@ -159,10 +160,10 @@ def _check_values(parts: Mapping[str, Any]) -> None:
 
 
 def plain(data: Any, depth: int = 0) -> Any:
-    """The same data as JSON holds it: lists for tuples, None where a number is NaN or infinite.
+    """The same data as JSON values: lists for tuples, None where a number is NaN or infinite.
 
     Raises:
-        UserError: something that JSON does not have, a text that is no Unicode, or containers nested too deeply.
+        UserError: a value is of no JSON type, a text is no Unicode, or containers are nested too deeply.
     """
     if depth > DEPTH:
         raise UserError("the facts of the graph are nested too deeply", expected=f"{DEPTH} levels at most")
@@ -187,7 +188,7 @@ def _text(text: Any) -> str:
     raise UserError("a text of the graph is not Unicode", expected="text without surrogates", found=ascii(text)[:80])
 
 
-# ---- facts: what each must be. A kind of fact is a test and its name
+# ---- facts: the type of each. A `Fact` is a test and its description
 
 Fact = tuple[Callable[[Any], bool], str]
 
@@ -256,7 +257,7 @@ SAMPLED = {"nodes": ("score", "effect", "doubled"), "edges": ("weight", "effect"
 
 
 def check_meta(meta: Any) -> None:
-    """Refuse facts of another type than their own. `meta` as `plain` gives it; unknown facts may be anything plain.
+    """Refuse facts of a wrong type. `meta` is a result of `plain`; facts of unknown names may have any type.
 
     Raises:
         UserError: names the fact.
@@ -314,7 +315,7 @@ def _check_sample(sample: dict[str, Any]) -> None:
 
 
 def _check_fit(parts: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    """Whether facts and nodes are of one graph."""
+    """Refuse facts that contradict the nodes."""
     kind, layer, pos, feature = (parts[name] for name in NODE_NUMBERS)
     targets = meta.get("targets", [])
     rows = np.flatnonzero(kind == TARGET)

@@ -1,8 +1,8 @@
-"""Supernodes: a feature that persists over several layers is one thing, not a chain of nodes.
+"""Supernodes: features of successive layers that mean the same are shown as one node.
 
-Where the whole stream is rewritten at every cut, paths pass a feature per cut, and most of their steps only carry a
-direction on. Two features of one token at successive cuts are the same thing where they write nearly the same
-direction and the lower one makes up most of the upper one.
+If the whole stream is replaced at every cut, a path has one feature per cut, and in most of its steps the direction
+hardly changes. Two features of one token at successive cuts are merged if they write nearly the same direction, and
+most of the upper one's activation comes from the lower one.
 """
 
 import networkx as nx
@@ -17,15 +17,16 @@ from hooks.errors import UserError
 
 
 def merge_chains(graph: Graph, model: Loaded, *, similarity: float = 0.9, share: float = 0.5) -> Graph:
-    """Find the chains of a graph: `meta["supernodes"]` maps a label to the ids of its features, lowest layer first.
+    """Find the supernodes of a graph: `meta["supernodes"]` maps a label to the names of its features, lowest layer
+    first.
 
-    An edge i → j joins two features into one supernode if they are of one token and of successive layers with
-    transcoders, cos(d_i, d_j) > similarity, and e_ij / a_j > share (in a pair of prompts: of the
-    difference in a_j). A supernode can branch.
+    An edge i → j merges two features if they are at one token and at successive layers with transcoders,
+    cos(d_i, d_j) > similarity, and e_ij / a_j > share (in a pair of prompts a_j is the difference between the
+    prompts). A supernode can branch.
 
     Args:
-        similarity: least cosine of the decoder rows.
-        share: least part of the upper feature's activation that comes from the lower one.
+        similarity: smallest cosine of the decoder rows.
+        share: smallest part of the upper feature's activation that comes from the lower one.
 
     Raises:
         UserError: the graph belongs to another model, or a threshold is out of range.
@@ -40,13 +41,13 @@ def merge_chains(graph: Graph, model: Loaded, *, similarity: float = 0.9, share:
 
 
 def supernode_graph(graph: Graph) -> nx.DiGraph:
-    """`graph.to_networkx()` with every supernode as one node, its edges summed, the edges inside it dropped.
+    """`graph.to_networkx()` with every supernode as one node. Its edges are summed, and edges inside it are dropped.
 
-    A supernode has `kind` "supernode", the ids of its `members`, the `layers` it runs through (first and last), and
-    the largest influence and the strongest score of a member: the members of a chain carry the same thing, so their
-    scores are not added up. An edge's `effect` is in logits; a `weight` into a supernode adds up units of several
-    features. A chain can leave and come back through a feature in between, so the result can have cycles:
-    `graph["acyclic"]` says whether it has none.
+    A supernode has `kind` "supernode", the names of its `members`, its first and last layer in `layers`, and the
+    largest influence and the strongest score of a member. Scores are not added up, since the members mean the same. An
+    edge's `effect` is in logits; a `weight` into a supernode is a sum in the units of several features. A path can
+    leave a supernode and return to it through another feature, so the result can have cycles: `graph["acyclic"]` is
+    True if it has none.
     """
     network, labels = graph.to_networkx(), graph.meta.get("supernodes", {})
     members = {label: [name for name in names if name in network] for label, names in labels.items()}
@@ -68,7 +69,7 @@ def supernode_graph(graph: Graph) -> nx.DiGraph:
 
 
 def _carries(graph: Graph, layers: tuple[int, ...], share: float) -> Bool[np.ndarray, " edge"]:
-    """Edges between features of one token at successive layers, that are more than `share` of their target."""
+    """Edges between features of one token at successive layers whose weight is more than `share` of the target."""
     index, source, target = graph.index, graph.source, graph.target
     features = (index.kind[source] == FEATURE) & (index.kind[target] == FEATURE)
     neighbours = np.searchsorted(layers, index.layer[target]) - np.searchsorted(layers, index.layer[source]) == 1
@@ -92,7 +93,8 @@ def _cosines(graph: Graph, model: Loaded, edges: Int[np.ndarray, " kept"]) -> Fl
 
 
 def _components(graph: Graph, edges: Int[np.ndarray, " kept"]) -> list[list[int]]:
-    """Rows that the edges join, each group and the groups themselves in the order of rows."""
+    """The connected components, as lists of rows. Each list ascends, and the lists are in the order of their first
+    row."""
     parent = list(range(graph.n_nodes))
 
     def root(row: int) -> int:
@@ -110,7 +112,7 @@ def _components(graph: Graph, edges: Int[np.ndarray, " kept"]) -> list[list[int]
 
 
 def _label(graph: Graph, rows: list[int]) -> str:
-    """First and last member; a feature is in one supernode only, so no two labels are equal."""
+    """First and last member. A feature is in one supernode only, so no two labels are equal."""
     return f"{graph.names[rows[0]]} … {graph.names[rows[-1]]}"
 
 

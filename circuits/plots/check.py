@@ -1,7 +1,7 @@
-"""What a check measured as a picture: the FVU of every pair of sites, one map per encoder, and the FVU by k.
+"""A picture of a check: the FVU of every pair of sites, one map per encoder, and the FVU by k.
 
-Dark cells are pairs that the set reconstructs; the winner is framed. Pairs that do not exist, a write site before its
-read site, are left out.
+Dark cells are pairs that the set reconstructs well; the winner has a frame. Pairs whose write site is before the read
+site do not exist and are left out.
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ from hooks.checkpoints import Findings
 from hooks.sites import SiteSpec
 
 CELL, SIDE, LEAST = 0.46, 3.4, 3.2  # inches
-WORST = 1.0  # FVU: what the mean alone leaves; anything above looks like it
+WORST = 1.0  # FVU of the mean alone; values above have the same colour
 
 
 def check_plot(found: Calibration, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same findings give the same bytes.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
     """
     path = Path(path)
     scores = found.ranking.scores
@@ -140,7 +140,7 @@ def _curve(axes: Any, findings: Findings) -> None:
 
 
 def _apart(values: list[float], factor: float = 1.5) -> list[float]:
-    """The values that have room for a label, ascending."""
+    """Those values, ascending, that are far enough apart for a label each."""
     kept: list[float] = []
     for value in sorted(values):
         if not kept or value >= factor * kept[-1]:

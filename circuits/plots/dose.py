@@ -1,7 +1,7 @@
-"""A sweep over strengths as a picture: the effect on the target on the left, the cost in fluency on the right.
+"""A picture of a dose response: the effect on the target at the left, the cost in fluency at the right.
 
-Where the first new token becomes another one, it is written above its dose, so that one sees which strength changes the
-answer, and what that strength costs.
+Where the first new token changes, it is written above its dose. So the picture shows which strength changes the answer,
+and how much fluency that strength costs.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def dose_plot(response: DoseResponse, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same sweep gives the same bytes.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
     """
     path = Path(path)
     with picture(path, (WIDTH, HEIGHT)) as figure:
@@ -44,7 +44,9 @@ def _effect(axes: Any, response: DoseResponse, amounts: Sequence[float]) -> None
     for i, (amount, value, dose) in enumerate(zip(amounts, metric, response.doses, strict=True)):
         token = dose.scored.tokens[0]
         if token != before:
-            falls = value >= (metric[i + 1] if i + 1 < len(metric) else metric[i - 1])  # write where the line is not
+            falls = value >= (
+                metric[i + 1] if i + 1 < len(metric) else metric[i - 1]
+            )  # the label must not cover the line
             axes.annotate(
                 shown.token(token),
                 (amount, value),

@@ -1,7 +1,7 @@
-"""A quality report as a picture: FVU, active features and the cost of swapping, by layer.
+"""A picture of a quality report: FVU, active features and the cost of swapping, by layer.
 
-The cost is that of one site at a time. What all sites together cost, and what mean ablation costs, is of another order
-of magnitude and written above the panel.
+The cost is that of one swapped site. The cost of all sites together and the cost of mean ablation are of another order
+of magnitude, so they are written above the panel.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from circuits.drawing import FIRST, INK, QUIET, SECOND, picture
 from hooks.check import QualityReport
 
 WIDTH, HEIGHT = 12.2, 3.6  # inches
-LINES = (  # dashes, because without sinks in the text the two lines are one
+LINES = (  # one is dashed, because the two lines coincide if the text has no sinks
     ("fvu", "all tokens", FIRST, "-"),
     ("fvu_calm", "without sinks", QUIET, "--"),
     ("fvu_normed", "norm space", SECOND, "-"),
@@ -23,7 +23,7 @@ def quality_plot(report: QualityReport, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same report gives the same bytes.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
     """
     path = Path(path)
     with picture(path, (WIDTH, HEIGHT)) as figure:

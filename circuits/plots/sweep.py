@@ -1,8 +1,8 @@
-"""A sweep as a picture: where the strong effects are, by layer and position, and which features they belong to.
+"""A picture of a sweep: the strongest effects by layer and position, and the features with the strongest effects.
 
-A cell holds the effect of largest magnitude among the features at that layer and position; a cell in which none rises
-above the noise floor stays grey. The bars beside it are the strongest single effects. Colours say what a feature does
-for the target, `circuits.drawing.colours`; the bars' direction says what the change did to the metric.
+A cell shows the effect of largest magnitude among the features at that layer and position. It is grey if no effect is
+above the noise floor. The bars beside the map are the strongest single effects. Colours show whether a feature supports
+or opposes the target (`circuits.drawing.colours`); the direction of a bar shows the change of the metric.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ from circuits.drawing import INK, MUTED, OPPOSES, QUIET, ROLE, ROLES, SUPPORTS, 
 from hooks.effects import Sweep
 from hooks.errors import UserError
 
-BARS = 15  # of the ranking
-LONGEST = 12  # characters of a token that are written
+BARS = 15  # bars of the ranking
+LONGEST = 12  # characters of a token that are shown
 CELL, BAR_SIDE, LEAST, FOOT = 0.34, 3.6, 3.4, 0.25  # inches
 LEGEND = f"{ROLES}; bars: change of logit(target) − logit(against)"
 
@@ -27,7 +27,7 @@ def sweep_plot(sweep: Sweep, path: str | Path) -> None:
     """Write a picture, PNG or SVG by its suffix, whole or not at all. The same sweep gives the same bytes.
 
     Raises:
-        OutputError: another suffix, matplotlib is not installed, or the place cannot be written to.
+        OutputError: the suffix is another one, matplotlib is not installed, or the file cannot be written.
         UserError: no group of the sweep is one feature at one position.
     """
     path = Path(path)

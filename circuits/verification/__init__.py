@@ -1,4 +1,4 @@
-"""Predictions of a graph against measurements; edges taken apart by head."""
+"""Predictions of a graph against measurements; edges split by head."""
 
 from circuits.verification.by_head import decompose
 from circuits.verification.verifying import Verification, measure_edges, measure_nodes, verify, verify_in

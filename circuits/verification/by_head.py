@@ -1,6 +1,6 @@
-"""Why an edge crosses positions: its parts along the skip connection, the MLP and every attention head.
+"""Edges split into parts: along the skip connection, the MLP and every attention head.
 
-`decompose` takes edges of a graph apart; the parts of each sum to its weight.
+`decompose` splits edges of a graph; the parts of an edge sum to its weight.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
     """Parts of edges: source, target, part, head (−1 where a part has none), weight.
 
     Args:
-        edges: row numbers of edges; the `top` strongest that can be taken apart, by default. Those start at a feature
-            or an error, and cross one block: all of neighbouring cuts of a whole-stream set, and those into the
-            targets where one block lies above the last cut.
+        edges: row numbers of edges; by default the `top` strongest ones that can be split. An edge can be split if it
+            starts at a feature or an error and passes through one block: all edges between neighbouring cuts of a
+            whole-stream set, and edges into the targets if one block is above the last cut.
 
     Raises:
-        UserError: the graph belongs to another model, its rule has no block algebra, or an edge cannot be taken apart.
+        UserError: the graph belongs to another model, its rule has no block algebra, or an edge cannot be split.
 
     Example:
         >>> from hooks import HookedModel
@@ -68,7 +68,7 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
 
 
 def _again(model: HookedModel, graph: Graph) -> tuple[Setting, LocalRun, Stack, Rule]:
-    """Record the graph's prompt again; its own features are the nodes."""
+    """Record the graph's prompt again, with the graph's own features as nodes."""
     facts = graph.meta
     rule = getattr(RULES[facts["rule"]], "RULE", None)
     recording = recorded(model, facts["ids"])
@@ -90,7 +90,7 @@ def _again(model: HookedModel, graph: Graph) -> tuple[Setting, LocalRun, Stack, 
 
 
 def _through_one_block(graph: Graph, run: LocalRun) -> Int[np.ndarray, " edge"]:
-    """Edges from features and errors whose group is fed through one block by one whole-stream cut."""
+    """Edges from features and errors into groups that one whole-stream cut feeds through one block."""
     index, n_layers = graph.index, run.model.host.n_layers
     good: list[tuple[int, int]] = []  # (layer of the source, layer of the target; −1: the targets)
     for number in run.groups:
@@ -112,7 +112,7 @@ def _through_one_block(graph: Graph, run: LocalRun) -> Int[np.ndarray, " edge"]:
 
 
 def _grouped(graph: Graph, chosen: Int[np.ndarray, " edge"]) -> list[Int[np.ndarray, " group"]]:
-    """Edges that go through the same block to the same kind of target."""
+    """Edges, grouped by the block they pass through and by the kind of their target."""
     index, target = graph.index, graph.target[chosen]
     layer = np.where(index.kind[target] == TARGET, -1, index.layer[target])
     return [chosen[layer == one] for one in np.unique(layer)]
@@ -145,7 +145,7 @@ def _features(graph: Graph, target: Int[np.ndarray, " edge"]) -> Int[np.ndarray,
 def _written(
     graph: Graph, run: LocalRun, feeder: int, source: Int[np.ndarray, " edge"]
 ) -> Float[Tensor, "edge d_model"]:
-    """What each source writes: an error, or its activation times its decoder row."""
+    """The vector that each source writes: an error, or its activation times its decoder row."""
     cut, index = run.cuts[feeder], graph.index
     pos, feature = (torch.from_numpy(column[source]) for column in (index.pos, index.feature))
     device = cut.error.device

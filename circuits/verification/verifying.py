@@ -1,10 +1,10 @@
-"""Predicted against measured: what a graph claims about a node or an edge, and what really happens without it.
+"""Predicted against measured: a graph's numbers for nodes and edges, compared with interventions.
 
-Nodes: the score of a feature against m(clean) − m(feature ablated), and against m(feature doubled) − m(clean), in the
-plain model with everything live. Edges: the weight e_ij against the change of the target's value when what the source
-writes is taken out, the model between the two runs for real, and every other cut stands at its clean value. Samples are
-spread over strength, layer and position, not taken from the top only (that would flatter). Rows that nobody edits give
-the noise floor.
+Nodes: the score of a feature is compared with m(clean) − m(feature ablated), and with m(feature doubled) − m(clean), in
+the plain model with everything live. Edges: the weight e_ij is compared with the change of the target's value when the
+source's vector is removed, the model between the two runs, and every other cut is held at its clean value. Samples are
+spread over strength, layer and position: the strongest ones alone would agree too well. Unedited rows give the noise
+floor.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from hooks.sites import Site
 from hooks.whole import whole
 
 KEYS = ["layer", "pos", "feature"]
-IDLE_EVERY = 16  # rows; one of so many is not edited
+IDLE_EVERY = 16  # one of so many rows is not edited
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Verification:
     """Agreement of predictions with measurements on one prompt.
 
     Attributes:
-        metric: what is measured: the targets, each times its weight.
+        metric: the measured metric: the sum of the targets, each times its weight.
         ablation, doubling: scores against the measured effects of ablating and of doubling features.
         edge: edge weights against the measured change of the target's value.
-        logit_spearman: the same features' measured effect on the answer's *plain* logit against their score on it;
-            None where the target is not a difference of logits.
-        noise_floor: largest change of the metric between rows that nobody edited.
+        logit_spearman: correlation of the same features' measured effect on the answer's *plain* logit with their score
+            for it; None if the target is not a difference of logits.
+        noise_floor: largest change of the metric between unedited rows.
         nodes, edges: the samples.
     """
 
@@ -94,7 +94,7 @@ class Verification:
         return flat | {name: getattr(self, name).summary() for name in ("ablation", "doubling", "edge")}
 
     def sample(self) -> dict[str, Any]:
-        """The measured items, JSON-able: what `plot_sample` draws."""
+        """The measured items, JSON-able. `plot_sample` draws them."""
         nodes = {name: self.nodes[name].tolist() for name in ("score", "effect", "doubled")}
         edges = {name: self.edges[name].tolist() for name in ("weight", "effect")}
         floors = {"noise_floor": self.noise_floor, "edge_noise_floor": self.edge_noise_floor}
@@ -111,7 +111,7 @@ class Verification:
 
 @measured
 def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> Verification:
-    """Measure a sample of nodes and edges of a graph by really taking features out.
+    """Measure a sample of nodes and edges of a graph by removing features from the model's streams.
 
     Args:
         n: how many features, and how many edges, to measure (all of them if there are fewer).
@@ -129,7 +129,7 @@ def verify(model: HookedModel, graph: Graph, *, n: int = 200, seed: int = 0) -> 
 
 
 def verify_in(setting: Setting, graph: Graph, *, n: int, seed: int) -> Verification:
-    """The same where prompt and scores are at hand."""
+    """The same for a prompt that is already recorded and scored."""
     nodes, noise = measure_nodes(setting, n=n, seed=seed, graph=graph)
     edges, edge_noise = measure_edges(setting, graph, n=n, seed=seed)
     logit = rank_correlation(nodes["logit_score"], nodes["logit_effect"]) if "logit_score" in nodes else np.nan
@@ -149,8 +149,8 @@ def verify_in(setting: Setting, graph: Graph, *, n: int, seed: int) -> Verificat
 def measure_nodes(setting: Setting, *, n: int, seed: int, graph: Graph | None = None) -> tuple[pd.DataFrame, float]:
     """A table of features with their scores and measured effects, and the noise floor.
 
-    The sample is of all active features. Where the graph has one as a node, the graph's own score is what is checked.
-    In a pair of prompts a feature is not zeroed but set to what it is in the counterfactual.
+    The sample is drawn from all active features. If a feature is a node of the graph, the graph's own score is checked.
+    In a pair of prompts a feature is not set to zero but to its activation in the counterfactual.
     """
     table, targets = setting.scores.frame, list(setting.targets)
     plain = _plain_logit(setting)
@@ -185,7 +185,7 @@ def _plain_logit(setting: Setting) -> Target | None:
 def _written(
     setting: Setting, layer: Any, pos: Any, feature: Any, activation: float, baseline: float
 ) -> tuple[Site, Removal]:
-    """What one feature writes, over the counterfactual."""
+    """The vector that one feature writes, minus that of the counterfactual."""
     transcoder = setting.model.store[int(layer)]
     row = transcoder.W_dec[int(feature)]
     vector = row.to(torch.promote_types(row.dtype, torch.float32)) * (float(activation) - float(baseline))
@@ -195,14 +195,15 @@ def _written(
 def _run(
     setting: Setting, rows: Sequence[dict[Site, Removal]], targets: Sequence[Any]
 ) -> tuple[Float[Tensor, "row target"], Float[Tensor, "idle target"]]:
-    """The plain model with each row's removal: targets' values, and those of rows that nobody edits."""
+    """Run the plain model with each row's removal. Returns the targets' values, and those of unedited rows."""
     mixed, real, idle = with_idle(rows)
     values = run_held(setting.model, setting.recording, (), mixed, {}, targets)
     return values[real], values[idle]
 
 
 def with_idle(rows: Sequence[dict[Site, Removal]]) -> tuple[list[dict[Site, Removal]], list[int], list[int]]:
-    """Rows with unedited ones strewn in, the first of all; the places of the real ones and of the idle ones."""
+    """The rows with unedited (idle) ones added between them; the first row is idle. Also returns the indices of the
+    given rows and of the idle ones."""
     mixed: list[dict[Site, Removal]] = []
     real = []
     for number, row in enumerate(rows):
@@ -215,7 +216,7 @@ def with_idle(rows: Sequence[dict[Site, Removal]]) -> tuple[list[dict[Site, Remo
 
 
 def _claimed(graph: Graph, table: pd.DataFrame) -> pd.Series:
-    """The graph's score of each feature that is one of its nodes; the recomputed one of the others."""
+    """The graph's score of each feature that is a node; for the others, the score computed again."""
     rows = graph.index.rows(FEATURE)
     claims = pd.DataFrame({name: getattr(graph.index, name)[rows] for name in KEYS}).assign(claim=graph.score[rows])
     joined = table.merge(claims, on=KEYS, how="left")
@@ -266,7 +267,7 @@ class _Seen:
     values: Float[Tensor, "row edge"] = None  # type: ignore[assignment]
 
     def looks(self) -> dict[Site, Any]:
-        """One per site that some sampled target reads."""
+        """One function per site that a sampled target reads."""
         index, target = self.graph.index, self.sample["target"].to_numpy()
         sites: dict[Site, list[Int[np.ndarray, " edge"]]] = {}
         for layer in np.unique(index.layer[target[index.kind[target] == FEATURE]]).tolist():
@@ -287,7 +288,7 @@ class _Seen:
         return look
 
     def put_targets(self, values: Float[Tensor, "row target"]) -> None:
-        """The explained targets' values, measured at the end of the pass."""
+        """Store the values of the graph's targets, measured at the end of the pass."""
         index, target = self.graph.index, self.sample["target"].to_numpy()
         edges = np.flatnonzero(index.kind[target] == TARGET)
         if len(edges):
