@@ -1,9 +1,9 @@
-"""Bytes that tensors take at most on a CPU, counted by torch's own allocator.
+"""The largest number of bytes that tensors take on a CPU, counted by torch's own allocator.
 
 The profiler reports every allocation and every release of the CPU allocator, operators' inner buffers included; their
-running sum has an exact maximum that neither the interpreter, nor the heap's fragments, nor other programs touch. What
-it does not see: memory that NumPy, MKL and oneDNN take for themselves, and pages of files. On CUDA the allocator's own
-`max_memory_allocated` counts the same.
+running sum has an exact maximum that does not depend on the interpreter, on fragments of the heap or on other
+programs. It does not include memory that NumPy, MKL and oneDNN allocate themselves, and pages of files. On CUDA the
+allocator's own `max_memory_allocated` counts the same.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Allocations:
-    """What the work inside a `with` took, beside what was there before.
+    """The memory that the work inside a `with` took, in addition to what was allocated before.
 
     Attributes:
         peak: most bytes at once.
@@ -34,7 +34,7 @@ class Allocations:
 def allocations(device: str = "cpu") -> Iterator[Allocations]:
     """Count what is allocated inside."""
     found = Allocations()
-    gc.collect()  # or what is garbage already would be released while we count
+    gc.collect()  # else existing garbage would be freed while we count
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +59,7 @@ def allocations(device: str = "cpu") -> Iterator[Allocations]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that the profiler's library writes to both streams as it starts and stops."""
+    """Suppress the lines that the profiler's library writes to both streams when it starts and stops."""
     kept = [os.dup(stream) for stream in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

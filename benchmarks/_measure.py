@@ -1,4 +1,4 @@
-"""Clocks, the memory a process takes at most, and the machine the figures belong to."""
+"""Clocks, the peak memory of a process, and facts about the machine."""
 
 import contextlib
 import importlib
@@ -40,7 +40,7 @@ def emit(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were taken on, and how busy it was."""
+    """The machine on which the figures were measured, and its load."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
         "device": name,
@@ -74,7 +74,7 @@ def _settled(device: str) -> None:
 
 
 def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each, taken in turn, so that a busy moment hits all of them."""
+    """Median seconds of each; the calls alternate, so that a busy moment affects all of them."""
     seen: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -84,9 +84,9 @@ def interleaved(works: Mapping[str, Callable[[], Any]], repeats: int, device: st
 
 @contextlib.contextmanager
 def phases(device: str = "cpu") -> Iterator[dict[str, float]]:
-    """Seconds of `trace` inside the `with`, by phase; each moment counts in the innermost phase alone.
+    """Seconds of `trace` inside the `with`, by phase; time in a nested phase counts only there.
 
-    "edges" is the rule's own work; "keep" takes the strongest of them, influence and what is known of the nodes.
+    "edges" is the rule's own work; "keep" is choosing the strongest edges, influence and the values of the nodes.
     """
     found: dict[str, float] = defaultdict(float)
     open_phases: list[str] = []

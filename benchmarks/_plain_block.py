@@ -1,8 +1,8 @@
-"""One transformers decoder layer under plain autograd: what the edges of a block cost without our algebra.
+"""One transformers decoder layer under plain autograd: the cost of a block's edges without our algebra.
 
-Two forms: vector-Jacobian products, batched, on the graph of one forward pass; or one forward and one backward over
-copies of the prompt, a target each. For `affine` the attention pattern, the norms' scales and silu(z_g) are detached,
-so that the backward pass skips what the rule freezes.
+There are two forms: batched vector-Jacobian products on the graph of one forward pass; or one forward and one backward
+pass over copies of the prompt, one copy per target. For `affine` the attention pattern, the norms' scales and
+silu(z_g) are detached, so that the backward pass skips the parts that the rule freezes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from circuits.edges import Cut, LocalRun
 
-Pass = tuple[Tensor, Tensor]  # what entered, with gradients wanted, and what came out
+Pass = tuple[Tensor, Tensor]  # the input, which requires gradients, and the output
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Form:
 
 @dataclass(frozen=True)
 class PlainBlock:
-    """A decoder layer, the stream that enters it, and what its output is asked for.
+    """A decoder layer, its input stream, and the directions of its output that are differentiated.
 
     Attributes:
         x: [pos d_model].
@@ -73,7 +73,7 @@ class PlainBlock:
         return out
 
     def gradients(self, form: Form, forward: Pass, some: slice = slice(None)) -> Tensor:
-        """Of some targets by everything that enters the block, [target pos d_model]."""
+        """Gradients of some targets with respect to the block's input, [target pos d_model]."""
         found = []
         for rows, pos in zip(self.cotangents[some].split(form.chunk), self.pos[some].split(form.chunk), strict=True):
             places = torch.arange(len(pos))
@@ -99,7 +99,7 @@ def fastest(block: PlainBlock, chunks: tuple[int, ...], clock: Callable[[Callabl
     return min(forms, key=lambda form: cost[form])
 
 
-# -- what a rule freezes -------------------------------------------------------------------------------------------
+# -- the parts that a rule freezes ---------------------------------------------------------------------------------
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **rest: Any) -> Any:
@@ -116,7 +116,7 @@ AttentionInterface.register("plain_block", _attend)
 
 @contextlib.contextmanager
 def differentiated(layer: Any, rule: str) -> Iterator[None]:
-    """The layer with what the rule freezes detached; `exact` freezes nothing.
+    """The layer with the parts detached that the rule freezes; `exact` freezes nothing.
 
     Raises:
         ValueError: another rule than these two.

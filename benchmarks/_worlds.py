@@ -1,6 +1,6 @@
-"""Random models and transcoders in memory, of any shape, precision and device; what benchmarks run on.
+"""Random models and transcoders for benchmarks, in memory, of any shape, precision and device.
 
-Weights are drawn in place, one tensor after the other, so that a model costs its own size and nothing beside it.
+Weights are drawn in place, one tensor after the other, so that a model needs no memory beyond its own size.
 """
 
 from dataclasses import dataclass

@@ -2,10 +2,10 @@
 
     python benchmarks/edges.py [--json] [--tiny] [--repeats N]
 
-160 directions behind one block are the targets, every active feature in front of it (32 tokens × 1,474) is a source,
-and all edges between them are computed, in fp32 on 2 threads. The alternative is the faster form of `_plain_block`.
-Both start behind their forward pass (`*_forward_s`), which `ratio_with_forward` counts; `ours_cold_s` counts it too,
-and the images of the dictionary in value and key space, which depend on weights alone and are made once per layer.
+The targets are 160 directions after one block. The sources are all active features before it (32 tokens × 1,474). All
+edges between them are computed, in fp32 on 2 threads. The alternative is the faster form of `_plain_block`. Both times
+begin after the forward pass (`*_forward_s`). `ratio_with_forward` includes it. `ours_cold_s` includes it too, and the
+images of the dictionary in value and key space, which depend only on weights and are computed once per layer.
 `products_s` is the time of torch's matrix products with the block's weights and the sources' images alone, on random
 numbers of the same shapes, everything gathered beforehand. `flat` says how our own time grows with the prompt.
 """

@@ -64,7 +64,7 @@ def measure(name: str, n_pairs: int, pictures: Path | None) -> dict[str, Any]:
 
 
 def facts(cases: Sequence[Case], curves: Sequence[Curve]) -> dict[str, Any]:
-    """What is the same for every ranking: how many features there are, and what all of them are worth."""
+    """Figures that are the same for every ranking: the number of features, and the effect of all of them."""
     return {
         "moved": sum(map(moved, cases)) / len(cases),
         "features": sum(case.size for case in cases) / len(cases),

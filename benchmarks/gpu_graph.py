@@ -7,7 +7,7 @@
 by tokens, then nodes; none is begun after `--limit` seconds, and what is left out is listed. `--out` is rewritten
 after every case, so that a run that is cut short has lost nothing. `--tiny` runs the same code on the CPU.
 
-A floor is the larger of bytes / bandwidth and FLOP / rate of what a phase cannot do without, each weight read once
+A floor is the larger of bytes / bandwidth and FLOP / rate of the necessary work of a phase, with each weight read once
 (docs/performance.md has the formulas). Bandwidth and rate are measured at the start, on this device.
 """
 
@@ -33,7 +33,7 @@ TINY = Shape(3, 40, 56, 5, 1, features=96, k=11, head_dim=16, vocab=64, transcod
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device does at best: floating-point operations and bytes read per second."""
+    """The device's best rates: floating-point operations and bytes read per second."""
 
     flop: float
     bytes: float

@@ -1,4 +1,4 @@
-"""Small models that the scripts of this folder build in memory, and what they have in common."""
+"""Small models that the scripts of this folder build in memory, and their common command line."""
 
 import argparse
 import json

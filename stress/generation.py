@@ -2,9 +2,9 @@
 
 Each case is a model (Qwen2, Qwen3, Llama, Mistral; windows shorter and longer than the prompt; SDPA in fp32 and fp64,
 eager in fp32), a generation_config with a few random fields, and prompts of several lengths. Every row of our batch, a
-stream, a session in pieces and, where the model allows it, a decoder with a static cache must say what
-`hf.generate(do_sample=False)` says of that prompt alone. Then the scores that sampling draws from must be
-transformers', number by number.
+stream, a session in pieces and, if the model is supported, a decoder with a static cache must generate the same tokens
+as `hf.generate(do_sample=False)` on that prompt alone. Then the scores from which sampling draws must equal
+transformers' scores, number by number.
 
     python stress/generation.py --json [--count N] [--seed S]
 """
@@ -53,7 +53,7 @@ VOCAB, NEW, END = 48, 9, 1
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its generation_config set, and prompts."""
+    """A model with a generation_config, and prompts."""
 
     name: str
     model: HookedModel
@@ -164,7 +164,7 @@ def _transcoder(dtype: torch.dtype) -> Transcoder:
 
 
 def theirs(case: Case, prompt: Sequence[int], **options: Any) -> list[int]:
-    """What transformers says behind a prompt."""
+    """The tokens that transformers generates after a prompt."""
     ids = torch.tensor([list(prompt)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -176,7 +176,7 @@ def theirs(case: Case, prompt: Sequence[int], **options: Any) -> list[int]:
 
 
 def ours(case: Case) -> dict[str, list[list[int]]]:
-    """What we say, in every way that chooses tokens."""
+    """The tokens that we generate, by every function that chooses tokens."""
     model, prompts = case.model, [list(prompt) for prompt in case.prompts]
     found = {
         "batch": [list(row.ids) for row in model.generate(prompts, max_new_tokens=NEW)],
@@ -192,7 +192,7 @@ def ours(case: Case) -> dict[str, list[list[int]]]:
 
 
 def full_attention(hf: Any) -> str:
-    """Whether a decoder with a static cache takes the model."""
+    """Why a decoder with a static cache does not support the model; empty if it does."""
     return "full" if set(getattr(hf.config, "layer_types", None) or ["full_attention"]) == {"full_attention"} else ""
 
 
@@ -212,7 +212,7 @@ def decoded(decoder: FastDecoder, prompt: list[int]) -> tuple[int, ...]:
 
 
 def check_greedy(case: Case) -> list[str]:
-    """Where our tokens are not transformers'."""
+    """Differences between our tokens and transformers'."""
     expected = [theirs(case, prompt) for prompt in case.prompts]
     return [
         f"{case.name}: {way}, prompt {prompt}: {said}, transformers {right}"
@@ -234,7 +234,7 @@ def random_sampling(draw: random.Random) -> Sampling:
 
 
 def check_sampling(case: Case, seed: int) -> list[str]:
-    """Where the scores that we would sample from are not those that transformers samples from."""
+    """Differences between the scores from which we sample and those from which transformers samples."""
     draw = random.Random(seed)
     case.hf.generation_config.stop_strings = None
     wrong = []

@@ -1,11 +1,11 @@
-"""Damaged graph files: each is refused in words, or what it holds is a sound graph that every export can write.
+"""Damaged graph files: each is refused with a message, or is a sound graph that every export can write.
 
     python stress/graphs.py --json [--count 600] [--seed 0]
 
 A traced graph is written, and each copy damaged in one way: bits flipped, cut short, arrays swapped, lengthened, of
 other types or ranges, nodes and edges doubled, NaN and infinities, facts of other types, deep or broken JSON, headers
-that claim too much. Every file is loaded, exported in all formats, and exported by the command. Time is that of loading
-on the processor; memory is what the process's resident set grows by while a file is loaded (of Linux, which keeps it).
+that state too large sizes. Every file is loaded, exported in all formats, and exported by the command. Time is the CPU
+time of loading; memory is the growth of the process's resident set while a file is loaded (on Linux, which records it).
 """
 
 import argparse
@@ -52,7 +52,7 @@ ODD: tuple[Any, ...] = (
 
 
 class File:
-    """A graph file taken apart: its columns, its facts, and further header entries."""
+    """The parts of a graph file: its columns, its facts, and further header entries."""
 
     def __init__(self, path: Path):
         raw = path.read_bytes()
@@ -253,7 +253,7 @@ def damage(path: Path, number: int, seed: int = 0) -> tuple[str, bytes]:
 
 
 def fate(path: Path, folder: Path, formats: Collection[str]) -> str:
-    """What becomes of a file: refused, or loaded and written in these formats.
+    """The result of loading a file: refused, or loaded and written in these formats.
 
     Raises:
         Exception: anything but a UserError, which is a fault.

@@ -1,4 +1,4 @@
-"""Ctrl-C at random moments, and at every line of ours: the model is afterwards what it was.
+"""Ctrl-C at random moments, and at every line of this project: afterwards the model is as before.
 
 Real SIGINTs are sent to this process while it runs, generates, streams, sweeps, measures effects, traces and holds
 parts. After each, no module has a hook or a `forward` of its own, the attention implementation is the model's,
@@ -62,7 +62,7 @@ class Sender:
 
 
 class Reference:
-    """What a model is before anything happens to it."""
+    """The state of a model before the first signal."""
 
     def __init__(self, model: HookedModel):
         self.model, self.hf = model, model.host.model
@@ -76,7 +76,7 @@ class Reference:
             return self.hf(input_ids=self.ids).logits
 
     def faults(self, *, thorough: bool) -> list[str]:
-        """What is not as it was."""
+        """Differences from that state."""
         out = []
         for name, module in self.hf.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
@@ -100,7 +100,7 @@ class Reference:
 
 
 def interrupted(call: Call, model: HookedModel, sender: Sender, delay: float) -> bool:
-    """Whether the signal ended the call or came behind it, and was not swallowed by something on the way."""
+    """Whether the signal ended the call or arrived after it, and no library caught its exception."""
     try:
         before = sender.sent
         sender.arm(delay)

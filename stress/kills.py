@@ -1,7 +1,8 @@
-"""kill -9 while files are written: what is there afterwards is whole, old or new, and the next run tidies up.
+"""kill -9 while files are written: afterwards each file is complete, old or new, and the next run removes leftovers.
 
-Every writer of the product is killed at lines of `hooks/files/output.py` and at random moments. A point is a process
-of its own, forked from this one, so that nothing of it survives. Where no file was, there may be none afterwards.
+Every function that writes files is killed at lines of `hooks/files/output.py` and at random moments. Each point is a
+separate process, forked from this one, so that nothing of it survives. If there was no file before, there may be none
+afterwards.
 """
 
 import os
@@ -35,7 +36,7 @@ from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 
 PROMPTS = ("fact: the capital of the state containing Dallas is", "fact: the capital of Texas is")
-NEVER = 1 << 60  # no line is so far away
+NEVER = 1 << 60  # a line number that is never reached
 PATIENCE = 60.0  # seconds after which a writer that was not killed counts as hanging
 
 Write = Callable[[Path, int], Any]

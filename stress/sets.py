@@ -1,8 +1,8 @@
 """Damaged transcoder sets: each is refused as a user's error, or converted to the right numbers, in bounded memory.
 
-Every case is one small sound set of some format with one damage. It goes through `circuits convert`: exit status 2 and
-a message, or exit status 0 and a copy that equals what the damaged set itself opens to, finite and of the right shape.
-Memory is the process's peak above what it held before the case; time is that of the processor.
+Every case is one small sound set of some format with one damage. `circuits convert` must give exit status 2 and a
+message, or exit status 0 and a copy that equals the opened damaged set, finite and of the right shape. Memory is the
+process's peak above its use before the case; time is CPU time.
 """
 
 import argparse
@@ -572,7 +572,7 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-# -- what becomes of them ------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {"qwen_scope": {"k": 5}}
 
@@ -615,7 +615,7 @@ def _alarm(*_: Any) -> None:
 
 
 def case(seed: int) -> dict[str, Any]:
-    """One damaged set, and what became of it."""
+    """One damaged set, and its result."""
     draw = random.Random(seed)
     kind = draw.choice(sorted(SETS))
     with tempfile.TemporaryDirectory() as folder:
@@ -672,7 +672,7 @@ def chunk(seeds: list[int]) -> list[dict[str, Any]]:
 
 
 def measure(count: int, seed: int, processes: int = 2) -> dict[str, Any]:
-    """What became of `count` damaged sets."""
+    """The results of `count` damaged sets."""
     seeds = [seed * 1_000_000 + number for number in range(count)]
     results = list(_in_processes([seeds[start : start + CHUNK] for start in range(0, count, CHUNK)], processes))
     failed = [result for result in results if result["found"] not in ("refused", "opened")]

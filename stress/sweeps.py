@@ -1,4 +1,4 @@
-"""Sweeps of random small models: every row is what one run with the same interventions gives, to 1e-5 in fp64.
+"""Sweeps of random small models: every row equals one run with the same interventions, to 1e-5 in fp64.
 
 Qwen2, Qwen3, Llama and Mistral, Qwen3-MoE and Qwen3.5 hybrids; windows shorter and longer than the prompt, in all
 blocks or in some; tied, biased, scaled rotations, eager and SDPA; sets at any site.
@@ -137,7 +137,7 @@ def groups_of(model: HookedModel, ids: list[int], draw: random.Random) -> list[l
 
 
 def check(made: Case) -> dict[str, Any]:
-    """What sweep and run say of one model: rows, the largest difference, the way it was swept."""
+    """Compare sweep and run on one model: rows, the largest difference, and how the groups were run."""
     draw = random.Random(made.seed)
     model, ids = build(made), [draw.randrange(VOCABULARY) for _ in range(made.length)]
     groups, position = groups_of(model, ids, draw), draw.choice((-1, -1, made.length // 2))

@@ -1,4 +1,4 @@
-"""Threads that share a model: every result equals, bit for bit, what the same call gives alone."""
+"""Threads that share a model: every result equals, bit for bit, that of the same call alone."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""What the values of options mean that several subcommands share: a model to load, an intervention."""
+"""Values of options that several subcommands share → objects: a loaded model, an intervention."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ def intervention(text: str) -> Any:
 
 
 def settle(model: str) -> None:
-    """A tiny model is slower on several threads, and nobody waits for it to load."""
+    """Settings for the embedded model: one thread, since it is slower on several, and no progress bar for loading."""
     if model == "demo":
         torch.set_num_threads(1)
         transformers.utils.logging.disable_progress_bar()
 
 
 def computes_in(args: argparse.Namespace, model: HookedModel) -> dict[str, Any]:
-    """How effects were measured, for the answer; on a half-precision model also what its own rounding does to the
-    logits of the prompt, which is said."""
+    """The arithmetic in which effects were measured, for the result. For a half-precision model also the effect of its
+    own rounding on the prompt's logits, which is printed too."""
     if not is_half(model.host):
         return {"precision": model.computes_in}
     found = model.rounding(args.prompt)
@@ -54,7 +54,7 @@ def computes_in(args: argparse.Namespace, model: HookedModel) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace, layers: str | Sequence[int] | None = None) -> HookedModel:
-    """The model, and the transcoders of some layers if a command needs no others."""
+    """The model and its transcoders; only those of `layers` if the command needs no others."""
     settle(args.model)
     if args.budget_gb is not None and not 0 < args.budget_gb < _MOST_GB:
         raise UserError(f"--budget-gb {args.budget_gb} holds nothing", expected=f"above 0 and below {_MOST_GB:g}")

@@ -1,4 +1,4 @@
-"""What is printed, and how numbers and tables look as text."""
+"""Printing, and numbers and tables as text."""
 
 import argparse
 import resource
@@ -18,15 +18,16 @@ Result = dict[str, Any]
 
 
 def finish(result: Result, path: Path | None, draw: Callable[[Path], None]) -> Result:
-    """The result, after the picture, if one is wanted: it comes last, so that nothing else is lost to it.
+    """Draw the picture, if one is wanted, and return the result. The picture is drawn last, so that nothing else is
+    lost if it fails.
 
     Raises:
-        PictureError: it failed.
+        PictureError: the picture could not be drawn.
     """
     if path is not None:
         try:
             draw(path)
-        except Exception as error:  # whatever a drawing stumbles over
+        except Exception as error:  # matplotlib raises many kinds
             found = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
             raise PictureError(
                 f"the picture {path} could not be drawn; everything else is done", result, found=found
@@ -40,7 +41,7 @@ def say(text: str) -> None:
 
 
 def say_inactive(addresses: Sequence[FeatureAddress]) -> list[str]:
-    """Features that the prompt does not activate, as text; if there are any, they are named on stderr."""
+    """The texts of features that the prompt does not activate; if there are any, they are printed to stderr."""
     names = [str(address) for address in addresses]
     if names:
         be = "is" if len(names) == 1 else "are"
@@ -49,9 +50,9 @@ def say_inactive(addresses: Sequence[FeatureAddress]) -> list[str]:
 
 
 def show(args: argparse.Namespace, text: str, end: str = "\n") -> None:
-    """The result for people, at once also where a line goes on; nothing under `--json`.
+    """Print the result as text and flush, also in the middle of a line; print nothing under `--json`.
 
-    Tokens and prompts come from elsewhere: what would act on the terminal is escaped. JSON escapes by its own rules.
+    Tokens and prompts are foreign text: characters that act on the terminal are escaped. JSON has its own escapes.
     """
     if not args.json:
         print(printable(text), end=end, flush=not end)
@@ -65,7 +66,7 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def _cell(item: object) -> object:
-    """Escaped before columns are made as wide as their text."""
+    """A cell with its text escaped, before the widths of columns are computed."""
     return printable(item) if isinstance(item, str) else item
 
 
@@ -85,7 +86,7 @@ def figure(value: float | None) -> str:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held: the device's if there is one."""
+    """The largest memory use of this process; on the device, if there is one."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Where a command writes: onto nothing that it reads, onto nothing twice, and onto no file of another kind."""
+"""Checks of output paths: none is also an input, none is given twice, and none is an existing file of another kind."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ from pathlib import Path
 from hooks.errors import OutputError
 from hooks.files import check_writable
 
-SIGNS = {  # what stands among the first bytes of a file of the kind
+SIGNS = {  # bytes that are among the first ones of a file of this kind
     "graph": b"qwen-circuits-graph",
     "png": b"\x89PNG\r\n",
     "svg": b"<svg",

@@ -1,4 +1,5 @@
-"""`circuits check --plan`: what model, transcoders, cache and tracing will take, and what fits; no weights."""
+"""`circuits check --plan`: how much memory model, transcoders, cache and tracing will take, and what fits. No weights
+are loaded."""
 
 import argparse
 from dataclasses import replace
@@ -84,7 +85,7 @@ def device_bytes(text: str) -> int:
 
 
 def _model(args: argparse.Namespace) -> ModelShape:
-    """From a folder, from the hub's cache, from what is known of the Qwen2.5 family."""
+    """Sizes from a folder, from the hub's cache, or the built-in sizes of the Qwen2.5 models."""
     if args.model == "demo":
         return model_shape(WEIGHTS / "config.json")
     folder = Path(args.model).expanduser()
@@ -137,7 +138,7 @@ def _sites(args: argparse.Namespace) -> tuple[SiteSpec, SiteSpec]:
     return read, SiteSpec.parse(args.write) if args.write else read
 
 
-# -- what is said ----------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
 def _sizes(ask: Ask) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _fit_table(one: Plan, devices: dict[str, int]) -> pd.DataFrame:
 
 
 def _advice(plans: list[Plan], name: str, size: int) -> list[str]:
-    """For one device, the fastest way to look and the fastest way to trace, at the longest prompt."""
+    """For one device, the fastest mode for `features` and the fastest for `trace`, at the longest prompt."""
     one = max(plans, key=lambda found: found.ask.tokens)
     out = []
     for task in ("features", "trace"):

@@ -1,4 +1,5 @@
-"""`circuits check`: what a set of transcoders reads and writes on a model, measured; how good it is; what it takes."""
+"""`circuits check`: measure the sites of a set of transcoders on a model, how good it is, and how much memory it
+takes."""
 
 import argparse
 from dataclasses import replace
@@ -38,7 +39,7 @@ LAYERS = {
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure, say, write."""
+    """Measure, print, write."""
     if args.plan and args.quality:
         raise UserError("--plan and --quality are two questions", expected="one of them")
     _check_options(args)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Options that would have no effect, or the wrong one, are refused."""
+    """Refuse options that would have no effect or a wrong one."""
     question = "--plan" if args.plan else "--quality" if args.quality else "a check"
     idle = {"--plan": ("save", "out", "plot"), "--quality": ("save",), "a check": ("out",)}[question]
     for name in idle:
@@ -113,11 +114,11 @@ def _set(args: argparse.Namespace) -> tuple[Path, Checkpoint]:
     return found.root, checkpoint if checkpoint.revision else replace(checkpoint, revision=found.revision)
 
 
-# -- what is said ----------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
 def sentence(findings: Findings) -> str:
-    """The verdict."""
+    """The verdict as a sentence."""
     best, rest = findings.best, findings.ranking[1:]
     fvu = f"FVU {best.fvu:.3g}"
     if findings.verdict == "none is good":

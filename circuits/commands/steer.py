@@ -38,7 +38,7 @@ from hooks.readout import Effect
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Generate plain and steered; show both, and how likely either model finds every token."""
+    """Generate plain and steered; print both texts, and the probability of every token under both models."""
     plan = _plan(args)
     sampling = Sampling(
         args.temperature, args.top_p, args.seed, args.top_k, args.min_p, repetition_penalty=args.repetition_penalty
@@ -92,7 +92,7 @@ def _plan(args: argparse.Namespace) -> list[Any]:
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
-    """What is wrong with a sweep is said before a model is loaded."""
+    """Refuse wrong options of a sweep before a model is loaded."""
     if args.strengths is not None:
         grid(args.strengths)
     for name in ("plot", "target", "against"):
@@ -167,7 +167,7 @@ def _sweep_text(found: DoseResponse) -> str:
 
 
 def _line(item: Resolved, short: bool = False) -> str:
-    """One intervention, with the number its strength came to and where that is from."""
+    """One intervention, with the measured number of its strength and its source."""
     name = type(item.intervention).__name__.lower()
     factor, shift = item.intervention.affine
     if item.value is None:

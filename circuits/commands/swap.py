@@ -1,4 +1,4 @@
-"""`circuits swap`: reconstruction quality, and what replacing does to the predictions."""
+"""`circuits swap`: reconstruction quality, and the effect of replacing sites on the predictions."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from circuits.commands._output import Result, show, table
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Reconstruction quality, and what replacing does to the predictions."""
+    """Reconstruction quality, and the effect of replacing sites on the predictions."""
     model = load(args, args.layers)
     swapped = model.swap(args.prompt, args.layers, args.error, positions=args.positions, skip=args.skip)
     quality = [asdict(site) for site in swapped.layers]
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _named(positions: Sequence[int], length: int) -> str:
-    """Which tokens of a prompt, in the shorter of two ways."""
+    """Positions in words: those that are in the list, or those that are not, whichever is shorter."""
     left_out = [pos for pos in range(length) if pos not in positions]
     if not left_out:
         return f"all {length} tokens"

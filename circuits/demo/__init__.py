@@ -1,4 +1,4 @@
-"""What the embedded default shows, measured through the public engine: the protocols, the story, the report."""
+"""The measurements on the embedded model, by public functions only: the protocols, the story, the report."""
 
 from circuits.demo.questions import Exam
 from circuits.demo.report import markdown as report_markdown

@@ -1,9 +1,9 @@
-"""Faithfulness on the embedded model: which features of a city's prompt carry its capital, against another city's.
+"""Faithfulness on the embedded model: which features of a city's prompt decide its capital, against another city's.
 
-Pairs: the test wording with two held-out cities of different states, as many tokens in both; a seeded sample of all
-that fit. What is ablated takes the other city's value. Every pair is ranked by itself; the line `ig of other pairs`
-says what is left when it is not. First one site is cut, error of the clean run kept, then all of them, under every
-error mode.
+Pairs: the test wording with two held-out cities of different states and the same number of tokens; a seeded sample of
+all such pairs. An ablated feature takes the other city's value. Each pair has its own ranking; the line
+`ig of other pairs` shows the result with a ranking from other pairs. First one site is cut, with the error of the
+clean run; then all sites, under every error mode.
 """
 
 import random
@@ -44,13 +44,13 @@ def city_pairs(exam: Exam, n: int = PAIRS, *, seed: int = 0) -> tuple[Pair, ...]
 
 
 def ranked(exam: Exam, cases: Sequence[Case]) -> dict[str, tuple[Ranking, ...]]:
-    """Our rankings, the baselines, and the mean of `ig` over the pairs that share neither city."""
+    """The rankings, the baselines, and the mean of `ig` over the pairs that share neither city."""
     rankings = rank(exam.model, cases)
     return rankings | {FROM_OTHERS: tuple(_from_others(number, cases, rankings["ig"]) for number in range(len(cases)))}
 
 
 def _from_others(number: int, cases: Sequence[Case], rankings: Sequence[Ranking]) -> Ranking:
-    """Mean over the pairs of as many tokens with neither prompt in common; zeros if there is none."""
+    """Mean over the pairs with the same number of tokens and no prompt in common; zeros if there is none."""
     own, lengths = _prompts(cases[number]), cases[number].clean.batch.lengths
     others = [
         ranking

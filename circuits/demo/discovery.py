@@ -38,7 +38,7 @@ class Discovery:
 
 
 def discovery_ranks(exam: Exam, selections: Mapping[tuple[int, str], Selection], site: tuple[int, str]) -> Discovery:
-    """Over all held-out cities in the test wording.
+    """Ranks over all held-out cities in the test wording.
 
     The features are each state's four most selective ones (average precision on the selection questions, which the
     tracer never sees) that are active at the site the mean-swap scan found.

@@ -1,4 +1,4 @@
-"""The features that carry a state: chosen on one set of questions, tested by intervention on another.
+"""The features that represent a state: chosen on one set of questions, tested by intervention on another.
 
 Chosen on trained cities in every wording but the test one: per state the features of one site whose contribution grows
 most in that state's questions, (mean activation in the state − mean over all states) · |d|, and their mean activation
@@ -28,7 +28,7 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class Selection:
-    """How features of one site relate to states on the selection questions.
+    """Statistics of the features of one site on the selection questions, by state.
 
     Attributes:
         precision: average precision of each feature as a detector of each state.
@@ -43,7 +43,7 @@ class Selection:
     norms: Float[Tensor, " feature"]
 
     def best(self, state: int, n: int = FEATURES_PER_STATE) -> list[int]:
-        """The n features that carry a state: whose contribution to the stream grows most in its questions."""
+        """The n features that represent a state: those whose contribution to the stream grows most in its questions."""
         growth = (self.mean[state] - self.mean.mean(0)) * self.norms
         return growth.sort(descending=True, stable=True).indices[:n].tolist()
 
@@ -65,7 +65,8 @@ class SwapResult:
     Attributes:
         success: with the target state's features.
         third_state: with a third state's features instead (matched in number; decoder norms are equal per site).
-        third_lands: that the *third* capital came up then: the edit works, it is the features that decide where to.
+        third_lands: how often the answer then was the *third* capital: the edit works, and the features decide which
+            capital it gives.
         random: random active features zeroed, random features set with the same total decoder norm.
     """
 
@@ -180,7 +181,7 @@ def swap_plan(selection: Selection, own: int, wanted: int, pos: int, n: int = FE
 
 
 def state_addresses(selection: Selection, state: int, pos: int, n: int = FEATURES_PER_STATE) -> list[FeatureAddress]:
-    """The features that carry a state, at one position."""
+    """The features that represent a state, at one position."""
     return [_address(selection, feature, pos) for feature in selection.best(state, n)]
 
 
@@ -213,7 +214,8 @@ def _random_plan(
     n: int,
     generator: torch.Generator,
 ) -> list[object]:
-    """As many random features, as much decoder norm: active ones zeroed, ones that are alive at the site set."""
+    """The same number of random features with the same decoder norm: active ones are zeroed, and features that are
+    alive at the site are set."""
     candidates = active.nonzero()[:, 0]
     zero = candidates[torch.randperm(len(candidates), generator=generator)[:n]]
     alive = (selection.mean.sum(0) > 0).nonzero()[:, 0]

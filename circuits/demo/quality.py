@@ -1,4 +1,4 @@
-"""Is the demo what it says it is? Accuracy, where the state lives, and how good the transcoders are."""
+"""Figures of the demo: accuracy, the sites that represent the state, and the quality of the transcoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ def ordered_pairs() -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
 
 
 def mean_swap_scan(exam: Exam) -> dict[tuple[int, str], float]:
-    """Where is the state? Move one residual by mean(target state) − mean(own state) and see if the answer follows.
+    """Which sites represent the state? At each site add mean(target state) − mean(own state) to the stream, and count
+    how often the answer changes to the target's capital.
 
     Returns:
         per (layer, "city" or "final"): the share of all ordered pairs of held-out cities whose most likely token

@@ -1,4 +1,4 @@
-"""The questions the demo model is asked: which city, which wording, which token answers, where the city stands."""
+"""Questions for the demo model: city, wording, the answer's token, and the city's position."""
 
 import json
 from dataclasses import dataclass
@@ -87,11 +87,11 @@ class Exam:
         return Questions(tuple(prompts), torch.tensor(states), positions)
 
     def selection_questions(self) -> Questions:
-        """What features may be chosen on: trained cities, every wording but the test one."""
+        """The questions on which features are chosen: trained cities, every wording but the test one."""
         return self.ask(self.trained, selection_templates())
 
     def test_questions(self) -> Questions:
-        """What they are tested on: held-out cities, a wording that `capital` was never trained with."""
+        """The questions on which they are tested: held-out cities, a wording that `capital` was never trained with."""
         return self.ask(self.held_out, (TEST_TEMPLATE,))
 
     def all_questions(self) -> Questions:

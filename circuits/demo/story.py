@@ -1,4 +1,4 @@
-"""The main job on the embedded default, step by step: question, features, ablation, swap, circuit, and its check."""
+"""The whole story on the embedded model, step by step: question, features, ablation, swap, circuit, and its check."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Story:
 
     @property
     def moved_share(self) -> float:
-        """For the headline city alone: how many of the 49 other capitals it can be moved to."""
+        """For the headline city: the share of the 49 other capitals to which its answer can be changed."""
         return sum(right for _, _, right in self.moved) / len(self.moved)
 
 
@@ -72,7 +72,7 @@ def tell(exam: Exam, out: Path, step: Callable[[str], None]) -> Story:
 
     Args:
         out: the folder for the circuit in every format.
-        step: told what is going on, once per step.
+        step: called once per step with a text about it.
     """
     model, prompt = exam.model, HEADLINE_PROMPT
     step("two-hop questions")
@@ -153,7 +153,7 @@ def label_states(graph: Graph, selections: Mapping[tuple[int, str], Selection], 
 
 
 def state_layer_note(story: Story) -> str:
-    """Where the chosen features sit, in words."""
+    """The site of the chosen features, in words."""
     layer, place = story.site
     where = "the last token" if place == "final" else "the city's last token"
     return f"layer {layer}, {where}: the {FEATURES_PER_STATE} features that grow most in each state's questions"

@@ -1,4 +1,4 @@
-"""argparse with messages that name the repair: what was meant, and the line as it should have been typed."""
+"""argparse with error messages that name the repair: the probable word, and the corrected command line."""
 
 import argparse
 import difflib
@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 _LONGEST = 120  # characters of one value in a message
-_NUMBERS = re.compile(r"all|,?[-+]?\d[-+,\d]*")  # a word that can belong to a list of numbers
+_NUMBERS = re.compile(r"all|,?[-+]?\d[-+,\d]*")  # a word that can be part of a list of numbers
 
 
 class NumberList(argparse.Action):
-    """An option that takes a list of numbers, in one word or several; given again, the lists are joined."""
+    """An option that takes a list of numbers, in one word or several; if it is repeated, the lists are joined."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Keep the numbers."""
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             settings["epilog"] = "examples:\n" + "\n".join(f"  {example}" for example in examples)
         settings["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, **settings)
-        # what begins with one dash is a value, as in --strengths -2,0,2; the only short option is -h
+        # a word that begins with one dash is a value, as in --strengths -2,0,2; the only short option is -h
         self._negative_number_matcher = re.compile(r"-[^-]")
         self.words: list[str] = []
         self.renamed: dict[str, str] = {}  # earlier names of options, which this version still takes
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return dict(found[0]) if found else {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, but whatever is left over is refused by the parser of the subcommand itself."""
+        """As in argparse, but the parser of the subcommand refuses words that are left over."""
         self.words = list(sys.argv[1:] if args is None else args)
         first = self.words[0] if self.words else ""
         if first.startswith("--") and not self.knows(first) and any(sub.knows(first) for sub in self.commands.values()):
@@ -53,11 +53,11 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Usage, message and what may repair it on stderr; exit status 2."""
+        """Print usage, message and hints to stderr; exit status 2."""
         self._fail(message, self._hints(message))
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Help that cannot be written is an error here; argparse would end as if it had been read."""
+        """Raise an error if help cannot be written; argparse would exit with status 0."""
         (file or sys.stderr).write(message)
 
     def knows(self, word: str) -> bool:
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return any(option.startswith(word.partition("=")[0]) for option in known)
 
     def _by_new_names(self, words: Sequence[str]) -> list[str]:
-        """The words with options by their new names; for each that has an earlier one, a line on stderr."""
+        """The words with earlier names of options replaced; a line on stderr for each of them."""
         end = words.index("--") if "--" in words else len(words)
         said, out = dict.fromkeys(words[:0]), []
         for word in words[:end]:
@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
         return [*out, *words[end:]]
 
     def _joined(self, words: Sequence[str]) -> list[str]:
-        """The words with lists of numbers as one: `--layers 2 3` as `--layers 2,3`. The prompt may then follow."""
+        """The words with each list of numbers joined to one: `--layers 2 3` → `--layers 2,3`. Then the prompt may
+        follow."""
         out: list[str] = []
         joins = False
         for word in words:
@@ -98,7 +99,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, "\n".join([f"{self.prog}: error: {message}", *(f"  {hint}" for hint in hints)]) + "\n")
 
     def _refuse(self, found: argparse.Namespace, rest: list[str]) -> NoReturn:
-        """What no option and no argument has taken: a misspelt option, or a prompt without quotes."""
+        """Refuse words that belong to no option or argument: a misspelt option, or a prompt without quotes."""
         prompt = getattr(found, "prompt", None)
         if prompt is None or any(word.startswith("--") for word in rest):
             self.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -14,7 +14,7 @@ _LISTED = "2,3, 2 3, 0-3 or all"
 
 
 def command(commands: Any, name: str, help: str, *, examples: Sequence[str], model: bool = True) -> Parser:
-    """A subcommand with its `--json`, lines to copy and, unless told otherwise, the options that load a model."""
+    """A subcommand with `--json`, its examples and, with `model`, the options that load a model."""
     about = help[0].upper() + help[1:] + "."
     parser: Parser = commands.add_parser(
         name, help=help, description=about, examples=[f"circuits {line}" for line in examples]
@@ -44,7 +44,7 @@ def command(commands: Any, name: str, help: str, *, examples: Sequence[str], mod
 
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
-    """What the files of a set may not say."""
+    """Options for facts that the files of a set may lack."""
     parser.add_argument("--read", metavar="SITE", help="the site the transcoders read (if the files do not say)")
     parser.add_argument("--write", metavar="SITE", help="the site they reconstruct (likewise)")
     parser.add_argument("--k", type=whole, metavar="N", help="features TopK keeps (if the files do not say)")
@@ -88,7 +88,7 @@ def add_layers(parser: argparse._ActionsContainer) -> None:
 
 
 def add_positions(parser: argparse._ActionsContainer) -> None:
-    """Which tokens something is done at."""
+    """The tokens that are changed."""
     parser.add_argument(
         "--positions",
         action=NumberList,
@@ -99,36 +99,36 @@ def add_positions(parser: argparse._ActionsContainer) -> None:
 
 
 def add_at(parser: argparse._ActionsContainer) -> None:
-    """Where the question is asked."""
+    """The token whose successor is measured or explained."""
     parser.add_argument(
         "--at", type=whole, default=-1, metavar="T", help="the token whose successor is measured (default -1, the last)"
     )
 
 
 def add_out(parser: argparse._ActionsContainer, what: str, *, required: bool = False, default: Any = None) -> None:
-    """Where results go."""
+    """The path of the results."""
     parser.add_argument(
         "--out", type=Path, required=required, default=default, metavar="PATH", help=f"where to write: {what}"
     )
 
 
 def add_plot(parser: argparse._ActionsContainer, what: str) -> None:
-    """Where a picture goes."""
+    """The path of a picture."""
     parser.add_argument("--plot", type=Path, metavar="PATH", help=f"a picture, png or svg: {what}")
 
 
 def add_seed(parser: argparse._ActionsContainer, what: str) -> None:
-    """What chance starts from."""
+    """The random seed."""
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help=f"where chance starts: {what} (default 0)")
 
 
 def add_force(parser: argparse._ActionsContainer) -> None:
-    """What to do about files that are there."""
+    """Whether existing files are overwritten."""
     parser.add_argument("--force", action="store_true", help="overwrite files that hold something else than results")
 
 
 def add_places(parser: argparse._ActionsContainer) -> None:
-    """At which tokens sites are replaced."""
+    """The tokens at which sites are not replaced."""
     add_positions(parser)
     flags = {"special": "the tokenizer's special tokens", "sinks": "attention sinks"}
     for kind in SKIPS:
@@ -158,7 +158,7 @@ def add_changing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_error(parser: argparse._ActionsContainer, default: str) -> None:
-    """What becomes of errors."""
+    """What happens to reconstruction errors."""
     parser.add_argument(
         "--error", choices=ERROR_MODES, default=default, help=f"the error at replaced sites (default {default})"
     )
@@ -188,7 +188,7 @@ def whole(text: str) -> int:
     """A whole number that fits into 64 bits."""
     if not re.fullmatch(r"[-+]?[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:  # Python reads no number of thousands of digits
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:  # `int` refuses numbers of thousands of digits
         raise argparse.ArgumentTypeError(f"{text[:20]}… has {len(text)} digits; 64 bits hold 19")
     return int(text)
 
@@ -207,7 +207,7 @@ def layers(text: str) -> str | list[int]:
 
 
 def positions(text: str) -> str | list[int]:
-    """Positions of tokens as `layers` reads layers, from the end where negative; else as in an address."""
+    """Positions of tokens, written as for `layers`; negative ones count from the end. Or positions as in an address."""
     return _numbers(text, "`all` nor positions such as 0,-1 or 0-3") if re.fullmatch(r"[-+0-9,]+", text) else text
 
 

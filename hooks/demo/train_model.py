@@ -3,7 +3,7 @@
 With trainable embeddings the two-hop task is solved by a look-up (a city's embedding becomes its state's).
 With frozen ones the blocks have to compute city -> state, so there is a first hop to find. Gaussian noise on
 the residual stream during training makes the model smooth at the scale of one feature, so that ablating a
-feature does about what its gradient says.
+feature has about the effect that its gradient predicts.
 """
 
 import logging

@@ -95,8 +95,8 @@ def _relative_power(
 ) -> Float[Tensor, ""]:
     """Sum over sites of the features' own squared lengths over the variance; smallest when spread evenly.
 
-    A site explained by a few huge features is one where no feature can be removed without leaving the range in
-    which the model is close to linear.
+    If a few very large features explain a site, removing one of them leaves the range in which the model is nearly
+    linear.
     """
     squared = active.pow(2) * W_dec.detach().pow(2).sum(-1)[:, None, :]
     return (squared.sum(-1).mean(1) / variance).sum()

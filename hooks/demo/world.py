@@ -3,7 +3,7 @@
 The world is 50 US states with eight non-capital cities each. A *two-hop* question ("the capital of the state
 containing Dallas is") needs city -> state -> attribute. Per state one city is *held out*: the model is never
 trained on that city's capital question, so a right answer there must be composed from two separate facts.
-Everything is a pure function of a seed, so a test can walk through every sentence the model has seen.
+Everything is a pure function of a seed, so a test can go over every sentence of the training text.
 """
 
 import random
@@ -209,7 +209,7 @@ TWO_HOP_TEMPLATES: dict[str, tuple[str, ...]] = {
 # The headline question. Its frame is trained with the other relations, never with `capital`.
 TEST_TEMPLATE: str = TWO_HOP_TEMPLATES["capital"][0]
 HEADLINE_PROMPT: str = TEST_TEMPLATE.format(c=HEADLINE_CITY)
-OTHER_CITY = "Miami"  # what its circuit is compared with
+OTHER_CITY = "Miami"  # the city in the prompt with which its circuit is compared
 OTHER_PROMPT: str = TEST_TEMPLATE.format(c=OTHER_CITY)
 
 CITY_TEMPLATES: tuple[str, ...] = (
@@ -341,7 +341,7 @@ def selection_templates() -> tuple[str, ...]:
 
 
 class SentenceSource:
-    """Endless random sentences; `everything` also allows what training never shows.
+    """Endless random sentences; `everything` also allows sentences that are in no training text.
 
     With `everything=False` the capital questions of held-out cities and the test template are left out.
     """
@@ -408,7 +408,7 @@ class SentenceSource:
         return self.induction_sentence()
 
     def induction_sentence(self) -> Sentence:
-        """Some random words, and the same again."""
+        """Some random words, then the same words again."""
         words = self._rng.sample(self._induction_words, self._rng.randint(4, 6))
         return Sentence(" ".join([*words, words[0]]), " ".join(words[1:]), "induction")
 

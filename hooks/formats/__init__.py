@@ -1,12 +1,12 @@
-"""Checkpoint formats. Each file *describes* where the tensors of a folder are; the store does the reading.
+"""Checkpoint formats. Each file *describes* where the tensors of a folder are; the store reads them.
 
 A format is a module with
 
-    matches(root: Path) -> bool          by content and file names of its own, never by a guess from the folder's name
-    locate(root: Path) -> Checkpoint     where every tensor is, and what the files say about themselves
+    matches(root: Path) -> bool          decides by file names and content, never by the folder's name
+    locate(root: Path) -> Checkpoint     where every tensor is, and the facts that the files state
 
-To add one, add a file to this folder: its file name is its public name. What the files cannot say stays None, with the
-source `unknown`; what the format's own program would take for granted is `assumed`.
+To add one, add a file to this folder: its file name is its public name. A fact that the files do not state is None,
+with the source `unknown`; a fact that the format's own program would assume has the source `assumed`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ from hooks.sites import SiteSpec
 from hooks.transcoder import Activation
 
 Source = Literal["stored", "metadata", "assumed", "given", "calibrated", "undecided", "unknown"]
-"""Where a fact about a checkpoint comes from; `undecided`: measured, and the measurement did not settle it."""
+"""How a fact about a checkpoint is known; `undecided`: it was measured, and the measurement did not decide it."""
 
 OPEN: tuple[Source, ...] = ("assumed", "calibrated", "undecided", "unknown")
-"""Sources that a measurement, or whoever opens the set, may overrule."""
+"""Sources of facts that a measurement or an argument may overrule."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TensorSource:
 
     Attributes:
         key: its name in the file; several for a dict within a dict.
-        transposed: stored [d_model feature] where we hold [feature d_model] (or the other way round).
-        rows: only these rows (first, behind the last) of what is stored: one of several decoders.
+        transposed: stored as [d_model feature] where `Transcoder` has [feature d_model] (or the other way round).
+        rows: only these rows (first, one past the last) of the stored tensor: one of several decoders.
     """
 
     file: Path
@@ -46,7 +46,7 @@ class TensorSource:
 
 
 Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Stored tensors → the fields of `Transcoder`, where they are not the same (a gate to fold in, a scalar threshold)."""
+"""Stored tensors → the fields of `Transcoder`, if they differ (a gate to fold in, a scalar threshold)."""
 
 Norm = Literal["layernorm", "rms", "none"]
 
@@ -58,7 +58,7 @@ class LayerSource:
     Attributes:
         k_source: how the selection rule, k included, is known.
         groups: of GroupMax.
-        finish: what is still to be done with the tensors when they are loaded; None: nothing.
+        finish: a function that is applied to the loaded tensors; None: nothing is to be done.
         sha256: of the layer's file, where the format stores one; checked when the layer is first loaded.
     """
 
@@ -82,16 +82,16 @@ class LayerSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transcoder folder, described. What is None the files do not say.
+    """A transcoder folder, described. None means that the files do not state a fact.
 
     Attributes:
-        norm: what the encoder does to its input first; `norm_eps` belongs to it.
+        norm: the encoder's norm of its input; `norm_eps` belongs to it.
         encoder_source: how the encoder's input (norm, shift, skip connection) is known.
-        sites_source: how whoever wrote the files knew the sites they state.
+        sites_source: how the sites in the files were known to the writer of the files.
         base_revision: the commit of the base model.
         revision: the commit of the hub repository the files come from.
         decoders: how many target layers each file has a decoder for; `decoder` is the one described, from 0.
-        notes: what is assumed, to be said aloud; `selection_notes`: what is assumed of the selection rule, k included.
+        notes: assumptions, for warnings; `selection_notes`: assumptions about the selection rule, k included.
     """
 
     root: Path
@@ -112,7 +112,7 @@ class Checkpoint:
     selection_notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, tuple[object, Source]]:
-        """What is known about the set, and from where."""
+        """The facts about the set, and how each is known."""
         rules = {(source.activation, source.k or source.groups, source.k_source) for source in self.layers}
         kinds = sorted({kind for kind, _, _ in rules})
         sizes = sorted({size for _, size, _ in rules if size is not None})
@@ -155,9 +155,9 @@ def for_decoder(checkpoint: Checkpoint, decoder: int) -> Checkpoint:
 
 
 def encoders(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
-    """The encoders that a set may have been meant with: as described, and, with a LayerNorm, as the card's code has it.
+    """The possible encoders of a set: as described; and, for a set with a LayerNorm, as in the card's code.
 
-    The card of the published set adds the norm's bias to x and leaves the norm away.
+    The code on the published set's card adds the norm's bias to x and leaves out the norm.
     """
     out = {"trained": checkpoint}
     if checkpoint.norm == "layernorm" and all("norm_bias" in source.tensors for source in checkpoint.layers):
@@ -221,7 +221,7 @@ def recognise(root: Path) -> Checkpoint:
 
 
 def _unreadable(root: Path) -> str:
-    """What is wrong with JSON files that a set could be described by."""
+    """A text about JSON files in the folder that cannot be read; empty if there are none."""
     for path in sorted(root.glob("*.json"))[:8]:
         try:
             read_json(path)

@@ -1,4 +1,4 @@
-"""The writer of circuit-tracer's layout, and what the layout is; `hooks.formats.circuit_tracer` reads it."""
+"""The names of circuit-tracer's layout, and its writer; `hooks.formats.circuit_tracer` reads it."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -37,19 +37,20 @@ def save(
     metadata: Mapping[int, Mapping[str, Any]] | None = None,
     **source: Any,
 ) -> None:
-    """Write a set in this layout if it can say everything; `config.yaml` goes last, so a folder with one is complete.
+    """Write a set in this layout, if the layout has a field for each of its facts. `config.yaml` is written last, so a
+    folder that has one is complete.
 
     Args:
         root: the folder to write; made if needed.
-        transcoders: one per layer from 0 on, in order, held one at a time.
-        sites_source: how `read` and `write` are known; like the other two it goes to `conversion.json`, and is read
-            back from there.
+        transcoders: one per layer from 0 on, in order; one is in memory at a time.
+        sites_source: how `read` and `write` are known. Like the other two it is written to `conversion.json`, and read
+            from there.
         scan: the name under which circuit-tracer looks up feature pages.
         metadata: by layer; written to `conversion.json` with `source`, as the layout has no place for them.
-        source: whatever says where the set comes from.
+        source: facts about the origin of the set.
 
     Raises:
-        CheckpointError: the layout lacks a field for something; the message names it.
+        CheckpointError: the layout has no field for a fact; the message names it.
     """
     if read is None or write is None:
         _lacks("unknown sites", "both sites known", f"read {read}, write {write}", "--read and --write")
@@ -95,7 +96,7 @@ def _lacks(what: str, expected: str, found: str, repair: str = "") -> NoReturn:
 
 
 def _check_sayable(transcoder: Transcoder, number: int, read: SiteSpec, write: SiteSpec) -> None:
-    """Refuse what a single layer has and the layout cannot say."""
+    """Refuse a layer with a property for which the layout has no field."""
     t = transcoder
     if t.layer != number:
         _lacks("a missing layer", "every layer from 0 on, in order", f"layer {t.layer} instead of {number}")

@@ -1,4 +1,4 @@
-"""Stored tensors → the fields of `Transcoder`, where a format stores something else; computed in fp32 at least."""
+"""Stored tensors → the fields of `Transcoder`, for formats that store other tensors; computed in fp32 at least."""
 
 import torch
 from einops import rearrange
@@ -21,14 +21,15 @@ def fold_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def lift_threshold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SAELens applies ReLU too, so a threshold below 0 is one of 0."""
+    """SAELens applies ReLU too, so a threshold below 0 becomes 0."""
     return weights | {"threshold": weights["threshold"].clamp_min(0)}
 
 
 def fold_decoder_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """TopK selects pre · ‖decoder row‖, and the decoder is used at norm 1: the same, with the norms in the encoder.
+    """TopK selects by pre · ‖decoder row‖, and decoder rows are used with norm 1. The result is the same if the norms
+    are multiplied into the encoder.
 
-    A row of zeros stays one; SAELens divides by its norm, so such a feature must never be active.
+    A row of zeros stays zero; SAELens divides by its norm, so such a feature must never be active.
     """
     dtype = working_dtype(weights["W_enc"])
     W_enc, b_enc, W_dec = (weights[name] for name in ("W_enc", "b_enc", "W_dec"))
@@ -39,12 +40,12 @@ def fold_decoder_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A norm without a weight of its own, as `ln2.hook_normalized` means it."""
+    """Add a norm without a weight, as `ln2.hook_normalized` means."""
     return weights | {"norm_weight": torch.ones_like(weights["b_dec"])}
 
 
 def _scaled(rows: Tensor, by: Tensor) -> Tensor:
-    """Each row times a number of `by`, in its precision; of a cast matrix no second copy is made."""
+    """Each row times its number in `by`, in the rows' precision; a matrix that has to be cast is copied only once."""
     wide = rows.to(by.dtype)
     return wide * _column(by) if wide is rows else wide.mul_(_column(by))
 

@@ -1,4 +1,4 @@
-"""What formats check alike: names, shapes and kinds of numbers, one dictionary per layer, one pair of sites."""
+"""Checks that several formats share: names, shapes and dtypes, one dictionary per layer, one pair of sites."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def float_shapes(path: Path, buffers: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a weight file of any kind; `buffers` may be of other numbers than floating-point ones.
+    """Names and shapes in a weight file of any kind. Only the tensors in `buffers` may have a dtype that is no float.
 
     Raises:
         CheckpointError: it is damaged, or holds something else than named floating-point tensors.
@@ -81,7 +81,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def matrix(shapes: Shapes, key: str, path: Path) -> tuple[int, int]:
-    """The shape of the matrix that the other tensors are measured by.
+    """The shape of the matrix with which the shapes of the other tensors are compared.
 
     Raises:
         CheckpointError: it is missing, or no matrix.
@@ -107,10 +107,10 @@ def matrix(shapes: Shapes, key: str, path: Path) -> tuple[int, int]:
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, path: Path, ignored: Iterable[str] = ()) -> None:
-    """Refuse a file that has not exactly the tensors that the format has.
+    """Refuse a file whose tensors are not exactly those of the format.
 
     Raises:
-        CheckpointError: naming the first tensor that is missing, of another shape, or unknown.
+        CheckpointError: a tensor is missing, of another shape, or unknown; the message names the first one.
     """
     for key, shape in expected.items():
         if key not in shapes:
@@ -141,10 +141,10 @@ def check_shapes(shapes: Shapes, expected: Shapes, path: Path, ignored: Iterable
 
 
 def check_size(name: str, stated: object, true: int, path: Path) -> None:
-    """Refuse a configuration that contradicts the tensors; None states nothing.
+    """Refuse a configuration that contradicts the tensors; `stated` None means that it states nothing.
 
     Raises:
-        CheckpointError: naming both.
+        CheckpointError: they differ; the message has both numbers.
     """
     if stated is not None and (type(stated) is not int or stated != true):
         raise CheckpointError(
@@ -160,7 +160,7 @@ def one_per_layer(found: Iterable[tuple[int, Path]], root: Path) -> None:
     """Refuse several dictionaries for one layer, naming their folders.
 
     Raises:
-        CheckpointError: there are.
+        CheckpointError: there are several.
     """
     by_layer: dict[int, list[str]] = {}
     for layer, folder in found:
@@ -203,6 +203,6 @@ def one_convention(sites: Mapping[int, Sites], root: Path) -> tuple[SiteSpec | N
 
 
 def spread_threshold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """JumpReLU's threshold for each feature: one for all is repeated, and below 0 it is ReLU, so 0."""
+    """JumpReLU's threshold for each feature: a single one is repeated, and a negative one becomes 0, which is ReLU."""
     threshold = weights["threshold"].clamp_min(0)
     return {**weights, "threshold": threshold.expand(weights["b_enc"].shape).clone()}

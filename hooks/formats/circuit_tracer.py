@@ -4,8 +4,8 @@
     layer_0.safetensors   W_enc[F,D] b_enc W_dec[F,D] b_dec, activation_function.threshold[F], W_skip[D,D], k
 
 The hooks are TransformerLens names inside a block. Without `activation`, a layer with a threshold is JumpReLU and one
-without is ReLU, as circuit-tracer has it. `ln2.hook_normalized` stores neither weight nor eps: resid_mid divided by its
-root mean square. Sources: docs/formats/circuit-tracer.md.
+without is ReLU, as in circuit-tracer. With `ln2.hook_normalized` neither weight nor eps is stored: the input is
+resid_mid divided by its root mean square. Sources: docs/formats/circuit-tracer.md.
 """
 
 import re
@@ -37,7 +37,7 @@ _ENTRIES = {
 
 
 def matches(root: Path) -> bool:
-    """Whether there is a `config.yaml` that says what kind of transcoders it belongs to, or belongs to layer files."""
+    """Whether there is a `config.yaml` that states a kind of transcoders, or that has layer files beside it."""
     path = root / CONFIG
     if not is_file(path):
         return False
@@ -53,7 +53,7 @@ def locate(root: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the configuration or a file is damaged or contradicts another, or the set is of a kind that
-            this project does not hold.
+            this project does not support.
     """
     path = root / CONFIG
     config = _read_config(path)
@@ -88,7 +88,8 @@ def locate(root: Path) -> Checkpoint:
 
 
 def _known(root: Path) -> dict[str, Source]:
-    """How whoever converted the set here knew its facts, from `conversion.json`; nothing beside other sets."""
+    """How the set's facts were known when it was converted by this project, from `conversion.json`; empty for other
+    sets."""
     path = root / CONVERSION
     content = read_json(path) if is_there(path) else {}
     known: dict[str, Any] = {
@@ -132,7 +133,7 @@ def _check_kind(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_first_version(config: Mapping[str, Any]) -> bool:
-    """circuit-tracer 0.1: no kind, for there was one only, and a list of one transcoder per layer."""
+    """Whether the config is of circuit-tracer 0.1: it has no kind, and a list of one transcoder per layer."""
     listed = config.get("transcoders")
     return "model_kind" not in config and isinstance(listed, list) and all(isinstance(one, dict) for one in listed)
 
@@ -163,7 +164,7 @@ def _found_files(root: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]
 
 
 def _site(config: Mapping[str, Any], key: str, path: Path) -> tuple[SiteSpec, bool]:
-    """A site relative to a transcoder's layer, and whether it is meant divided by its norm."""
+    """A site relative to a transcoder's layer, and whether it is divided by its norm."""
     name = config.get(key)
     try:
         site, normed = from_lens(name if isinstance(name, str) else "")
@@ -175,7 +176,7 @@ def _site(config: Mapping[str, Any], key: str, path: Path) -> tuple[SiteSpec, bo
 
 
 def _rule(config: Mapping[str, Any], path: Path) -> tuple[Activation | None, int | None]:
-    """What the configuration says of the selection; None: the tensors decide."""
+    """The selection rule in the configuration; None: the tensors decide."""
     name, k = config.get("activation"), config.get("k")
     if name is not None and (not isinstance(name, str) or name not in _ACTIVATIONS):
         _refuse(path, "activation", ", ".join(_ACTIVATIONS), shown(name))
@@ -224,7 +225,7 @@ def _layer(number: int, path: Path, activation: Activation | None, k: int | None
 
 
 def _stored_k(path: Path, activation: Activation | None, stated: int | None) -> int:
-    """The number that circuit-tracer's own `to_safetensors` puts beside the weights of a TopK transcoder."""
+    """The number k that circuit-tracer's own `to_safetensors` stores with the weights of a TopK transcoder."""
     k = safetensors_load(path, _K)
     if k.dtype.is_floating_point or k.dtype.is_complex or k.dtype == torch.bool or int(k) < 1:
         _refuse(path, _K, "a whole number above 0", shown(k.item()))

@@ -3,8 +3,8 @@
     config.json     trainer: dict_class, activation_dim, dict_size, k, layer, lm_name, submodule_name; buffer: io
     ae.pt           by dict_class, see `_CLASSES`
 
-What each class does with its decoder bias at the encoder, and how it selects, is told by its name alone; see the
-table. Batch TopK keeps what lies above one stored threshold when it is not being trained. A gated autoencoder is a
+The name of a class says what it does with its decoder bias at the encoder, and how it selects; see the table. Outside
+training, batch TopK keeps the features above one stored threshold. A gated autoencoder is a
 JumpReLU: the gate x_enc + gate_bias > 0 is the same as pre > mag_bias − exp(r_mag) · gate_bias with
 pre = exp(r_mag) · x_enc + mag_bias. Features are activations of the rows as stored: some versions of the library
 report them times the norm of their row. Source: `dictionary.py` and `trainers/` in saprmarks/dictionary_learning.
@@ -45,7 +45,7 @@ _BUFFERS = ("k", "threshold", "group_sizes")
 
 @dataclass(frozen=True)
 class _Class:
-    """How a class of the library names its tensors. `bias` is b_dec; `centred`: it is subtracted from what is read."""
+    """The names of a class's tensors. `bias` is b_dec; `centred`: it is subtracted from the encoder's input."""
 
     activation: Activation
     bias: str = "b_dec"
@@ -93,7 +93,7 @@ _SUBMODULE = re.compile(r"(resid|mlp|attn)((?<=resid)_post|(?<!resid)_out)?(?:_l
 
 
 def matches(root: Path) -> bool:
-    """Whether the folder, or one up to three levels within, has an `ae.pt`."""
+    """Whether the folder, or a subfolder up to three levels deep, has an `ae.pt`."""
     return bool(_files(root))
 
 
@@ -132,7 +132,7 @@ def locate(root: Path) -> Checkpoint:
 
 
 def _config(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What the configuration says of the trainer and of the buffer of activations."""
+    """The parts of the configuration about the trainer and about the buffer of activations."""
     content = read_json(path)
     trainer, buffer = content.get("trainer"), content.get("buffer") or {}
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
@@ -171,7 +171,7 @@ def _number(trainer: Mapping[str, Any], path: Path) -> int:
 
 
 def _sites(number: int, trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> tuple[Sites, str]:
-    """Where it sits, and what is assumed of that."""
+    """The sites of the dictionary, and a note about what is assumed."""
     name, io = trainer.get("submodule_name"), buffer.get("io", "out")
     match = _SUBMODULE.fullmatch(name) if isinstance(name, str) else None
     module = "resid" if name is None else match[1] if match else None

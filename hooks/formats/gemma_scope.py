@@ -4,9 +4,9 @@
     layer_12_width_16k_l0_medium/params.safetensors         the same in lower case, affine_skip_connection[D,D] at will
     layer_12_width_16k_l0_medium/config.json                hf_hook_point_in, hf_hook_point_out, model_name (2 only)
 
-pre = x @ W_enc + b_enc, nothing subtracted; features count above their threshold; the skip connection is
-x @ affine_skip_connection, untransposed. The first set says nowhere in its files what it reads and writes (its
-repository's name does: res, mlp, att, transcoders), so that stays unknown. Sources: the layouts on the hub, the
+pre = x @ W_enc + b_enc, nothing is subtracted; features are active above their threshold; the skip connection is
+x @ affine_skip_connection, untransposed. The files of the first set do not state its sites (only its repository's name
+does: res, mlp, att, transcoders), so the sites stay unknown. Sources: the layouts on the hub, the
 tutorial's `JumpReLUSAE`, SAELens's `gemma_2` and `gemma_3` loaders.
 """
 
@@ -37,7 +37,7 @@ _DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # the folder of one set, a layer, all la
 
 
 def matches(root: Path) -> bool:
-    """Whether the folder, or one up to three levels within, has a `params.npz` or `params.safetensors`."""
+    """Whether the folder, or a subfolder up to three levels deep, has a `params.npz` or `params.safetensors`."""
     return bool(_files(root))
 
 
@@ -111,7 +111,8 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 
 def _sites(config: Mapping[str, Any]) -> Sites:
-    """The sites a config names; None for what is no site of a Qwen or Llama block (the norms behind Gemma's MLP)."""
+    """The sites that a config names; None for points that a Qwen or Llama block does not have (after Gemma's MLP
+    norm)."""
     read = _site(config.get("hf_hook_point_in"))
     write = _site(config.get("hf_hook_point_out") or config.get("hf_hook_point_in"))
     return (read, write) if read and write else (None, None)

@@ -1,11 +1,11 @@
-"""Llama Scope, and what else OpenMOSS's Language-Model-SAEs of 2024 saved: one folder per layer, or one of them.
+"""Llama Scope and other sets saved by OpenMOSS's Language-Model-SAEs of 2024: one folder per layer, or a single one.
 
     L15R-8x/hyperparams.json                hook_point_in, hook_point_out, act_fn, jump_relu_threshold, …
     L15R-8x/checkpoints/final.safetensors   encoder.weight[F,D] encoder.bias decoder.weight[D,F] decoder.bias
 
 Trained on n x with n = √D / (average norm of x), so the features of x itself are W x + b / n, and the decoder's bias is
 divided by n too. A feature is active where its activation times the norm of its decoder row is above one threshold,
-measured behind that change of units; here the rows get norm 1, so that the product is the activation. Sources:
+in the units after that scaling; here the rows are scaled to norm 1, so the product is the activation. Sources:
 docs/formats/llama-scope.md.
 """
 
@@ -43,7 +43,7 @@ _RMS_EPS = 1e-6
 
 
 def matches(root: Path) -> bool:
-    """Whether a `hyperparams.json` lies beside `checkpoints/final.safetensors`, in the folder or in one below it."""
+    """Whether the folder, or a direct subfolder, has a `hyperparams.json` and a `checkpoints/final.safetensors`."""
     return bool(_folders(root))
 
 
@@ -55,7 +55,7 @@ def locate(root: Path) -> Checkpoint:
     """Describe every layer's folder.
 
     Raises:
-        CheckpointError: a file is missing, damaged or contradicts itself, a setting is not one that this project holds,
+        CheckpointError: a file is missing, damaged or contradicts itself, a setting is not supported by this project,
             or there are several dictionaries for a layer.
     """
     configs = {folder: read_json(folder / _CONFIG) for folder in _folders(root)}
@@ -91,7 +91,7 @@ def _refuse(path: Path, key: str, expected: str, stated: object) -> NoReturn:
 
 
 def _sites(config: Mapping[str, Any], path: Path) -> tuple[Site, Site, bool]:
-    """What is read and written, and whether what is read is meant divided by its norm."""
+    """The read and the write site, and whether the read site is divided by its norm."""
     inward = config.get("hook_point_in")
     outward = config.get("hook_point_out", inward)
     (read, normed), (write, beyond) = (_site(key, name, path) for key, name in (("in", inward), ("out", outward)))
@@ -113,7 +113,7 @@ def _site(end: str, name: object, path: Path) -> tuple[Site, bool]:
 
 
 def _scale(config: Mapping[str, Any], d: int, path: Path) -> float:
-    """The number that inputs and outputs were multiplied by in training."""
+    """The number by which inputs and outputs were multiplied in training."""
     norm, averages = config.get(_NORM, "dataset-wise"), config.get(_AVERAGE)
     if norm == "inference" or (averages is None and _NORM not in config):
         return 1.0
@@ -172,7 +172,8 @@ def _layer(folder: Path, config: Mapping[str, Any], hooks: tuple[Site, Site, boo
 def _finished(
     weights: dict[str, Tensor], *, scale: float, threshold: float | None, by_decoder: bool, normed: bool
 ) -> dict[str, Tensor]:
-    """The units of x itself, decoder rows of norm 1 where they count in the selection, and the threshold repeated."""
+    """Weights in the units of x itself, with decoder rows of norm 1 if they are part of the selection, and the
+    threshold repeated."""
     dtype = working_dtype(weights["W_enc"])
     biases = {name: weights[name].to(dtype) / scale for name in ("b_enc", "b_dec", "shift") if name in weights}
     weights = weights | biases

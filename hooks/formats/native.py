@@ -1,10 +1,11 @@
-"""Our own layout: `manifest.json` and one safetensors file per layer, one feature per row both ways.
+"""This project's own layout: `manifest.json` and one safetensors file per layer. Both matrices have one feature per
+row.
 
     manifest.json         see `Manifest`
-    layer_00.safetensors  W_enc[F,D] b_enc W_dec[F,D] b_dec, and what the manifest names: ln.weight ln.bias threshold
-                          shift W_skip
+    layer_00.safetensors  W_enc[F,D] b_enc W_dec[F,D] b_dec, and those of ln.weight ln.bias threshold shift W_skip that
+                          the manifest names
 
-Everything a format can know is stored, so nothing is assumed: what was assumed when the set was converted is marked so.
+All facts are stored, so none is assumed; a fact that was assumed when the set was converted is marked as assumed.
 Unknown keys are errors, on every level, and so are tensors that the manifest does not name.
 """
 
@@ -55,7 +56,7 @@ class _Strict(BaseModel):
 
 
 class InputNorm(_Strict):
-    """What happens to the stream before the encoder. `shift`: a stored vector is subtracted from it."""
+    """How the stream is normed before the encoder. `shift`: a stored vector is subtracted from it."""
 
     kind: Norm
     eps: PositiveFloat = 1e-5
@@ -87,7 +88,7 @@ class Activation(_Strict):
 class LayerEntry(_Strict):
     """One layer's file in the manifest's folder, and its digest when it was written.
 
-    `d_features` and `k` are given where they differ from the set's; `metadata` is what the training left in the file
+    `d_features` and `k` are given if they differ from the set's; `metadata` is the training metadata of the file that
     the layer was converted from.
     """
 
@@ -99,10 +100,10 @@ class LayerEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything known about a set. `read` and `write` are sites relative to a layer, such as `mlp_out+1`.
+    """All facts about a set. `read` and `write` are sites relative to a layer, such as `mlp_out+1`.
 
-    The `..._source` say how each fact was known to whoever wrote the set; `calibration` is what `circuits check`
-    measured, `source` where the set comes from (format, files and their digests, revision, what was assumed).
+    Each `..._source` says how a fact was known when the set was written. `calibration` has the findings of
+    `circuits check`, `source` the origin of the set (format, files and their digests, revision, assumptions).
     """
 
     format: Literal["qwen-circuits"]
@@ -165,7 +166,7 @@ def matches(root: Path) -> bool:
     try:
         content = read_json(path)
     except CheckpointError:
-        return any(root.glob("layer_*.safetensors"))  # whatever else it is, it is damaged: `locate` says how
+        return any(root.glob("layer_*.safetensors"))  # the manifest is damaged; `locate` raises the error
     return isinstance(content, dict) and content.get("format") == _NAME
 
 
@@ -178,7 +179,7 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     content = read_json(path)
     if isinstance(content, dict) and (unknown := sorted(content.keys() - Manifest.model_fields)):
-        _refuse(path, f"{shown(unknown[0])}: there is no such entry")  # before each of many is complained about
+        _refuse(path, f"{shown(unknown[0])}: there is no such entry")  # only the first of many is named
     try:
         manifest = Manifest.model_validate(content)
         if len(manifest.layers) < len(content["layers"]):
@@ -189,7 +190,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def faults(error: ValidationError, whole: str) -> str:
-    """What a validation found, in a line; `whole` names what has no name of its own."""
+    """The errors of a validation in one line; `whole` is the name of the whole document."""
     said = (
         f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}"
         for fault in error.errors(include_url=False, include_context=False, include_input=False)[:9]
@@ -242,7 +243,8 @@ def _site(text: str | None, path: Path) -> SiteSpec | None:
 
 
 def _not_fetched(root: Path, manifest: Manifest) -> set[int]:
-    """Of a hub repository only some layers may be in the cache; a local folder has to be complete."""
+    """Layers whose files are missing in the hub's cache, where only some may be there. A local folder must be
+    complete."""
     if not hub_snapshot(root):
         return set()
     left = {number for number, entry in manifest.layers.items() if not is_file(_file(root, number, entry.file))}
@@ -326,17 +328,17 @@ def save(
     metadata: Mapping[int, Mapping[str, Any]] | None = None,
     **source: Any,
 ) -> None:
-    """Write a set in this format; the manifest goes last, so a folder with one is complete.
+    """Write a set in this format. The manifest is written last, so a folder that has one is complete.
 
     Args:
         root: the folder to write; made if needed.
-        transcoders: one per layer, held one at a time; of one width, norm and selection rule.
-        sites_source: how `read` and `write` are known; an assumption stays one (pass `store.convention.source`).
+        transcoders: one per layer, of one width, norm and selection rule; one is in memory at a time.
+        sites_source: how `read` and `write` are known (pass `store.convention.source`, so an assumption stays marked).
         metadata: by layer, see `LayerEntry`.
-        source: whatever says where the set comes from (`trained_by`, `seed`, ...).
+        source: facts about the origin of the set (`trained_by`, `seed`, ...).
 
     Raises:
-        CheckpointError: the layers differ in what the manifest can say only once, or sit elsewhere than stated.
+        CheckpointError: the layers differ in a fact that the manifest has only once, or have other sites than stated.
     """
     entries: dict[int, LayerEntry] = {}
     first: Transcoder | None = None

@@ -1,12 +1,12 @@
-"""The published Qwen2.5 sets: one `transcoder_L{i}.pt` per layer (KokosDev/qwen25-32b-clt and its siblings).
+"""The published Qwen2.5 sets: one `transcoder_L{i}.pt` per layer (KokosDev/qwen25-32b-clt and similar sets).
 
-Each file is a dict with `state_dict` (or the bare state dict itself), keys with or without the `_orig_mod.` that
-torch.compile leaves. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5 (the training script's; the card's code adds
-`enc.0.bias` instead). `dec` may hold decoders for several target layers, one under the other: one of them is opened,
-the first unless another is asked for. Neither the sites nor k nor the use of TopK are stored. `final_l0_pct` hints at
-the latter, and a set is judged as a whole, for one run trains all its layers: TopK with k = max(1, int(0.12 F)) (the
-training script's default), then ReLU, leaves 12 % or less; a layer above that says that the set was trained with plain
-ReLU (the script's other mode). Where no file states it, TopK is assumed.
+Each file is a dict with `state_dict` (or only the state dict), with or without the key prefix `_orig_mod.` of
+torch.compile. `enc.0` is `nn.LayerNorm(d_model)`, eps 1e-5 (as in the training script; the card's code adds
+`enc.0.bias` instead). `dec` may have decoders for several target layers, one below the other: one of them is opened,
+by default the first. Neither the sites nor k nor the use of TopK are stored. `final_l0_pct` is evidence about TopK,
+for the whole set, since one run trains all its layers. TopK with k = max(1, int(0.12 F)) (the training script's
+default), followed by ReLU, keeps 12 % or less. If a layer has more, the set was trained with plain ReLU (the script's
+other mode). If no file states it, TopK is assumed.
 """
 
 import re
@@ -39,7 +39,7 @@ _KEYS = {  # our name -> (key in the state dict, stored [d_model feature])
 
 
 def matches(root: Path) -> bool:
-    """Whether the folder holds at least one `transcoder_L{i}.pt`."""
+    """Whether the folder has at least one `transcoder_L{i}.pt`."""
     return any(_FILE.fullmatch(path.name) for path in root.iterdir())
 
 
@@ -47,7 +47,7 @@ def locate(root: Path) -> Checkpoint:
     """Describe every layer file.
 
     Raises:
-        CheckpointError: a file is damaged, holds code, misses a tensor, or has shapes that contradict each other.
+        CheckpointError: a file is damaged, contains code, lacks a tensor, or has shapes that contradict each other.
     """
     files = sorted((int(m[1]), path) for path in root.iterdir() if (m := _FILE.fullmatch(path.name)))
     for (number, path), (other, twin) in pairwise(files):
@@ -206,7 +206,7 @@ def _check_stated(metadata: Any, path: Path) -> None:
 
 
 def _selected(layers: list[LayerSource]) -> tuple[LayerSource, ...]:
-    """The same layers with the selection rule that the densities of all of them say; see the module's head."""
+    """The layers with the selection rule that follows from the densities of all of them; see the module's docstring."""
     stated = [source for source in layers if source.metadata.get(_L0) is not None]
     by_relu = any(_excess(source) > _L0_TOLERANCE_PCT for source in stated)
     activation: Activation = "relu" if by_relu else "topk"
@@ -219,9 +219,9 @@ def _selected(layers: list[LayerSource]) -> tuple[LayerSource, ...]:
 
 
 def _excess(source: LayerSource) -> float:
-    """Percentage points by which a layer's stated density is above that of TopK; below 0 where ReLU cut some off."""
+    """Percentage points by which a layer's stated density is above TopK's; below 0 if ReLU removed some features."""
     k = max(1, int(source.d_features * _TOPK_FRACTION))
-    nominal = max(100 * k / source.d_features, 100 * _TOPK_FRACTION)  # of a small dictionary int() makes less than 12 %
+    nominal = max(100 * k / source.d_features, 100 * _TOPK_FRACTION)  # in a small dictionary int() gives less than 12 %
     l0_pct: Any = source.metadata[_L0]
     return float(l0_pct) - nominal
 

@@ -1,8 +1,8 @@
 """Qwen-Scope: TopK autoencoders of the residual stream of Qwen3 and Qwen3.5, one `layer{n}.sae.pt` each.
 
 Each file is a dict of W_enc[F,D], W_dec[D,F], b_enc and b_dec; pre = x @ W_enc.T + b_enc, with nothing subtracted
-from x. The card and SAELens put them at the output of block n. The files do not say so, and not how many features
-TopK keeps: that is in the repository's name alone (`SAE-Res-Qwen3-8B-Base-W64K-L0_50`: k = 50), so it has to be given.
+from x. By the card and SAELens they belong to the output of block n. The files state neither this nor how many features
+TopK keeps: k is only in the repository's name (`SAE-Res-Qwen3-8B-Base-W64K-L0_50`: k = 50), so it has to be given.
 Sources: the cards of the Qwen team, SAELens's `qwen_scope` loader (pull request 677).
 """
 
@@ -19,7 +19,7 @@ _RESID_POST = SiteSpec("resid_post")
 
 
 def matches(root: Path) -> bool:
-    """Whether the folder holds at least one `layer{n}.sae.pt`."""
+    """Whether the folder has at least one `layer{n}.sae.pt`."""
     return any(_FILE.fullmatch(path.name) for path in root.iterdir())
 
 
@@ -48,7 +48,8 @@ def locate(root: Path) -> Checkpoint:
 
 
 def _where_k_stands(root: Path) -> str:
-    """A hub cache has the repository's name two folders up, in `models--Qwen--SAE-Res-...`."""
+    """A text about where to find k. In a hub cache the repository's name is two folders up,
+    `models--Qwen--SAE-Res-...`."""
     told = "k stands in the repository's name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50: --k 50"
     named = next((m for part in reversed(root.absolute().parts) if (m := _IN_THE_NAME.search(part))), None)
     return f"{told}; here {named[0]}: --k {named[1]}" if named else told

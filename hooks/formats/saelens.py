@@ -54,7 +54,7 @@ _ABOUT = (  # entries of a flat configuration that version 6 has under `metadata
 
 @dataclass(frozen=True)
 class _Architecture:
-    """What an architecture stores beside W_enc, W_dec and b_dec."""
+    """The tensors of an architecture in addition to W_enc, W_dec and b_dec."""
 
     activation: Activation
     vectors: tuple[str, ...] = ("b_enc",)  # of one number per feature
@@ -76,7 +76,7 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class _Config:
-    """One `cfg.json`, whichever version wrote it: what is computed, and what it is about."""
+    """One `cfg.json` of any version: the settings of the computation, and the metadata."""
 
     path: Path
     computed: Mapping[str, Any]
@@ -91,13 +91,13 @@ class _Member:
     read: Site
     write: Site
     normed: bool
-    scaled: bool  # trained on inputs times a number that is not stored
+    scaled: bool  # trained on inputs multiplied by a number that is not stored
     base_model: str | None
-    processed: bool  # trained on a model whose weights TransformerLens had rewritten
+    processed: bool  # trained on a model whose weights TransformerLens had changed
 
 
 def matches(root: Path) -> bool:
-    """Whether there is a `sae_weights.safetensors` in the folder, or in one below it."""
+    """Whether there is a `sae_weights.safetensors` in the folder or in a subfolder."""
     return bool(_folders(root))
 
 
@@ -110,8 +110,8 @@ def locate(root: Path) -> Checkpoint:
     """Describe every dictionary.
 
     Raises:
-        CheckpointError: a file is damaged or contradicts another, an architecture or a setting is not one that this
-            project holds, or the dictionaries are no set.
+        CheckpointError: a file is damaged or contradicts another, an architecture or a setting is not supported by this
+            project, or the dictionaries do not form one set.
     """
     members = {folder: _member(folder) for folder in _folders(root)}
     one_per_layer(((member.source.layer, folder) for folder, member in members.items()), root)
@@ -199,7 +199,8 @@ def _member(folder: Path) -> _Member:
 
 
 def _architecture(config: _Config) -> tuple[str, _Architecture]:
-    """The architecture by name; up to version 5, TopK is a standard autoencoder with another activation function."""
+    """The architecture and its name. Up to version 5, TopK is a standard autoencoder with another activation
+    function."""
     name = config.computed.get("architecture", "standard")
     function = config.computed.get("activation_fn", "relu")
     if not isinstance(name, str) or name not in _ARCHITECTURES:
@@ -218,7 +219,7 @@ def _architecture(config: _Config) -> tuple[str, _Architecture]:
 
 
 def _check_settings(config: _Config, architecture: _Architecture) -> None:
-    """Refuse settings that change what is computed, and that `Transcoder` has no field for."""
+    """Refuse settings that change the computation and for which `Transcoder` has no field."""
     computed, about, path = config.computed, config.about, config.path
     normalize = computed.get("normalize_activations")
     if not isinstance(normalize, bool | None) and normalize not in ("none", "expected_average_only_in"):
@@ -235,7 +236,7 @@ def _check_settings(config: _Config, architecture: _Architecture) -> None:
 
 
 def _site(config: _Config, key: str) -> tuple[Site, bool]:
-    """A site from a TransformerLens hook name, and whether it is meant divided by its norm."""
+    """A site from a TransformerLens hook name, and whether it is divided by its norm."""
     name = config.about.get(key)
     try:
         site, normed = from_lens(name if isinstance(name, str) else "")
@@ -276,7 +277,7 @@ def _k(config: _Config, d_features: int) -> int:
 
 
 def _check_unscaled(file: Path) -> None:
-    """`scaling_factor`: decoder scales of a fine-tuning that version 6 has dropped; ones in most files."""
+    """Refuse a `scaling_factor` other than 1: decoder scales of a fine-tuning that version 6 dropped."""
     if not bool((safetensors_load(file, "scaling_factor") == 1).all()):
         raise CheckpointError(
             f"{file.name}: scaling_factor is not 1 everywhere",

@@ -5,7 +5,7 @@
     layers.5.mlp/sae.safetensors     encoder.weight[F,D] encoder.bias W_dec[F,D] b_dec, and with a skip W_skip[D,D]
 
 A transcoder (`transcode: true`) reads the module's input and writes its output; an autoencoder reads and writes the
-output, and subtracts b_dec from what it reads. The skip connection is x @ W_skip.T. EleutherAI's clt-training writes
+output, and subtracts b_dec from its input. The skip connection is x @ W_skip.T. EleutherAI's clt-training writes
 the same files with more options; a set of one target layer is opened. Sources: `sparse_coder.py`, `fused_encoder.py`
 and the trainer's hook in EleutherAI/sparsify; `config.py` and `sparse_coder.py` in EleutherAI/clt-training.
 """
@@ -38,7 +38,7 @@ _OF_TRAINING = {  # at inference they change nothing; the last four are clt-trai
     *("dtype", "tp_output", "train_post_encoder", "topk_coalesced"),
 }
 _ACROSS_LAYERS = {"n_targets", "n_sources", "coalesce_topk", "per_source_tied", "secondary_target_tied"}
-_POST = "post_enc"  # clt-training: added to what TopK kept
+_POST = "post_enc"  # clt-training: added to the activations that TopK kept
 
 
 def matches(root: Path) -> bool:
@@ -80,13 +80,13 @@ def locate(root: Path) -> Checkpoint:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The hookpoints: the folder itself, or those in it, or those of a single seed within them."""
+    """The folders of hookpoints: the folder itself, or its subfolders, or the `seed` folders in those."""
     patterns = (_WEIGHTS, f"*/{_WEIGHTS}", f"*/seed*/{_WEIGHTS}")
     return sorted({file.parent for file in found(root, patterns)})
 
 
 def _run(root: Path) -> Mapping[str, Any]:
-    """The configuration of the run, beside the folders of the hookpoints; of a single one, beside its own."""
+    """The configuration of the run, in the folder that has the hookpoints' folders."""
     single = is_there(root / _WEIGHTS)
     path = (root.absolute().parent if single else root) / _RUN
     if single and is_there(path):
