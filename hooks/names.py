@@ -7,19 +7,19 @@ import torch
 
 from hooks.demo import TRANSCODERS
 from hooks.errors import UserError
-from hooks.files import Resolved, resolve
+from hooks.files import ResolvedSet, resolve
 
 log = logging.getLogger("hooks")
 
 
-def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> Resolved:
+def transcoder_folder(name: str, layers: Sequence[int] | None = None) -> ResolvedSet:
     """The folder of a set: an embedded one, a local folder, or a hub id, which is downloaded if it is not in the cache.
 
     Raises:
         CheckpointError: see `hooks.files.hub.resolve`.
     """
     if name in TRANSCODERS:
-        return Resolved(TRANSCODERS[name])
+        return ResolvedSet(TRANSCODERS[name])
     found = resolve(name, layers=layers, embedded=TRANSCODERS)
     for note in found.notes:
         log.warning("%s", note)

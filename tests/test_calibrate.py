@@ -15,7 +15,7 @@ from hooks.check import Texts, calibrate, rows_of
 from hooks.check.avoidable import avoidable_by_row, separation
 from hooks.check.block_by_block import streams_by_layer
 from hooks.check.fits import fits, options, sink_mask
-from hooks.check.selection_rule import Rule, selection
+from hooks.check.selection_rule import SelectionRule, selection
 from hooks.check.texts import paragraphs
 from hooks.checkpoints import Findings, TranscoderStore
 from hooks.demo import TRANSCODERS
@@ -474,12 +474,12 @@ def test_what_a_stated_l0_says(described: str, stated: float | None, by_relu: fl
     source = LayerSource(0, 64, 12288, {}, k, origin, metadata, activation=described)
     checkpoint = Checkpoint(Path("set"), "published", (source,), None, None)
     curves = [(12288, [(1474, 0.1, 1474.0), (None, 0.05, by_relu * 12288)])]
-    found = selection(checkpoint, Rule(), curves, good=True)
+    found = selection(checkpoint, SelectionRule(), curves, good=True)
     assert (found.activation, found.k, found.source) == named
     assert [(point.k, point.fvu) for point in found.curve] == [(1474, 0.1), (None, 0.05)]
-    assert selection(checkpoint, Rule(), curves, good=False).activation is None
+    assert selection(checkpoint, SelectionRule(), curves, good=False).activation is None
     stored = Checkpoint(Path("set"), "native", (replace(source, k_source="stored"),), None, None)
-    known = selection(stored, Rule(), curves, good=False)
+    known = selection(stored, SelectionRule(), curves, good=False)
     assert (known.activation, known.k, known.source) == (described, k, "stored")
 
 

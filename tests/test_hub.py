@@ -19,7 +19,7 @@ from hooks import HookedModel
 from hooks.checkpoints import TranscoderStore
 from hooks.demo import PROMPT, WEIGHTS
 from hooks.errors import CheckpointError
-from hooks.files import Resolved, hub_snapshot, resolve
+from hooks.files import ResolvedSet, hub_snapshot, resolve
 from hooks.formats import native, recognise
 from hooks.sites import SiteSpec
 
@@ -86,7 +86,7 @@ def test_what_is_no_hub_id_stays_a_folder(name, tmp_path, monkeypatch):
 def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "a-set").mkdir(parents=True)
-    assert resolve(REPO) == Resolved(Path(REPO))
+    assert resolve(REPO) == ResolvedSet(Path(REPO))
 
 
 def test_a_folder_has_no_revision(tmp_path):
@@ -100,7 +100,7 @@ def test_a_folder_has_no_revision(tmp_path):
 def test_a_folder_laid_out_like_the_hubs_cache_loads_offline(cache):
     snapshot = store_in(cache, {f"transcoder_L{n}.pt": published(n) for n in (0, 1)})
     found = resolve(REPO)
-    assert found == Resolved(snapshot, REPO, COMMIT)
+    assert found == ResolvedSet(snapshot, REPO, COMMIT)
     store = TranscoderStore.open(found.root, read="resid_pre", write="resid_pre")
     assert torch.equal(store[1].W_enc, random_transcoder(1, WIDTH).W_enc)
     assert recognise(found.root).revision == COMMIT  # which a conversion writes into its manifest
@@ -121,7 +121,7 @@ def test_a_set_in_our_own_format_loads_from_the_cache(cache, tmp_path):
 
 def test_a_snapshot_given_as_a_folder_says_what_it_is(cache):
     snapshot = store_in(cache, {"transcoder_L0.pt": published(0)})
-    assert resolve(str(snapshot)) == Resolved(snapshot, REPO, COMMIT)
+    assert resolve(str(snapshot)) == ResolvedSet(snapshot, REPO, COMMIT)
     assert hub_snapshot(snapshot / "below").repo == REPO
     assert hub_snapshot(cache) is None
 

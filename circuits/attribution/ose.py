@@ -140,7 +140,7 @@ ROWS = 64  # copies of the stream that are run through a block at once
 
 
 @dataclass(frozen=True)
-class Step:
+class OneStep:
     """The stream before some blocks that are to be run, and the metric's gradient after them.
 
     Attributes:
@@ -175,7 +175,7 @@ def one_step(
     *,
     blocks: int = BLOCKS,
     gradients: Gradients = exact.gradients,
-) -> Step:
+) -> OneStep:
     """The blocks after one layer's write site.
 
     Args:
@@ -198,7 +198,7 @@ def one_step(
     stream, point = _in_front_of(start), _in_front_of(stop)
     gradient = gradients(model, recording, targets, (point,))[point]
     _, seen = model.host.capture(recording.batch, [stream, point])
-    return Step(model, start, stop, seen[stream][0], seen[point][0], gradient)
+    return OneStep(model, start, stop, seen[stream][0], seen[point][0], gradient)
 
 
 def _in_front_of(layer: int) -> Site:

@@ -9,7 +9,7 @@ import torch
 
 from circuits.agreement import rank_correlation
 from circuits.building import score_features, settle
-from circuits.demo.feature_swap import Selection
+from circuits.demo.feature_swap import SiteStatistics
 from circuits.demo.questions import STATE_NAMES, Exam
 from circuits.targets import resolve_targets
 from circuits.tracing import trace
@@ -37,7 +37,9 @@ class Discovery:
     found: int
 
 
-def discovery_ranks(exam: Exam, selections: Mapping[tuple[int, str], Selection], site: tuple[int, str]) -> Discovery:
+def discovery_ranks(
+    exam: Exam, selections: Mapping[tuple[int, str], SiteStatistics], site: tuple[int, str]
+) -> Discovery:
     """Ranks over all held-out cities in the test wording.
 
     The features are each state's four most selective ones (average precision on the selection questions, which the
@@ -65,7 +67,7 @@ def discovery_ranks(exam: Exam, selections: Mapping[tuple[int, str], Selection],
 
 
 @dataclass(frozen=True)
-class Agreement:
+class MeanAgreement:
     """Means over the prompts of Spearman's correlation between prediction and real ablation.
 
     Attributes:
@@ -87,7 +89,7 @@ def verification_prompts(exam: Exam) -> list[tuple[str, str]]:
     return [(wordings[i % len(wordings)].format(c=city), capital_of_city(city)) for i, city in enumerate(cities)]
 
 
-def agreement(exam: Exam, *, edges: bool = True) -> Agreement:
+def agreement(exam: Exam, *, edges: bool = True) -> MeanAgreement:
     """At least 200 features (and edges) per prompt, spread over strength, layer and position."""
     scores, logits, joints = [], [], []
     for prompt, capital in verification_prompts(exam):
@@ -100,4 +102,4 @@ def agreement(exam: Exam, *, edges: bool = True) -> Agreement:
             graph = trace(exam.model, prompt, answer, sample=0, node_threshold=1.0, edge_threshold=1.0)
             table, _ = measure_edges(setting, graph, n=SAMPLE, seed=0)
             joints.append(rank_correlation(table["weight"], table["effect"]))
-    return Agreement(mean(scores), mean(logits), mean(joints) if joints else float("nan"), tuple(scores))
+    return MeanAgreement(mean(scores), mean(logits), mean(joints) if joints else float("nan"), tuple(scores))

@@ -27,7 +27,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Selection:
+class SiteStatistics:
     """Statistics of the features of one site on the selection questions, by state.
 
     Attributes:
@@ -85,7 +85,7 @@ class AblationResult:
     others: float
 
 
-def select(exam: Exam) -> dict[tuple[int, str], Selection]:
+def select(exam: Exam) -> dict[tuple[int, str], SiteStatistics]:
     """Average precision and mean activation of every feature at every site, city token and last token."""
     questions = exam.selection_questions()
     acts = _activations(exam, questions)
@@ -95,16 +95,16 @@ def select(exam: Exam) -> dict[tuple[int, str], Selection]:
         counts = states.to(values.dtype)
         mean = (counts.T @ values) / reduce(counts, "prompt state -> state 1", "sum")
         norms = exam.model.store[layer].W_dec.norm(dim=-1)
-        out[layer, place] = Selection(layer, place, average_precision(values, states), mean, norms)
+        out[layer, place] = SiteStatistics(layer, place, average_precision(values, states), mean, norms)
     return out
 
 
-def every_site(selections: Mapping[tuple[int, str], Selection]) -> list[Selection]:
+def every_site(selections: Mapping[tuple[int, str], SiteStatistics]) -> list[SiteStatistics]:
     """All sites but the embedding, city and last token: for the swap with two features at each."""
     return [selection for (layer, _), selection in selections.items() if layer > 0]
 
 
-def best_site(selections: Mapping[tuple[int, str], Selection]) -> Selection:
+def best_site(selections: Mapping[tuple[int, str], SiteStatistics]) -> SiteStatistics:
     """The site where the chosen features detect their state best."""
     return max(selections.values(), key=lambda selection: selection.quality)
 
@@ -139,7 +139,9 @@ def average_precision(
     return torch.stack(out)
 
 
-def swap_states(exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_STATE, *, seed: int = 0) -> SwapResult:
+def swap_states(
+    exam: Exam, chosen: Sequence[SiteStatistics], n: int = FEATURES_PER_STATE, *, seed: int = 0
+) -> SwapResult:
     """Swap every held-out city's state for every other one, with both controls.
 
     Args:
@@ -169,7 +171,7 @@ def swap_states(exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_S
     return SwapResult(**rates, third_lands=lands, pairs=len(source))
 
 
-def swap_plan(selection: Selection, own: int, wanted: int, pos: int, n: int = FEATURES_PER_STATE) -> list[object]:
+def swap_plan(selection: SiteStatistics, own: int, wanted: int, pos: int, n: int = FEATURES_PER_STATE) -> list[object]:
     """Zero one state's features, set another's to their means; a feature of both is set."""
     setting = selection.best(wanted, n)
     zero = [feature for feature in selection.best(own, n) if feature not in setting]
@@ -180,13 +182,15 @@ def swap_plan(selection: Selection, own: int, wanted: int, pos: int, n: int = FE
     ]
 
 
-def state_addresses(selection: Selection, state: int, pos: int, n: int = FEATURES_PER_STATE) -> list[FeatureAddress]:
+def state_addresses(
+    selection: SiteStatistics, state: int, pos: int, n: int = FEATURES_PER_STATE
+) -> list[FeatureAddress]:
     """The features that represent a state, at one position."""
     return [_address(selection, feature, pos) for feature in selection.best(state, n)]
 
 
 def ablate_states(
-    exam: Exam, chosen: Sequence[Selection], n: int = FEATURES_PER_STATE, *, shift: int = 0
+    exam: Exam, chosen: Sequence[SiteStatistics], n: int = FEATURES_PER_STATE, *, shift: int = 0
 ) -> AblationResult:
     """Zero each held-out city's state features; its answer against the 49 other capitals.
 
@@ -207,7 +211,7 @@ def ablate_states(
 
 
 def _random_plan(
-    selection: Selection,
+    selection: SiteStatistics,
     active: Bool[Tensor, " feature"],
     wanted: int,
     pos: int,
@@ -242,5 +246,5 @@ def _third_states(
     return torch.tensor(out)
 
 
-def _address(selection: Selection, feature: int, pos: int) -> FeatureAddress:
+def _address(selection: SiteStatistics, feature: int, pos: int) -> FeatureAddress:
     return FeatureAddress(selection.layer, int(feature), Positions("index", pos))

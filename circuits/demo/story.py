@@ -9,7 +9,7 @@ import torch
 from circuits.demo.feature_swap import (
     FEATURES_PER_STATE,
     AblationResult,
-    Selection,
+    SiteStatistics,
     SwapResult,
     ablate_states,
     best_site,
@@ -120,7 +120,7 @@ def _write(graph: Graph, path: Path, kind: str) -> Path:
     return path
 
 
-def _carriers(exam: Exam, chosen: Selection, own: int, pos: int) -> tuple[Carrier, ...]:
+def _carriers(exam: Exam, chosen: SiteStatistics, own: int, pos: int) -> tuple[Carrier, ...]:
     acts = exam.model.record(HEADLINE_PROMPT, [chosen.layer]).layers[chosen.layer].acts
     dense = acts.dense(exam.model.store.d_features(chosen.layer))[0, pos]
     return tuple(
@@ -129,7 +129,7 @@ def _carriers(exam: Exam, chosen: Selection, own: int, pos: int) -> tuple[Carrie
     )
 
 
-def _move_everywhere(exam: Exam, chosen: Selection, own: int, pos: int) -> tuple[tuple[str, str, bool], ...]:
+def _move_everywhere(exam: Exam, chosen: SiteStatistics, own: int, pos: int) -> tuple[tuple[str, str, bool], ...]:
     """For every other state: the answer once the headline city's state features are replaced by that state's."""
     others = [state for state in range(len(STATE_NAMES)) if state != own]
     plans = [swap_plan(chosen, own, state, pos) for state in others]
@@ -139,7 +139,7 @@ def _move_everywhere(exam: Exam, chosen: Selection, own: int, pos: int) -> tuple
     return tuple((STATE_NAMES[state], answer, hit) for state, answer, hit in zip(others, answers, right, strict=True))
 
 
-def label_states(graph: Graph, selections: Mapping[tuple[int, str], Selection], exam: Exam) -> Graph:
+def label_states(graph: Graph, selections: Mapping[tuple[int, str], SiteStatistics], exam: Exam) -> Graph:
     """Name features that detect one state on the selection questions (average precision at least 0.8)."""
     last = len(graph.meta["tokens"]) - 1
     labels = {}

@@ -19,7 +19,7 @@ from hooks.kernels import linear_fp32
 from hooks.model import HookedModel
 from hooks.whole import whole
 
-Rule = Callable[[HookedModel, Case], Ranking]
+RankingRule = Callable[[HookedModel, Case], Ranking]
 
 
 def integrated(model: HookedModel, case: Case) -> Ranking:
@@ -47,7 +47,7 @@ def difference(model: HookedModel, case: Case) -> Ranking:
     return {layer: (case.acts(layer) - ablated).abs() for layer, ablated in case.ablated.items()}
 
 
-def chance(seed: int = 0) -> Rule:
+def chance(seed: int = 0) -> RankingRule:
     """Baseline: random order. For a pair of prompts it is the same, whatever its place in a list."""
 
     seed = whole(seed, "seed")
@@ -63,7 +63,7 @@ def chance(seed: int = 0) -> Rule:
     return draw
 
 
-RANKINGS: Mapping[str, Rule] = MappingProxyType(
+RANKINGS: Mapping[str, RankingRule] = MappingProxyType(
     {
         "ig": integrated,
         "grad x difference": gradient_difference,
@@ -76,7 +76,7 @@ RANKINGS: Mapping[str, Rule] = MappingProxyType(
 
 
 def rank(
-    model: HookedModel, cases: Sequence[Case], rules: Mapping[str, Rule] = RANKINGS
+    model: HookedModel, cases: Sequence[Case], rules: Mapping[str, RankingRule] = RANKINGS
 ) -> dict[str, tuple[Ranking, ...]]:
     """Every rule's ranking of every case, for `faithfulness` and `completeness`."""
     return {name: tuple(rule(model, case) for case in cases) for name, rule in rules.items()}

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from hooks.check.block_by_block import TextRows, rows_of
 from hooks.check.fits import Fit, Option, options
-from hooks.check.measure import Passes, Settled
+from hooks.check.measure import CheckPasses, Settled
 from hooks.check.selection_rule import selection
 from hooks.check.texts import Texts
-from hooks.check.verdict import Ranking, decide, doubts, layer_findings, rank, remarks
+from hooks.check.verdict import CandidateRanking, decide, doubts, layer_findings, rank, remarks
 from hooks.checkpoints import DecoderFinding, Findings
 from hooks.choices import CHECK_TOKENS
 from hooks.errors import CheckpointError
@@ -45,7 +45,7 @@ class Calibration:
 
     findings: Findings
     fits: tuple[Fit, ...]
-    ranking: Ranking
+    ranking: CandidateRanking
 
 
 def calibrate(
@@ -79,7 +79,7 @@ def calibrate(
             the model.
         PromptError: there is no text.
     """
-    found = Passes.of(host, checkpoint, layers, k, _wanted(checkpoint, read, write, encoder, decoder))
+    found = CheckPasses.of(host, checkpoint, layers, k, _wanted(checkpoint, read, write, encoder, decoder))
     rows = rows_of(host, texts.texts, tokens)
     bar = tqdm(total=found.steps, desc="check", unit="layer", disable=not progress, leave=False)
     with bar, torch.no_grad():
@@ -127,11 +127,11 @@ def _wanted(
 
 
 def _conclude(
-    found: Passes,
+    found: CheckPasses,
     rows: TextRows,
     measured: Sequence[Fit],
     sinks: int,
-    rankings: Sequence[Ranking],
+    rankings: Sequence[CandidateRanking],
     settled: Settled,
 ) -> dict[str, Any]:
     """The measurements as fields of `Findings`."""

@@ -65,7 +65,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Target:
+class SiteTarget:
     """A write site's tokens, and their summed squared distances from their mean: over all tokens, without sinks, and
     normed."""
 
@@ -101,7 +101,7 @@ def rms_normed(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_mode
 
 def targets(
     streams: Streams, layer: int, sinks: Bool[Tensor, " token"], wanted: Sequence[Option]
-) -> dict[SiteSpec | None, Target]:
+) -> dict[SiteSpec | None, SiteTarget]:
     """Every write site that the options name and this layer has."""
     out = {}
     for write in dict.fromkeys(option.write for option in wanted):
@@ -111,11 +111,11 @@ def targets(
     return out
 
 
-def target(x: Float[Tensor, "token d_model"], sinks: Bool[Tensor, " token"]) -> Target:
+def target(x: Float[Tensor, "token d_model"], sinks: Bool[Tensor, " token"]) -> SiteTarget:
     """A write site's tokens."""
     calm, wide = ~sinks.to(x.device), x.float()
     parts = (wide, wide[calm], rms_normed(wide))
-    return Target(x, torch.stack([_spread(part) for part in parts]))
+    return SiteTarget(x, torch.stack([_spread(part) for part in parts]))
 
 
 def _spread(x: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
@@ -158,7 +158,7 @@ def _one_read(
     layer: int,
     sinks: Bool[Tensor, " token"],
     wanted: Sequence[Option],
-    aims: Mapping[SiteSpec | None, Target],
+    aims: Mapping[SiteSpec | None, SiteTarget],
 ) -> list[Fit]:
     sums = {option: torch.zeros(3, dtype=torch.float64) for option in wanted}
     active = 0
@@ -188,7 +188,7 @@ def _errors(
     return torch.stack([error.sum(), error[calm].sum(), normed_error]).cpu()
 
 
-def _fit(layer: int, option: Option, errors: Tensor, aim: Target, calm_entries: int, l0: float) -> Fit:
+def _fit(layer: int, option: Option, errors: Tensor, aim: SiteTarget, calm_entries: int, l0: float) -> Fit:
     spread = aim.spread.tolist()
     shares = [error / var if var > 0 else None for error, var in zip(errors.tolist(), spread, strict=True)]
     return Fit(layer, option, shares[0], shares[1], shares[2], float(errors[1]) / max(1, calm_entries), l0)

@@ -16,8 +16,8 @@ from torch import Tensor
 from hooks.check.avoidable import avoidable_by_row, by_row
 from hooks.check.block_by_block import Streams, TextRows, streams_by_layer
 from hooks.check.fits import Fit, Option, fits, sink_mask, target
-from hooks.check.selection_rule import Curve, Rule, curve_at, finer, fit_by_rule, rules
-from hooks.check.verdict import CLOSE, Evidence, Ranking, rank
+from hooks.check.selection_rule import Curve, SelectionRule, curve_at, finer, fit_by_rule, rules
+from hooks.check.verdict import CLOSE, CandidateRanking, Evidence, rank
 from hooks.checkpoints import Convention, TranscoderStore, choose, named_layers
 from hooks.errors import CheckpointError
 from hooks.formats import Checkpoint, encoders, for_decoder
@@ -47,13 +47,13 @@ class Settled:
 
 
 @dataclass(frozen=True)
-class Passes:
+class CheckPasses:
     """The passes of one set over one model."""
 
     host: Host
     checkpoint: Checkpoint
     options: tuple[Option, ...]
-    rule: Rule
+    rule: SelectionRule
 
     @classmethod
     def of(
@@ -63,7 +63,7 @@ class Passes:
         layers: Sequence[int] | None,
         k: int | None,
         wanted: tuple[Option, ...],
-    ) -> "Passes":
+    ) -> "CheckPasses":
         """Make one, after all checks that need no computation.
 
         Raises:
@@ -112,7 +112,7 @@ class Passes:
         """How many blocks after a transcoder's own block its write site may be."""
         return max(option.write.offset for option in self.options if option.write)
 
-    def with_best_rule(self, rows: TextRows, bar: Any) -> "Passes":
+    def with_best_rule(self, rows: TextRows, bar: Any) -> "CheckPasses":
         """If the files do not say how features are selected: the rule under which the decoder can be improved least.
 
         First the rule with the smallest FVU of any candidate. Then, for the candidates near the best, the rule with the
@@ -135,11 +135,11 @@ class Passes:
         return replace(self, rule=chosen[1])
 
     def _by_rule(
-        self, rows: TextRows, ranking: Ranking, near: Sequence[Rule]
-    ) -> dict[tuple[Option, Rule], tuple[float, float]]:
+        self, rows: TextRows, ranking: CandidateRanking, near: Sequence[SelectionRule]
+    ) -> dict[tuple[Option, SelectionRule], tuple[float, float]]:
         """FVU and avoidable error, over a few layers, of each of the best candidates under each rule."""
-        sums: dict[tuple[Option, Rule], list[tuple[float, float]]] = {}
-        stores = replace(self, rule=Rule()).stores()
+        sums: dict[tuple[Option, SelectionRule], list[tuple[float, float]]] = {}
+        stores = replace(self, rule=SelectionRule()).stores()
         for layer, streams in streams_by_layer(self.host, rows, _spread(ranking.layers, _PILOT_LAYERS), self.ahead):
             transcoders, sinks = self._load(stores, layer), sink_mask(streams)
             for option in ranking.contenders[:_PILOT_CONTENDERS]:
@@ -181,7 +181,7 @@ class Passes:
             bar.update()
         return out, int(ever.sum())
 
-    def settle(self, rows: TextRows, rankings: Sequence[Ranking], bar: Any) -> Settled:
+    def settle(self, rows: TextRows, rankings: Sequence[CandidateRanking], bar: Any) -> Settled:
         """The contenders' avoidable errors and curves, at up to `_SETTLE_LAYERS` layers."""
         few, stores = rows.head(_SETTLE_TOKENS), self.stores()
         contenders = [option for ranking in rankings for option in ranking.contenders]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.check.avoidable import avoidable_by_row
-from hooks.check.fits import Target
+from hooks.check.fits import SiteTarget
 from hooks.checkpoints import CurvePoint, Selection
 from hooks.formats import Checkpoint, LayerSource
 from hooks.transcoder import Transcoder
@@ -27,7 +27,7 @@ _ALIKE, _UNLIKE = 2.0, 4.0  # a measured L0 within, and beyond, this factor of t
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """A way to select features: as described, TopK of a share of the dictionary, or plain ReLU."""
 
     kind: str = "described"
@@ -55,17 +55,17 @@ class Rule:
         return own.activation if size is None else f"{own.activation}, {size}"
 
 
-def rules(checkpoint: Checkpoint) -> list[Rule]:
+def rules(checkpoint: Checkpoint) -> list[SelectionRule]:
     """The rules that the files leave possible. The sites are measured with the one that fits best."""
     source = checkpoint.layers[0]
     if source.activation in ("jumprelu", "groupmax") or source.k_source not in ("metadata", "assumed", "unknown"):
-        return [Rule()]
+        return [SelectionRule()]
     if source.k_source == "metadata":
         stated = stated_share(checkpoint)
         if stated and _far_below(source, stated):  # TopK of fewer features, or of none
-            return [Rule(), Rule("topk", stated), Rule("relu")]
-        return [Rule(), *([Rule("topk", stated)] if stated and source.activation == "relu" else [])]
-    return [*(Rule("topk", share) for share in _SHARES), Rule("relu")]
+            return [SelectionRule(), SelectionRule("topk", stated), SelectionRule("relu")]
+        return [SelectionRule(), *([SelectionRule("topk", stated)] if stated and source.activation == "relu" else [])]
+    return [*(SelectionRule("topk", share) for share in _SHARES), SelectionRule("relu")]
 
 
 def _far_below(source: LayerSource, stated: float) -> bool:
@@ -73,11 +73,11 @@ def _far_below(source: LayerSource, stated: float) -> bool:
     return source.k is not None and stated * source.d_features * _ALIKE < source.k
 
 
-def finer(rule: Rule) -> list[Rule]:
+def finer(rule: SelectionRule) -> list[SelectionRule]:
     """Rules with shares around this rule's own, in steps of a fifth, and ReLU."""
     share = _DENSEST if rule.share is None else rule.share
     steps = [share * 1.2**step for step in range(-5, 6)]
-    return [*(Rule("topk", step) for step in steps if step < 1), Rule("relu")]
+    return [*(SelectionRule("topk", step) for step in steps if step < 1), SelectionRule("relu")]
 
 
 def stated_share(checkpoint: Checkpoint) -> float | None:
@@ -96,7 +96,7 @@ Curve = list[tuple[int | None, float, float]]
 
 
 def curve_at(
-    transcoder: Transcoder, x: Float[Tensor, "token d_model"], aim: Target, sinks: Bool[Tensor, " token"]
+    transcoder: Transcoder, x: Float[Tensor, "token d_model"], aim: SiteTarget, sinks: Bool[Tensor, " token"]
 ) -> Curve:
     """The FVU without sinks for several k around the transcoder's own, and for ReLU; empty for other gates."""
     if transcoder.activation not in ("topk", "relu"):
@@ -118,10 +118,10 @@ def curve_at(
 def fit_by_rule(
     transcoder: Transcoder,
     x: Float[Tensor, "token d_model"],
-    aim: Target,
+    aim: SiteTarget,
     sinks: Bool[Tensor, " token"],
     row: Int[Tensor, " token"],
-    tried: Sequence[Rule],
+    tried: Sequence[SelectionRule],
 ) -> list[tuple[float, float]]:
     """FVU without sinks and avoidable error under several rules.
 
@@ -141,7 +141,9 @@ def fit_by_rule(
     return out
 
 
-def selection(checkpoint: Checkpoint, rule: Rule, curves: Sequence[tuple[int, Curve]], good: bool) -> Selection:
+def selection(
+    checkpoint: Checkpoint, rule: SelectionRule, curves: Sequence[tuple[int, Curve]], good: bool
+) -> Selection:
     """The finding about the selection rule.
 
     Args:

@@ -25,7 +25,7 @@ _MOST_CONTENDERS = 8
 
 
 @dataclass(frozen=True)
-class Ranking:
+class CandidateRanking:
     """Candidates with their FVU without sinks, as the median over `layers`: the layers that have all candidates.
 
     Attributes:
@@ -56,7 +56,7 @@ class Ranking:
         return [option for option, score in self.scores.items() if score < best + CLOSE]
 
 
-def rank(fits: Sequence[Fit]) -> Ranking | None:
+def rank(fits: Sequence[Fit]) -> CandidateRanking | None:
     """The candidates of one decoder over the layers; None where nothing could be measured."""
     at: dict[int, dict[Option, float]] = defaultdict(dict)
     for fit in fits:
@@ -71,7 +71,7 @@ def rank(fits: Sequence[Fit]) -> Ranking | None:
     order = sorted(scores, key=lambda option: (scores[option], str(option)))
     updates = [scores[option] for option in order if option.write is None]
     sites = {option: scores[option] for option in order if option.write is not None}
-    return Ranking(sites, layers, min(updates, default=None)) if sites else None
+    return CandidateRanking(sites, layers, min(updates, default=None)) if sites else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Decision:
     candidates: tuple[Candidate, ...]
 
 
-def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], tokens: int, shown: int = 6) -> Decision:
+def decide(ranking: CandidateRanking, evidence: Mapping[Option, Evidence], tokens: int, shown: int = 6) -> Decision:
     """Choose the winner: the contender with the least avoidable error; among equals, the one with the least FVU.
 
     The verdict is clear if the winner explains more than half of the variance, is `APART` standard errors better than
@@ -140,7 +140,7 @@ def decide(ranking: Ranking, evidence: Mapping[Option, Evidence], tokens: int, s
     )
 
 
-def _candidate(option: Option, ranking: Ranking, evidence: Evidence | None, apart: float | None) -> Candidate:
+def _candidate(option: Option, ranking: CandidateRanking, evidence: Evidence | None, apart: float | None) -> Candidate:
     return Candidate(
         read=str(option.read),
         write=str(option.write),
@@ -182,7 +182,7 @@ def layer_findings(
     return tuple(out)
 
 
-def doubts(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding]) -> tuple[str, ...]:
+def doubts(decision: Decision, ranking: CandidateRanking, layers: Sequence[LayerFinding]) -> tuple[str, ...]:
     """Signs that the set was trained on another model than this one."""
     out, best = [], decision.candidates[0]
     ratios = [layer.loss / layer.stored_loss for layer in layers if layer.stored_loss]
@@ -209,7 +209,7 @@ def doubts(decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding])
 
 
 def remarks(
-    decision: Decision, ranking: Ranking, layers: Sequence[LayerFinding], checkpoint: Checkpoint, tokens: int
+    decision: Decision, ranking: CandidateRanking, layers: Sequence[LayerFinding], checkpoint: Checkpoint, tokens: int
 ) -> tuple[str, ...]:
     """Further remarks for the user of the findings."""
     out, best = [], decision.candidates[0]

@@ -2,7 +2,7 @@
 
 from hooks.files.checks import FLOATS, HeaderEntry, check_safetensors
 from hooks.files.documents import bare, flag, read_json, read_yaml, real, shown, whole
-from hooks.files.hub import Resolved, resolve
+from hooks.files.hub import ResolvedSet, resolve
 from hooks.files.links import check_file, check_links, found, hub_snapshot, is_file, is_folder, is_there, what_is
 from hooks.files.output import check_writable, new_folder, replacing, write_json, write_text
 from hooks.files.weight_files import (
@@ -27,7 +27,7 @@ from hooks.files.weight_files import (
 __all__ = [
     "FLOATS",
     "HeaderEntry",
-    "Resolved",
+    "ResolvedSet",
     "bare",
     "check_file",
     "check_links",

@@ -29,7 +29,7 @@ _LAYER = re.compile(
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedSet:
     """The folder of a set, and where it came from.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Wish:
 
 def resolve(
     name: str, *, revision: str | None = None, layers: Sequence[int] | None = None, embedded: Iterable[str] = ()
-) -> Resolved:
+) -> ResolvedSet:
     """The folder of a set.
 
     Args:
@@ -103,7 +103,7 @@ def resolve(
     return _fetch(wish)
 
 
-def _local(name: str, revision: str | None) -> Resolved:
+def _local(name: str, revision: str | None) -> ResolvedSet:
     if revision is not None:
         raise CheckpointError(
             f"the folder {name} has no revision {revision}",
@@ -117,10 +117,10 @@ def _local(name: str, revision: str | None) -> Resolved:
     except RuntimeError:  # `~name` of a user that does not exist
         root = Path(name)
     snapshot = hub_snapshot(root)
-    return Resolved(root, snapshot.repo, snapshot.commit) if snapshot else Resolved(root)
+    return ResolvedSet(root, snapshot.repo, snapshot.commit) if snapshot else ResolvedSet(root)
 
 
-def _fetch(wish: _Wish) -> Resolved:
+def _fetch(wish: _Wish) -> ResolvedSet:
     try:
         info = huggingface_hub.HfApi().model_info(wish.repo, revision=wish.revision, files_metadata=True)
     except Exception as error:  # the hub's client raises the errors of its transport, which differ by its version
@@ -142,7 +142,7 @@ def _fetch(wish: _Wish) -> Resolved:
     return _finished(wish, snapshot, chosen, sizes, ())
 
 
-def _cached(wish: _Wish, why: Exception) -> Resolved:
+def _cached(wish: _Wish, why: Exception) -> ResolvedSet:
     """The set from the hub's cache, if the cache has every file that is needed."""
     try:  # a pattern that matches nothing, so that the client does not check which files are missing
         snapshot = huggingface_hub.snapshot_download(
@@ -230,7 +230,7 @@ def _check_single(weights: list[str], where: str, wish: _Wish) -> None:
 
 def _finished(
     wish: _Wish, snapshot: Path, chosen: list[str], sizes: dict[str, int | None], notes: tuple[str, ...]
-) -> Resolved:
+) -> ResolvedSet:
     bad = [name for name in chosen if not _whole(snapshot / name, sizes[name])]
     if bad:
         raise CheckpointError(
@@ -249,7 +249,7 @@ def _finished(
     extra = sorted(name for name in _files(snapshot) if _is_weight(name) and name not in sizes)
     if extra:
         said.append(f"the cache of {wish.repo} has files that the repository has not: {', '.join(extra[:8])}")
-    return Resolved(snapshot / wish.folder, wish.repo, snapshot.name, tuple(said))
+    return ResolvedSet(snapshot / wish.folder, wish.repo, snapshot.name, tuple(said))
 
 
 def _whole(path: Path, size: int | None) -> bool:
