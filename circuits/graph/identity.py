@@ -8,7 +8,7 @@ from hooks.errors import UserError
 
 
 @runtime_checkable
-class Loaded(Protocol):
+class ModelWithSet(Protocol):
     """A model and its transcoders: the part of `HookedModel` that is needed here."""
 
     store: TranscoderStore
@@ -24,7 +24,7 @@ class Loaded(Protocol):
         ...
 
 
-def check_same(model: Loaded, graph: Graph) -> None:
+def check_same(model: ModelWithSet, graph: Graph) -> None:
     """Refuse a graph of another model.
 
     Raises:

@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch.nn.functional import cosine_similarity
 
 from circuits.graph.graph import Graph
-from circuits.graph.identity import Loaded, check_same
+from circuits.graph.identity import ModelWithSet, check_same
 from circuits.graph.nodes import FEATURE
 from hooks.errors import UserError
 
 
-def merge_chains(graph: Graph, model: Loaded, *, similarity: float = 0.9, share: float = 0.5) -> Graph:
+def merge_chains(graph: Graph, model: ModelWithSet, *, similarity: float = 0.9, share: float = 0.5) -> Graph:
     """Find the supernodes of a graph: `meta["supernodes"]` maps a label to the names of its features, lowest layer
     first.
 
@@ -78,7 +78,7 @@ def _carries(graph: Graph, layers: tuple[int, ...], share: float) -> Bool[np.nda
     return features & neighbours & (index.pos[source] == index.pos[target]) & (part > share)
 
 
-def _cosines(graph: Graph, model: Loaded, edges: Int[np.ndarray, " kept"]) -> Float[np.ndarray, " kept"]:
+def _cosines(graph: Graph, model: ModelWithSet, edges: Int[np.ndarray, " kept"]) -> Float[np.ndarray, " kept"]:
     """Cosine of the decoder rows at both ends of each edge, two neighbouring layers at a time."""
     index, source, target = graph.index, graph.source[edges], graph.target[edges]
     cosines = np.zeros(len(edges))

@@ -17,14 +17,14 @@ from hooks.transcoder import WEIGHTS, Transcoder
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedLayer:
     """A transcoder, and the precision in which its files hold each of its tensors."""
 
     transcoder: Transcoder
     dtypes: Mapping[str, torch.dtype]
 
 
-Load = Callable[[Callable[[], bool]], Loaded]
+Load = Callable[[Callable[[], bool]], LoadedLayer]
 """Reads one layer; calls its argument repeatedly to ask whether it should stop."""
 
 
@@ -39,7 +39,7 @@ class ReadAhead:
         self.layer, self.nbytes = layer, nbytes
         self._load, self._stopped = load, False
         self._begin = threading.Event()
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedLayer | None = None
         self._error: BaseException | None = None
         self._held = [weakref.ref(transcoder, self._released) for transcoder in after]
         self._thread = threading.Thread(target=self._run, name=f"read ahead: layer {layer}", daemon=True)
@@ -62,7 +62,7 @@ class ReadAhead:
         except BaseException as error:  # `result` raises it
             self._error = error
 
-    def result(self) -> Loaded:
+    def result(self) -> LoadedLayer:
         """Wait for the layer and return it; raises the error that reading it raised."""
         self._begin.set()
         self._thread.join()
@@ -71,7 +71,7 @@ class ReadAhead:
         assert self._loaded is not None, "a stopped read has no result"
         return self._loaded
 
-    def stop(self, *, wait: bool = True) -> Loaded | None:
+    def stop(self, *, wait: bool = True) -> LoadedLayer | None:
         """End the thread, because the layer is not needed. Returns the layer if it has been read already."""
         self._stopped = True
         self._begin.set()
@@ -103,20 +103,20 @@ class HostTier:
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
-        self._kept: OrderedDict[int, Loaded] = OrderedDict()
+        self._kept: OrderedDict[int, LoadedLayer] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory in use."""
         return sum(loaded.transcoder.nbytes for loaded in self._kept.values())
 
-    def get(self, layer: int) -> Loaded | None:
+    def get(self, layer: int) -> LoadedLayer | None:
         """The layer, if it is kept here."""
         if layer in self._kept:
             self._kept.move_to_end(layer)
         return self._kept.get(layer)
 
-    def keep(self, loaded: Loaded) -> None:
+    def keep(self, loaded: LoadedLayer) -> None:
         """Keep a dropped layer; layers that were kept longest are freed until it fits."""
         layer, dtypes = loaded.transcoder.layer, loaded.dtypes
         weights = {name: part for name in WEIGHTS if (part := getattr(loaded.transcoder, name)) is not None}
@@ -130,7 +130,7 @@ class HostTier:
         while self.nbytes + size > self.budget_bytes:
             self._kept.popitem(last=False)
         copies = {name: _on_host(part, small[name]) for name, part in weights.items()}
-        self._kept[layer] = Loaded(replace(loaded.transcoder, **copies), dtypes)  # type: ignore[arg-type]
+        self._kept[layer] = LoadedLayer(replace(loaded.transcoder, **copies), dtypes)  # type: ignore[arg-type]
 
 
 def _smallest(stored: torch.dtype, held: torch.dtype) -> torch.dtype:
@@ -198,11 +198,11 @@ class Residency:
             self._budget_bytes = budget_bytes
             self._evict(self._last)
 
-    def _admit(self, loaded: Loaded) -> None:
+    def _admit(self, loaded: LoadedLayer) -> None:
         layer = loaded.transcoder.layer
         self.resident[layer], self._dtypes[layer] = loaded.transcoder, loaded.dtypes
 
-    def _fetch(self, layer: int) -> Loaded:
+    def _fetch(self, layer: int) -> LoadedLayer:
         """The layer, from the thread that is reading it, or loaded now after others were dropped."""
         if self.ahead is not None and self.ahead.layer == layer:
             ahead, self.ahead = self.ahead, None
@@ -298,7 +298,7 @@ class Residency:
                 self._unused.discard(layer)
                 self._in_vain.add(layer)
             if transcoder is not None and dtypes is not None and self._from_files(layer):
-                self.host.keep(Loaded(transcoder, dtypes))
+                self.host.keep(LoadedLayer(transcoder, dtypes))
 
     def close(self) -> None:
         """End reading ahead, and free all layers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.checkpoints.convention import Convention, describe, resolve_convention, spans
 from hooks.checkpoints.loading import bytes_needed, load_rows, load_weights, part_bytes
-from hooks.checkpoints.residency import HostTier, Load, Loaded, Residency
+from hooks.checkpoints.residency import HostTier, Load, LoadedLayer, Residency
 from hooks.errors import AddressError, CheckpointError
 from hooks.formats import Checkpoint, LayerSource, Norm, Source
 from hooks.sites import Site, SiteSpec
@@ -312,7 +312,7 @@ class TranscoderStore:
         waiting = self._near.host.get(layer)
         if isinstance(source, Transcoder):
             dtypes = {name: part.dtype for name in WEIGHTS if (part := getattr(source, name)) is not None}
-            waiting = waiting or Loaded(source, dtypes)
+            waiting = waiting or LoadedLayer(source, dtypes)
         if waiting is not None:
             return partial(_moved, waiting, device, self._dtype)
         assert isinstance(source, LayerSource)
@@ -362,9 +362,11 @@ class TranscoderStore:
         return self._near.derived(layer, name, given, make)
 
 
-def _moved(waiting: Loaded, device: torch.device, dtype: torch.dtype | None, stop: Callable[[], bool]) -> Loaded:
+def _moved(
+    waiting: LoadedLayer, device: torch.device, dtype: torch.dtype | None, stop: Callable[[], bool]
+) -> LoadedLayer:
     """A transcoder from host memory, moved to its device and cast."""
-    return Loaded(waiting.transcoder.to(device, dtype), waiting.dtypes)
+    return LoadedLayer(waiting.transcoder.to(device, dtype), waiting.dtypes)
 
 
 def _read(
@@ -374,10 +376,10 @@ def _read(
     part: int,
     facts: Mapping[str, Any],
     stop: Callable[[], bool],
-) -> Loaded:
+) -> LoadedLayer:
     weights, dtypes = load_weights(source, device, dtype, stop, part)
     fields: dict[str, Any] = {name: weights.get(name) for name in WEIGHTS}
-    return Loaded(Transcoder(layer=source.layer, **fields, **facts, k=source.k, groups=source.groups), dtypes)
+    return LoadedLayer(Transcoder(layer=source.layer, **fields, **facts, k=source.k, groups=source.groups), dtypes)
 
 
 def _relative(transcoder: Transcoder) -> tuple[SiteSpec, SiteSpec]:
