@@ -1,16 +1,16 @@
 """Which rule predicts which intervention? Predicted against measured on the embedded model: `rules.py [--json]`.
 
 Ten fixed prompts (`verification_prompts`; nothing was tuned on them), metric logit(answer) − logit(best other). Every
-intervention takes a vector v out of the stream at one site and position; the model behind it then runs for real:
+intervention removes a vector v from the stream at one site and position; then the model after it is run:
 
     ablate 1      v = a_i d_i              ablate 6     v = sum a_i d_i, six features of one place drawn at random
     feature x2    v = −a_i d_i             ablate all   v = sum a_i d_i, all features of one place
     feature x5    v = −4 a_i d_i           resample     v = x − x', x' from another prompt at the same position
-    ablate error  v = what the transcoder does not reconstruct
+    ablate error  v = the reconstruction error
 
-A rule predicts that the metric falls by v · g, with g its gradient at the site; `ose` runs one block for real and goes
-on with a gradient behind it. A figure is a correlation over the items of one prompt, all `--layers` pooled, then the
-mean over the prompts. Exit status 1 if an acceptance figure is missed.
+A rule predicts that the metric falls by v · g, where g is its gradient at the site; `ose` runs one block and uses a
+gradient after it. A figure is a correlation over the items of one prompt, all `--layers` pooled, then the mean over the
+prompts. Exit status 1 if an acceptance figure is missed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from hooks.passes import Recording
 from hooks.sites import Site
 
 SETS = ("demo", "demo-dense")
-LAYERS = (1, 2, 3, 4)  # site 0 is the embedding table: less than a whole token is nothing the model ever saw there
+LAYERS = (1, 2, 3, 4)  # without site 0: an embedding minus a part never occurs in training
 FEATURES, EDGES = 1000, 1000  # most items per prompt
 GROUP, GROUPS_PER_PLACE = 6, 4
 CHECKED = 200  # items per prompt of the acceptance figures, as in `circuits.demo.discovery.agreement`
@@ -55,7 +55,7 @@ GRADIENTS: dict[str, Callable[..., dict[Site, Tensor]]] = {
     **{name: RULES[name].gradients for name in ("exact", "ig", "relp", "half", "affine")},
     "norms held": lambda *setting: known_gradients(*setting, NORMS_HELD, "norms held"),
 }
-STEPS = {"ose": "exact", "ose + relp": "relp"}  # one block for real, then whose gradient
+STEPS = {"ose": "exact", "ose + relp": "relp"}  # after the block: the rule whose gradient is used
 COLUMNS = ("exact", "ose", "ose + relp", "ig", "norms held", "relp", "half", "affine")
 
 Predict = Callable[[int, Int[Tensor, " row"], Float[Tensor, "row d_model"]], Float[Tensor, " row"]]
@@ -251,7 +251,7 @@ def measure(name: str, layers: Sequence[int] = LAYERS, n: int = FEATURES, prompt
 
 
 def _mean(parts: Sequence[Any]) -> Any:
-    """Of the same figure in all prompts, wherever it stands."""
+    """The mean of each figure over all prompts, in nested dicts."""
     if isinstance(parts[0], dict):
         return {key: _mean([part[key] for part in parts]) for key in parts[0]}
     return mean(parts)

@@ -263,7 +263,7 @@ def whole_prompt(host: Host, prompt: Prompt, targets: object) -> list[int]:
     if not answers:
         return ids
     if len(listed) > 1:
-        raise TargetError("an Answer changes the prompt, so it stands alone", found=f"{len(listed)} targets")
+        raise TargetError("an Answer changes the prompt, so it must be the only target", found=f"{len(listed)} targets")
     return [*ids, *answer_tokens(host, answers[0])[:-1]]
 
 

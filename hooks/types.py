@@ -91,7 +91,7 @@ class Positions:
     """Which tokens an intervention touches. Positions count the real tokens of a row, padding excluded.
 
     An index, a slice bound or a mark that is negative counts from the end of the *prompt*, also while generating. A
-    slice with an open end goes on into the generated tokens; `prompt` ends where they begin, `new` is exactly those;
+    slice with an open end includes the generated tokens; `prompt` ends before them, `new` is exactly those;
     `all` is every token. A mask names single tokens, `marks`, in ascending order.
     """
 

@@ -172,13 +172,13 @@ WRONG = {
     "set nothing to a value": ([*STEER, "--set", "=3"], ["feature address ''"]),
     "set twice": (
         [*STEER, "--set", "L0/1=1", "L0/1@3=2"],
-        ["two interventions meet", "L0/1@3", "at most one"],
+        ["two interventions act on the same", "L0/1@3", "at most one"],
     ),
     "clamp and ablate": (
         [*STEER, "--set", "L0/1=1", "--do", "ablate:L0/1@2:4"],
-        ["two interventions meet", "L0/1"],
+        ["two interventions act on the same", "L0/1"],
     ),
-    "ablate twice": ([*ABLATE, "--feature", "L0/1@-1", "L0/1"], ["two interventions meet", "narrow"]),
+    "ablate twice": ([*ABLATE, "--feature", "L0/1@-1", "L0/1"], ["two interventions act on the same", "narrow"]),
     "unknown intervention": ([*STEER, "--do", "freeze:L0/1=1"], ["'freeze'", *INTERVENTIONS]),
     "ablate to a value": ([*STEER, "--do", "ablate:L0/1=2"], ["ablate takes no value", "clamp"]),
     "scale without a value": ([*STEER, "--do", "scale:L0/1"], ["scale", "value"]),

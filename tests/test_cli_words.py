@@ -75,8 +75,8 @@ MISTYPED = {
     "a required option": (["ablate", "x", "--featrue", "L0/1"], ["--feature", "did you mean --feature?"]),
     "an option with a value": (["features", "x", "--layres=2"], ["did you mean --layers?"]),
     "an option of the whole": (["--verison"], ["did you mean --version?"]),
-    "an option before the command": (["--json", "features", "x"], ["--json stands in front of the command"]),
-    "a model before the command": (["--model", "demo", "features", "x"], ["--model stands in front of the command"]),
+    "an option before the command": (["--json", "features", "x"], ["--json is before the command"]),
+    "a model before the command": (["--model", "demo", "features", "x"], ["--model is before the command"]),
     "no quotes": (
         ["features", "the", "capital", "of", "Texas", "is", "--top", "3"],
         ["'the' is followed by 'capital'", "circuits features 'the capital of Texas is' --top 3"],

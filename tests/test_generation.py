@@ -504,8 +504,16 @@ def test_no_hook_stays_after_generating(model, start):
         ({"interventions": [Clamp("L1/7@900", 1.0)]}, AddressError, "does not occur"),
         ({"interventions": [Clamp("L1/7@{0,900}", 1.0)]}, AddressError, "does not occur"),
         ({"interventions": [Clamp("L1/7@{-90}", 1.0)]}, AddressError, "does not occur"),
-        ({"interventions": [Clamp("L1/7@{0,1}", 1.0), Ablate("L1/7@1:")]}, InterventionError, "meet"),
-        ({"interventions": [Clamp("L1/7@prompt", 1.0), Ablate("L1/7@-1:")]}, InterventionError, "meet"),
+        (
+            {"interventions": [Clamp("L1/7@{0,1}", 1.0), Ablate("L1/7@1:")]},
+            InterventionError,
+            "act on the same feature",
+        ),
+        (
+            {"interventions": [Clamp("L1/7@prompt", 1.0), Ablate("L1/7@-1:")]},
+            InterventionError,
+            "act on the same feature",
+        ),
         ({"interventions": [(1, -1, 7, math.nan)]}, InterventionError, "not a finite number"),
         ({"interventions": [(1, -1, 7, math.inf)]}, InterventionError, "not a finite number"),
         ({"stop": ""}, UserError, "cannot stop at ''"),

@@ -216,8 +216,8 @@ def test_every_convention_edits_at_its_write_site(read, write):
         ([Ablate("L1/0@77")], AddressError, "does not occur"),
         ([Ablate("L1/0@2:99")], AddressError, "does not occur"),
         ([Ablate("L1/0@new")], AddressError, "generates none"),
-        ([Ablate("L1/0"), Clamp("L1/0@-1", 1.0)], InterventionError, "meet"),
-        ([Clamp("L1/0@0:2", 1.0), Clamp("L1/0@1", 1.0)], InterventionError, "meet"),
+        ([Ablate("L1/0"), Clamp("L1/0@-1", 1.0)], InterventionError, "act on the same feature"),
+        ([Clamp("L1/0@0:2", 1.0), Clamp("L1/0@1", 1.0)], InterventionError, "act on the same feature"),
         (["L1/0"], InterventionError, "is not an intervention"),
     ],
 )

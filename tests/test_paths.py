@@ -417,9 +417,9 @@ REFUSED = {
         TEXT, SENDER, RECEIVER, ["mlp_out 2"], hold=Hold(mlp_out=[2])
     ),
     "unknown paths": lambda m: m.path_effect(TEXT, SENDER, RECEIVER, "mlp_out 2"),
-    "the receiver L1/7@-1 does not lie behind L1/5@2": lambda m: m.path_effect(TEXT, SENDER, "L1/7@-1"),
-    "the receiver L0/7@-1 does not lie behind": lambda m: m.path_effect(TEXT, SENDER, "L0/7@-1"),
-    "stands at an earlier token": lambda m: m.path_effect(TEXT, SENDER, "L3/7@1"),
+    "the receiver L1/7@-1 is not after L1/5@2": lambda m: m.path_effect(TEXT, SENDER, "L1/7@-1"),
+    "the receiver L0/7@-1 is not after": lambda m: m.path_effect(TEXT, SENDER, "L0/7@-1"),
+    "is at an earlier token": lambda m: m.path_effect(TEXT, SENDER, "L3/7@1"),
     "is at several tokens": lambda m: m.path_effect(TEXT, SENDER, "L3/7"),
     "position 9 does not occur": lambda m: m.path_effect(TEXT, SENDER, "L3/7@9"),
     "position 8 does not occur": lambda m: m.path_effect(TEXT, Ablate("L1/5@8"), RECEIVER),

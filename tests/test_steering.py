@@ -267,8 +267,8 @@ def test_figures_by_hand():
 @pytest.mark.parametrize(
     ("plan", "setting", "said"),
     [
-        ([Steer("L0/1", 1.0), Steer("L0/1@2", "x2")], {}, "two interventions meet"),
-        ([Steer("L0/1", "x2"), Ablate("L0/1@0")], {}, "two interventions meet"),
+        ([Steer("L0/1", 1.0), Steer("L0/1@2", "x2")], {}, "two interventions act on the same"),
+        ([Steer("L0/1", "x2"), Ablate("L0/1@0")], {}, "two interventions act on the same"),
         ([Steer("L2/1", "x2")], {}, "layer 2 has no transcoder"),
         ([Steer("L0/99999", "0.1r")], {}, "no feature 99999"),
         ([Steer("L0/1@99", "0.1r")], {}, "does not occur"),
@@ -558,7 +558,7 @@ def test_chat_on_the_command_line(capsys, monkeypatch, demo):
         (["--set", "L0/1=2x"], ["'2x' is not a number", "0.1r", "L0/1=2x"]),
         (["--set", "L0/1=xnan"], ["not a finite number", "L0/1=xnan"]),
         (["--do", "scale:L0/1=x2"], ["'x2' is not a number"]),
-        (["--set", "L0/1=x2", "L0/1@new=1"], ["two interventions meet"]),
+        (["--set", "L0/1=x2", "L0/1@new=1"], ["two interventions act on the same"]),
         (["--set", "L99/1=x2"], ["layer 99 has no transcoder"]),
         (["--set", "L0/1=1", "--stop", ""], ["cannot stop at ''"]),
         (["--set", "L0/1", "--strengths", ""], ["the grid of strengths is empty"]),

@@ -333,7 +333,7 @@ BAD = [
     (["--pairs"], "needs --group"),
     (["--group", "L3/99@88"], "does not occur"),
     (["--group", "L9/99@8"], "no transcoder"),
-    (["--group", "L3/99@8+L3/99@8"], "two interventions meet"),
+    (["--group", "L3/99@8+L3/99@8"], "two interventions act on the same"),
     (["--layers", "9"], "no transcoder"),
     (["--positions", "40"], "does not occur"),
     (["--at", "40"], "does not occur"),

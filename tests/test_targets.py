@@ -149,7 +149,7 @@ def test_in_a_pair_both_prompts_go_on_with_the_answer(demo):
 def test_answers_that_cannot_be_are_refused(demo):
     for targets, text in (
         (Answer(""), "not in the vocabulary"), (Answer("Quxford"), "not in the vocabulary"),
-        (Answer(()), "not in the vocabulary"), ([Answer("Austin"), "Dallas"], "stands alone"),
+        (Answer(()), "not in the vocabulary"), ([Answer("Austin"), "Dallas"], "the only target"),
     ):  # fmt: skip
         with pytest.raises(TargetError, match=text):
             settle(demo, PROMPT, targets)

@@ -215,7 +215,7 @@ def one_step_scores(
     blocks: int = BLOCKS,
     gradients: Gradients = exact.gradients,
 ) -> Float[Tensor, " node"]:
-    """Scores of features of one layer with the next blocks run for real.
+    """Scores of features of one layer, with the next blocks run.
 
     Args:
         nodes: positions, features, and how much of each is taken out.

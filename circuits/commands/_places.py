@@ -29,8 +29,8 @@ def check_places(force: bool, places: Sequence[tuple[Path | None, str]], reads: 
 
     Args:
         force: overwrite what is of another kind.
-        places: files to write, None for those that are not wanted, and their kinds: keys of `SIGNS`, or `picture` and
-            `table` for what goes by the suffix.
+        places: files to write (None for those that are not wanted) and their kinds: keys of `SIGNS`, or `picture` and
+            `table`, whose kind is chosen by the suffix.
         reads: files that the command reads.
 
     Raises:

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.words = list(sys.argv[1:] if args is None else args)
         first = self.words[0] if self.words else ""
         if first.startswith("--") and not self.knows(first) and any(sub.knows(first) for sub in self.commands.values()):
-            self._fail(f"{first} stands in front of the command; options follow it: circuits features PROMPT {first}")
+            self._fail(f"{first} is before the command; options follow it: circuits features PROMPT {first}")
         found, rest = super().parse_known_args(self._joined(self._by_new_names(self.words)), namespace)
         if rest:
             self._refuse(found, rest)

@@ -58,7 +58,7 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
         outside = np.setdiff1d(chosen, wide)
         if len(outside):
             raise UserError(
-                f"edge {outside[0]} cannot be taken apart by heads",
+                f"edge {outside[0]} cannot be split by heads",
                 expected="an edge from a feature or an error through one block",
                 found=f"{graph.names[graph.source[outside[0]]]} → {graph.names[graph.target[outside[0]]]}",
             )

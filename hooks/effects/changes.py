@@ -131,9 +131,7 @@ def _table(reference: Recording, layer: int, *, mean: bool) -> Float[Tensor, "po
 def _value(table: Float[Tensor, "pos feature"], address: FeatureAddress, length: int) -> float:
     (start, stop), *more = address.positions.spans(length)
     if (more or stop != start + 1) and len(table) > 1:
-        raise UserError(
-            f"{address} stands at several positions, which differ in the reference prompt", repair="name one"
-        )
+        raise UserError(f"{address} is at several positions, which differ in the reference prompt", repair="name one")
     if address.feature >= table.shape[1]:
         return 0.0  # the feature was inactive at every token of the reference
     return float(table[min(start, len(table) - 1), address.feature])

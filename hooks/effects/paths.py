@@ -401,12 +401,12 @@ def _check_pair(
         write = store.sites(item.address.layer)[1]
         if item.address.layer >= receiver.layer or write.depth > read.depth:
             raise AddressError(
-                f"the receiver {receiver} does not lie behind {item.address}",
+                f"the receiver {receiver} is not after {item.address}",
                 expected=f"a layer that reads at or behind {write}",
                 found=f"it reads {read}",
             )
         if item.address.positions.bounds(length)[0] > start:
             raise AddressError(
-                f"the receiver {receiver} stands at an earlier token than {item.address}",
+                f"the receiver {receiver} is at an earlier token than {item.address}",
                 expected="attention looks back only: a receiver at the edited token, or at a later one",
             )

@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value that some JSON stands for.
+    """The value of some JSON text.
 
     Raises:
         ValueError: it holds too many values, is nested too deeply, names a key twice, has half a character, or is no
@@ -63,7 +63,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return out
 
 
@@ -142,7 +142,7 @@ def _next_of_mapping(mapping: list[Any], event: yaml.Event) -> None:
     is_name, names = mapping
     if is_name and isinstance(event, yaml.ScalarEvent):
         if event.value in names:
-            raise ValueError(f"the key {event.value[:80]!r} stands there twice")
+            raise ValueError(f"the key {event.value[:80]!r} occurs twice")
         names.add(event.value)
     mapping[0] = not is_name
 

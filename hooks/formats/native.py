@@ -183,7 +183,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(content)
         if len(manifest.layers) < len(content["layers"]):
-            _refuse(path, "a layer stands there twice")
+            _refuse(path, "a layer occurs twice")
         return manifest
     except ValidationError as error:
         _refuse(path, faults(error, "manifest"))

@@ -50,7 +50,7 @@ def locate(root: Path) -> Checkpoint:
 def _where_k_stands(root: Path) -> str:
     """A text about where to find k. In a hub cache the repository's name is two folders up,
     `models--Qwen--SAE-Res-...`."""
-    told = "k stands in the repository's name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50: --k 50"
+    told = "k is in the repository's name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50: --k 50"
     named = next((m for part in reversed(root.absolute().parts) if (m := _IN_THE_NAME.search(part))), None)
     return f"{told}; here {named[0]}: --k {named[1]}" if named else told
 

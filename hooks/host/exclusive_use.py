@@ -97,7 +97,7 @@ class _Block:
 
 @dataclass
 class _Queue:
-    """Who uses a model, who waits for it, and how to undo what is changed in it."""
+    """The thread that uses a model, the threads that wait, and functions that undo the changes."""
 
     free: threading.Condition = field(default_factory=threading.Condition)
     owner: threading.Thread | None = None

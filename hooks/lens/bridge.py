@@ -278,7 +278,7 @@ class _Running:
         beyond = came.first + came.count - self._room - (self._prompt.count if self._prompt else 0)
         if self._prompt is None or self._prompt.rows != came.rows or beyond > 0:
             raise UserError(
-                "a pass goes on behind cached tokens that these hooks do not know",
+                "a pass follows cached tokens that these hooks do not know",
                 expected=f"a prompt, and at most {self._room} new tokens behind it",
                 found=f"tokens behind {came.first} cached ones",
                 repair="fwd_hooks(..., max_new_tokens=N), attached before the prompt is read",

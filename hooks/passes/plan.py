@@ -233,7 +233,7 @@ def _check_overlaps(items: Sequence[FeatureIntervention], length: int) -> None:
         for first, last, other in others:
             if any(start < last and first < stop for start, stop in spans):
                 raise InterventionError(
-                    f"two interventions meet at {item.address} and {other}",
+                    f"two interventions act on the same feature and token: {item.address} and {other}",
                     expected="at most one intervention per feature and token",
                     repair="narrow the positions of one of them, or merge them",
                 )
