@@ -110,7 +110,7 @@ def measure(model: HookedModel, shape: Shape, tokens: int, nodes: int | None, se
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases share."""
+    """Facts that all cases share."""
 
     device: str
     dtype: torch.dtype

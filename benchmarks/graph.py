@@ -4,7 +4,7 @@
 
 `trace(..., sample=0)` on a random model, one size changed at a time. An exponent is the slope of log seconds against
 log size by least squares: 1 is linear growth, 0 none. Phases: recording and scoring; choosing nodes and laying them
-out; the edges, of which the strongest into each node are kept; pruning.
+out; computing the edges and keeping the strongest into each node; pruning.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The base case, and what each axis runs over beside it."""
+    """The base case, and the further sizes along each axis."""
 
     shape: Shape
     nodes: int

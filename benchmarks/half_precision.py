@@ -1,11 +1,11 @@
-"""What bf16 costs: edges of one block of Qwen2.5-32B's shape in bf16 against the same weights in fp32.
+"""The error of bf16: edges of one block of Qwen2.5-32B's shape in bf16 against the same weights in fp32.
 
     python benchmarks/half_precision.py [--json] [--tiny]
 
-160 directions behind the block are the targets, the features that are active in both precisions are the sources. The
-streams are the model's own in each precision, so its rounding counts too; so do features that TopK keeps in one alone,
-which are left out of the comparison and counted. `conservation` is the affine rule's largest gap in bf16,
-|value − sum of edges| / max(|value|, sum |e|), every edge computed on its own.
+The targets are 160 directions after the block. The sources are the features that are active in both precisions. The
+streams are the model's own in each precision, so its rounding is included. Features that TopK keeps in only one
+precision are left out of the comparison, and their number is reported. `conservation` is the affine rule's largest gap
+in bf16, |value − sum of edges| / max(|value|, sum |e|), with every edge computed directly.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""One transcoder at the published shape: encode, TopK and decode, ours against the dense way of the model card.
+"""One transcoder at the published shape: encode, TopK and decode, ours against the dense code of the model card.
 
     python benchmarks/kernel_speed.py [--json] [--tiny] [--repeats N] [--device cpu|cuda]
 
-12,288 × 5,120, k = 1,474, 1 token and 32, weights in bf16 and in fp32. The dense way, in the weights' precision:
+12,288 × 5,120, k = 1,474, 1 token and 32, weights in bf16 and in fp32. The dense code, in the weights' precision, is
 one product, `torch.topk`, a scatter into a dense tensor, one product with the whole decoder (with the encoder's true
 norm: the card's own gives other features). Ours keeps pre-activations in fp32 also for bf16 weights, so that no
 features tie at the threshold; that costs time on the CPU, which has no such product.
 
-A floor is the bytes that cannot be spared, the encoder and the kept decoder rows read once, over the bandwidth that is
-measured at the start. With `--device cuda` 63 transcoders are done in turn under one CUDA graph, each way; figures are
-then per transcoder. There TopK is the form without data-dependent shapes; on the CPU it is quickselect.
+A floor is the bytes of the encoder and of the kept decoder rows, each read once, over the bandwidth that is measured
+at the start. With `--device cuda` 63 transcoders run one after the other in one CUDA graph, for ours and for the dense
+code; figures are then per transcoder. There TopK is the form without data-dependent shapes; on the CPU it is
+quickselect.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def transcoders(shape: Shape, dtype: torch.dtype, device: str) -> list[Transcode
 
 
 def ours(coder: Transcoder, x: Tensor, *, static: bool) -> Stages:
-    """Our stages, each on what the one before it gave."""
+    """Our stages; each works on the result of the one before."""
     select = partial(select_static, k=coder.k) if static else coder.select
     pre = coder.preactivations(x)
     acts = select(pre)
@@ -124,7 +125,7 @@ def least_bytes(coder: Transcoder, acts: SparseActs) -> dict[str, int]:
 
 @torch.no_grad()
 def measure(coders: list[Transcoder], tokens: int, device: str, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """Seconds per transcoder of every stage, both ways by turns."""
+    """Seconds per transcoder of every stage, of both codes in turn."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, coders[0].d_model, generator=generator).to(device)
     cuda = device == "cuda"

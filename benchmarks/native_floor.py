@@ -1,8 +1,8 @@
-"""What an effect measured in native half precision is worth, and whether the floor that `sweep` states holds.
+"""The error of an effect measured in native half precision, and whether it is below the noise floor of `sweep`.
 
 For each model and prompt: effects of features stratified by size, in the model's own rounding and in exact arithmetic
-over the same weights. The difference is the rounding error of the native effect. Reported: how many errors lie under
-each row's floor, and how large the floor is against the root mean square of the errors. `--plot` draws native against
+over the same weights. The difference is the rounding error of the native effect. Reported are the share of errors below
+each row's floor, and the floor relative to the root mean square of the errors. `--plot` draws native against
 exact effects.
 """
 
@@ -47,7 +47,7 @@ def random_model(dtype: str, layers: int, d_model: int, vocab: int, features: in
 
 
 def random_transcoder(layer: int, d_model: int, features: int) -> Transcoder:
-    """It reads and writes the stream in front of its block."""
+    """A random transcoder that reads and writes the stream before its block."""
     generator = torch.Generator().manual_seed(layer)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ def stratified(table: pd.DataFrame, count: int) -> list[Ablate]:
 
 
 def measure(model: HookedModel, prompt: Any, count: int) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Figures of one case, and the effects behind them."""
+    """Figures of one case, and the effects they are computed from."""
     model.precision = "exact"
     everything = model.sweep(prompt)
     groups = stratified(everything.table, count)

@@ -1,12 +1,13 @@
-"""Whole graphs of the size other tools draw: time and peak memory of `trace`, small models with a dense dictionary.
+"""Whole graphs of the sizes that other tools use: time and peak memory of `trace`, small models with a dense
+dictionary.
 
     python benchmarks/peer_shape.py [--json] [--tiny] [--repeats N]
 
 `trace(..., sample=0)`: record, score, select, all edges, the strongest 256 into each node kept, influence, prune. Each
-case runs in a process of its own. `peak_bytes` is the most memory resident during its first trace, beyond what was
-resident behind the loading of the model (the kernel's own high-water mark, reset in between; docs/performance.md).
-`seconds` is the median over all traces, the first one included; `first_seconds` is that one. The alternative is the
-rule `autograd`, the same graph by automatic differentiation of whole passes, on 500 features.
+case runs in its own process. `peak_bytes` is the peak of resident memory during its first trace, minus the memory that
+was resident after the model was loaded (the kernel's high-water mark, reset in between; docs/performance.md).
+`seconds` is the median over all traces, the first one included; `first_seconds` is the time of the first one. The
+alternative is the rule `autograd`, the same graph by automatic differentiation of whole passes, on 500 features.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Case:
 
     Attributes:
         max_nodes: None: every active feature.
-        alternative: whether the rule `autograd` is timed beside it.
+        alternative: whether the rule `autograd` is timed too.
     """
 
     shape: Shape

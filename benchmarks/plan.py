@@ -2,12 +2,12 @@
 
     python benchmarks/plan.py [--json] [--tiny] [--threads N]
 
-Two blocks with their transcoders, a cut vocabulary, fp32 and bf16; each case in a process of its own. `allocated`: the
-most bytes that tensors held at once beside the weights, counted by torch's allocator (`_allocations.py`); `resident`:
-the kernel's high-water mark of the whole process since before the model was made, which NumPy, the libraries' own
-buffers and the heap's gaps add to. `ratio` is estimate over measurement: `ratio_weights` and `ratio_work` against what
-was allocated for weights and for the task, `ratio_whole` against both together, `ratio_resident` with the tables in
-host memory against the high-water mark. Bound: 0.85 to 1.15 for `ratio_whole`.
+Two blocks with their transcoders, a reduced vocabulary, fp32 and bf16; each case runs in its own process. `allocated`
+is the peak of tensors in addition to the weights, counted by torch's allocator (`_allocations.py`). `resident` is the
+kernel's high-water mark of the whole process since before the model was made; it includes NumPy, buffers of libraries
+and gaps of the heap. A ratio is estimate / measurement: `ratio_weights` and `ratio_work` for the allocations of
+weights and of the task, `ratio_whole` for both together, `ratio_resident` for everything, host tables included,
+against the high-water mark. Bound: 0.85 to 1.15 for `ratio_whole`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BOUND = 0.15
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. `nodes` counts in `trace` alone; `sample` of it are verified."""
+    """One measurement. `nodes` is used only in `trace`; `sample` of them are verified."""
 
     shape: Shape
     dtype: str
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def ask(self) -> Ask:
-        """What the plan is asked."""
+        """The request to the plan."""
         s = self.shape
         model = ModelShape(s.layers, s.d_model, s.d_ff, s.heads, s.kv_heads, s.head_dim, s.vocab)
         coders = SetShape.of_numbers(s.layers, s.d_model, s.features, s.k, self.dtype)
@@ -97,7 +97,7 @@ def action(case: Case, model: HookedModel) -> Callable[[], Any]:
 
 
 def measure(case: Case, threads: int) -> dict[str, Any]:
-    """Resident first, since the profiler takes memory of its own."""
+    """Measure resident memory first, since the profiler allocates memory itself."""
     torch.set_num_threads(threads)
     model = random_model(Shape(1, 40, 56, 5, 1, features=96, k=11, head_dim=16, vocab=64))
     action(Case(TINY, "float32", case.task, 5, nodes=20, sample=2), model)()  # libraries are loaded, tables are made

@@ -1,6 +1,6 @@
-"""What exact arithmetic over bf16 weights costs, and what an ablation costs against a plain forward of transformers.
+"""The time of exact arithmetic over bf16 weights, and of an ablation relative to a plain forward pass of transformers.
 
-Two blocks of the shape of Qwen2.5-1.5B with its vocabulary of 152,000, random bf16 weights. In each round all ways run
+Two blocks of the shape of Qwen2.5-1.5B with its vocabulary of 152,000, random bf16 weights. In each round all calls run
 one after the other; ratios are medians over the rounds. `forward` is a whole pass with the logits of the last position,
 native and exact; `transformers` is the model's own code. `run`, `ablate` and `record` go through the public API.
 """
@@ -55,7 +55,7 @@ def build(layers: int, vocab: int) -> HookedModel:
 
 
 def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """The calls that are timed, by name."""
     hf, batch = model.host.model, model.host.batch([ids])
     tokens = torch.tensor([ids])
 
@@ -85,7 +85,7 @@ def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
 
 
 def measure(model: HookedModel, length: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of each way, and ratios."""
+    """Median seconds of each call, and ratios."""
     timed = ways(model, [(37 * n) % 1000 for n in range(length)])
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(rounds + 1):

@@ -64,13 +64,13 @@ Figures = dict[str, dict[str, float]]  # by column, then by figure
 
 @dataclass(frozen=True)
 class Item:
-    """One intervention: what is taken out of a layer's site."""
+    """One intervention: the vector that is removed at a layer's site."""
 
     layer: int
     removal: Removal
 
 
-# -- what is done --------------------------------------------------------------------------------------------------
+# -- interventions -------------------------------------------------------------------------------------------------
 
 
 def interventions(
@@ -96,7 +96,7 @@ def interventions(
 
 
 def _written(setting: Setting, rows: pd.DataFrame) -> Item:
-    """What some features of one place write together: sum a_i d_i."""
+    """The sum of some features' vectors at one site and position: sum a_i d_i."""
     layer, pos = int(rows["layer"].iloc[0]), int(rows["pos"].iloc[0])
     directions = setting.model.store[layer].W_dec[torch.tensor(rows["feature"].tolist())]
     return Item(layer, Removal(pos, torch.tensor(rows["activation"].tolist()).to(directions) @ directions))
@@ -123,7 +123,7 @@ def _resampled(setting: Setting, others: Sequence[Recording], layers: Sequence[i
 
 
 def measured(setting: Setting, items: Sequence[Item]) -> tuple[Float[np.ndarray, " item"], float]:
-    """How far the metric falls, and the noise floor: how far it moves where nothing was done."""
+    """How much the metric falls; and the noise floor, which is its change in unedited rows."""
     rows, real, idle = with_idle([{_site(setting, item.layer): item.removal} for item in items])
     values = run_held(setting.model, setting.recording, (), rows, {}, setting.targets)
     metric = values @ values.new_tensor([target.weight for target in setting.targets])
@@ -131,7 +131,7 @@ def measured(setting: Setting, items: Sequence[Item]) -> tuple[Float[np.ndarray,
 
 
 def shape(setting: Setting, items: Sequence[Item]) -> dict[str, float]:
-    """How the vectors lie to the stream: medians of |v| / |x| and of cos(v, x)."""
+    """Size and direction of the vectors relative to the stream: medians of |v| / |x| and of cos(v, x)."""
     x = torch.stack([setting.recording.layers[item.layer].target[0, item.removal.pos] for item in items]).double()
     v = torch.stack([item.removal.vector for item in items]).double()
     cosine = torch.cosine_similarity(v, x)
@@ -142,7 +142,7 @@ def _site(setting: Setting, layer: int) -> Site:
     return setting.model.store.sites(layer)[1]
 
 
-# -- what the rules say --------------------------------------------------------------------------------------------
+# -- predictions of the rules --------------------------------------------------------------------------------------
 
 
 def predictors(setting: Setting, layers: Sequence[int]) -> dict[str, Predict]:
@@ -195,7 +195,8 @@ def edge_weights(run: LocalRun, name: str) -> Float[np.ndarray, "target source"]
 
 
 def figures(said: Mapping[str, Float[np.ndarray, " item"]], effect: Float[np.ndarray, " item"]) -> Figures:
-    """Of every column both correlations, and its amount: mean |predicted| / mean |measured|, which they do not see."""
+    """Of every column both correlations, and the amount: mean |predicted| / mean |measured|, on which they do not
+    depend."""
     return {
         name: {
             "pearson": correlation(column, effect),

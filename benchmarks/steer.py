@@ -1,4 +1,4 @@
-"""What steering costs while generating: seconds per token against the plain transformers `generate`, greedy, cached.
+"""The time of steering during generation: seconds per token against transformers' own `generate`, greedy, cached.
 
     python benchmarks/steer.py [--json] [--tiny] [--repeats N]
 
@@ -7,8 +7,8 @@ and with all layers replaced by their reconstructions (`error="zero"`: under `li
 identity and computes nothing). All modes take turns, the order reversed every other round, and an overhead is the
 median over rounds of a ratio within the round. Seconds include the prompt. `one_layer_overhead` is against
 transformers' own `generate`, `one_layer_overhead_over_ours` against ours without interventions. TransformerLens' bridge
-runs once, for comparison, if it is installed. Before anything is timed, the modules are looked at during a pass:
-without interventions no hook is on any of them.
+runs once, for comparison, if it is installed. Before timing, the modules are checked during a pass: without
+interventions none of them has a hook.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def works_of(model: HookedModel, prompt: list[int], new: int) -> Works:
 
 
 def hooks_during(model: HookedModel, work: Callable[[], Any]) -> int:
-    """The most hooks there are on all modules together while the decoder computes, those of torch for every module
-    included. The look itself needs no hook: it stands in place of the final norm's `forward`."""
+    """The largest number of hooks on all modules together while the decoder computes, torch's global hooks included.
+    The count itself needs no hook: it replaces the final norm's `forward`."""
     norm: Any = model.host.decoder.norm
     plain, seen = norm.forward, [0]
 

@@ -1,8 +1,8 @@
-"""What loading transcoders costs, at the published shape: memory, bytes of files, seconds.
+"""The cost of loading transcoders of the published shape: memory, bytes of files, seconds.
 
-Every case is measured in a fresh process, on files written to a temporary folder (1.5 GB at full size): one layer in
-the published form, five in the native form, and a set of another model's shape, 27 layers, whose files are holes.
-"Extra memory" is the kernel's high-water mark of resident bytes above what there was before the folder was opened.
+Every case is measured in a new process, on files in a temporary folder (1.5 GB at full size): one layer in the
+published form, five in the native form, and a set of another model's shape, 27 layers, whose files are sparse. "Extra
+memory" is the kernel's high-water mark of resident bytes minus the bytes before the folder was opened.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def publish(root: Path, t: Transcoder) -> None:
 
 
 def write_files(root: Path, sizes: Sizes) -> None:
-    """Everything the cases read."""
+    """Write all files that the cases read."""
     torch.set_num_threads(2)
     made = (random_transcoder(layer, sizes) for layer in range(sizes.layers))
     native.save(root / "native", made, read=SiteSpec(SITE), write=SiteSpec(SITE))
@@ -96,7 +96,7 @@ def write_files(root: Path, sizes: Sizes) -> None:
 
 
 def opened(root: Path, **options: Any) -> TranscoderStore:
-    """A set whose sites are known, so that nothing has to be said."""
+    """A set whose sites are known, so that no warning is printed."""
     return TranscoderStore.open(root, read=SITE, write=SITE, **options)
 
 
@@ -130,7 +130,7 @@ def load_and_encode(root: Path, sizes: Sizes, layer: int) -> dict[str, Any]:
 
 
 def open_folder(root: Path, sizes: Sizes) -> dict[str, Any]:
-    """Opening alone, no layer."""
+    """Only opening the folder, without a layer."""
     start, stores = start_peak(), []
     seconds = clock(lambda: stores.append(opened(root)))
     return {"layers": len(stores[0]), "seconds": seconds, "extra_bytes": peak_since(start)}
@@ -200,7 +200,7 @@ def measure(work: Callable[..., dict[str, Any]], given: tuple[Any, ...], threads
     """One case, in the process it is called in."""
     torch.set_num_threads(threads)
     small = torch.randn(64, 64)
-    (small @ small).topk(3)  # the library's own workspaces are no cost of the store
+    (small @ small).topk(3)  # allocates the library's workspaces, which are no cost of the store
     return work(*given)
 
 

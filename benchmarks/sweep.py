@@ -4,11 +4,12 @@
 
 The first alternative runs the plain model once per feature, with SDPA and one hook that adds the change to the stream.
 The second takes the features of a layer in batches, and starts each batch at that layer's block from the clean stream
-in front of it, so it skips all blocks below. Both get the changes −a_i d_i ready-made; ours works them out. All measure
-logit(answer) − logit(best other) at the last position, and must agree to 1e-4. Ours includes its clean pass.
+before it, so it skips all blocks below. Both get the changes −a_i d_i; ours computes them. All measure
+logit(answer) − logit(best other) at the last position, and must agree to 1e-4. The time of ours includes its clean
+pass.
 
-`last_position`: features of the last position alone; `uniform`: of all positions; `demo`: every active feature of a
-prompt on the embedded model. Transcoders read and write the stream in front of a block.
+`last_position`: features of the last position only; `uniform`: of all positions; `demo`: every active feature of a
+prompt on the embedded model. Transcoders read and write the stream before a block.
 """
 
 import argparse
@@ -46,10 +47,10 @@ TINY = Sizes(Shape(3, 40, 56, 5, 1, 96, 11, head_dim=16, vocab=64), 6, 12)
 
 @dataclass(frozen=True)
 class Ready:
-    """One prompt, its clean run, and what each ablation adds to the stream in front of a block.
+    """One prompt, its clean run, and the vector that each ablation adds to the stream before a block.
 
     Attributes:
-        streams: in front of every block.
+        streams: the streams before every block.
         places: block and position of each change.
     """
 
@@ -65,7 +66,7 @@ class Ready:
 
 
 def ready(model: HookedModel, prompt: list[int], addresses: list[FeatureAddress]) -> Ready:
-    """Everything the alternatives are given."""
+    """The inputs of the alternatives."""
     recording = model.record([prompt])
     logits = recording.logits[0, -1]
     first, second = logits.topk(2).indices.tolist()
