@@ -1,10 +1,16 @@
 """The effect of rounding alone on a metric of a half-precision model.
 
 An edited run and the clean run round differently everywhere after the edit. So their difference has the rounding errors
-of both runs in it, however small the edit is. Unchanged rows do not show this error, because they all round alike. To
-measure it, the stream that enters a block is changed at random by as much as one rounding can change it: each number by
-one unit in its last place, up or down, with a probability of 1/12, which gives the variance of a rounding error. Then
-the run continues from there. The change of the metric is the effect of rounding on an edit that enters at this block.
+of both runs in it, however small the edit is. Unchanged rows do not show this error, because they all round alike. Nor
+does a change of the stream by one rounding: after it most numbers are rounded as before. To measure the error, the stream
+that enters a block is changed at random by a few units in the last place, and in a second run by the opposite amount.
+The mean of the two runs keeps their rounding, and the change itself cancels to first order. With `d` the difference
+between this mean and the clean run,
+
+    error² of an effect = mean(d²) + variance(d)
+
+The first term has the clean run's own error, which all effects share. The variance of d is half of the variance of one
+run's error, and mean(d²) has the other half.
 
 Rounding before the edit changes the stream on which the edit acts: the activation that is ablated, and how later blocks
 respond. This error grows with the effect. `rounding_edits` changes the stream before every block up to the edit's
@@ -21,7 +27,8 @@ from hooks.host import Batch, Host, tap
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 
-DRAWS = 8  # runs per block
+PAIRS = 8  # pairs of runs per block
+CHANGE = 3  # units in the last place by which the stream is changed in a pair
 REDRAWS, SAMPLE = 4, 8  # other draws of the roundings before a block; edits that are measured again in each draw
 SPREADS = 2.5  # an effect below so many root mean squares of the rounding error counts as noise
 
@@ -40,11 +47,6 @@ def rounding_steps(shape: Sequence[int], generator: torch.Generator) -> Float[Te
     return (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
 
 
-def moved_by_rounding(x: Float[Tensor, "*shape"], generator: torch.Generator) -> Float[Tensor, "*shape"]:
-    """Each number plus such steps."""
-    return (x.float() + rounding_steps(x.shape, generator).to(x.device) * last_place(x)).to(x.dtype)
-
-
 def rounding_behind(
     host: Host, batch: Batch, block: int, starts: Sequence[int], pos: int, metric: Metric, clean: float
 ) -> float:
@@ -53,26 +55,28 @@ def rounding_behind(
     Args:
         batch: one prompt.
         block: `n_layers` means after the last one.
-        starts: first positions of the effects; the draws are spread over them.
+        starts: first positions of the effects; the pairs are spread over them.
         pos: the position at which the metric is computed, from streams after the last block.
         clean: the metric of the clean run.
 
-    Cost: `DRAWS` rows in one whole pass.
+    Cost: 2 `PAIRS` rows in one whole pass.
     """
     end = Site("resid_post", host.n_layers - 1)
     site = Site("resid_pre", block) if block < host.n_layers else end
     ordered = sorted(starts)
-    first = torch.tensor([ordered[(2 * draw + 1) * len(ordered) // (2 * DRAWS)] for draw in range(DRAWS)])
+    first = torch.tensor([ordered[(2 * pair + 1) * len(ordered) // (2 * PAIRS)] for pair in range(PAIRS)]).repeat(2)
     generator = torch.Generator().manual_seed(block)
 
-    def move(x: Tensor, at: Pass) -> Tensor:
+    def change(x: Tensor, at: Pass) -> Tensor:
+        signs = torch.randint(0, 2, (PAIRS, *x.shape[1:]), generator=generator).to(x.device) * 2 - 1
         behind = (torch.arange(x.shape[1]) >= first[:, None])[..., None].to(x.device)
-        return torch.where(behind, moved_by_rounding(x, generator), x)
+        changed = x.float() + CHANGE * torch.cat([signs, -signs]) * last_place(x)
+        return torch.where(behind, changed.to(x.dtype), x)
 
     seen: dict[Site, Tensor] = {}
-    host.forward_hidden(batch.rows([0] * DRAWS), [Edit(site, move), tap(end, seen)])
-    moves = metric(seen[end][:, pos]).double() - clean
-    return float(moves.square().mean().sqrt())
+    host.forward_hidden(batch.rows([0] * (2 * PAIRS)), [Edit(site, change), tap(end, seen)])
+    d = metric(seen[end][:, pos]).double().view(2, PAIRS).mean(0) - clean
+    return float((d.square().mean() + d.var()).sqrt())
 
 
 def rounding_edits(last: int, seed: int) -> list[Edit]:

@@ -41,6 +41,7 @@ from hooks.whole import whole
 log = logging.getLogger("hooks")
 
 CONTROLS = 8  # unchanged rows in every batch
+MEDIAN_OF_SQUARE = 0.455  # the median of the square of a standard normal variable
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
 
 Way = Literal["suffix", "whole"]
@@ -297,7 +298,9 @@ def _rounding_floors(
     for block in work.block[live].unique().tolist():
         here = live[work.block[live] == block]
         behind = rounding_behind(host, clean.batch, block, work.start[here].tolist(), question.pos, metric, before)
-        chosen = here[delta[here].abs().argsort(stable=True)][_spread_over(len(here), SAMPLE)]
+        ordered = here[delta[here].abs().argsort(stable=True)]
+        upper = ordered[len(ordered) // 2 :]  # an error that grows with the effect shows where effects are large
+        chosen = upper[_spread_over(len(upper), SAMPLE)]
         moves = (
             torch.stack(
                 [
@@ -307,10 +310,20 @@ def _rounding_floors(
             )
             - delta[chosen]
         )
-        size = REDRAWS * float(delta[chosen].square().sum())
-        share = max(0.0, float((moves.square() - behind**2).sum()) / size) if size else 0.0
+        share = _median_share(moves.square() - behind**2, delta[chosen].square())
         floors[here] = SPREADS * (behind**2 + share * delta[here].square()).sqrt()
     return floors
+
+
+def _median_share(grown: Float[Tensor, "draw row"], squares: Float[Tensor, " row"]) -> float:
+    """The share of the squared effect that the squared error grows by, estimated by the median over edits and draws.
+
+    The mean would follow the few edits whose feature leaves TopK in another draw.
+    """
+    known = squares > 0
+    if not bool(known.any()):
+        return 0.0
+    return max(0.0, float((grown[:, known] / squares[known]).median())) / MEDIAN_OF_SQUARE
 
 
 def _spread_over(count: int, chosen: int) -> Int[Tensor, " row"]:
