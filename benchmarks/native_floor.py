@@ -106,10 +106,10 @@ def measure(model: HookedModel, prompt: Any, count: int) -> tuple[dict[str, Any]
 
 def draw(found: dict[str, pd.DataFrame], path: str) -> None:
     """Native against exact effects; a bar is the floor."""
-    columns = math.ceil(math.sqrt(len(found)))
+    columns = min(4, len(found))
     rows = math.ceil(len(found) / columns)
     figure = Figure(figsize=(4 * columns, 3.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (name, table) in zip(panels, found.items(), strict=False):
         linear = max(1e-6, float(table["floor"].median()))
         axes.errorbar(
@@ -117,13 +117,17 @@ def draw(found: dict[str, pd.DataFrame], path: str) -> None:
         )
         axes.scatter(table["exact"], table["native"], s=6, color="#0072b2", zorder=3)
         axes.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle="--")
-        for scale in (axes.set_xscale, axes.set_yscale):
+        decades = [10.0**power for power in range(math.ceil(math.log10(2 * linear)), 3)]
+        for scale, ticks in ((axes.set_xscale, axes.set_xticks), (axes.set_yscale, axes.set_yticks)):
+            limits = axes.get_xlim() if ticks == axes.set_xticks else axes.get_ylim()
             scale("symlog", linthresh=linear)
+            shown = [d for d in decades if d <= max(map(abs, limits))]
+            ticks([-d for d in reversed(shown)] + [0, *shown])
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("exact effect, logits", fontsize=8)
         axes.set_ylabel("native effect ± floor", fontsize=8)
         axes.tick_params(labelsize=7)
-    for axes in list(panels):
+    for axes in panels[len(found) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=110)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from _measure import emit, machine, peak_since, say, start_peak
+from _allocations import allocations
+from _measure import emit, machine, say
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hooks import Ablate, HookedModel, Site, Transcoder
@@ -87,7 +88,7 @@ def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
 
 def measure(model: HookedModel, length: int, rounds: int) -> dict[str, Any]:
     """Median seconds of each way, and ratios."""
-    peak = peaks(model, length)  # first: later calls find memory that the process keeps
+    peak = peaks(model, length)
     timed = ways(model, [(37 * n) % 1000 for n in range(length)])
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(rounds + 1):
@@ -124,9 +125,9 @@ def peaks(model: HookedModel, length: int) -> dict[str, int]:
     out = {}
     for name, call in ways(model, [(37 * n) % 1000 for n in range(length)]).items():
         if name in ("ablate_exact", "record_exact", "ablate_native"):
-            before = start_peak()
-            call()
-            out[name] = peak_since(before)
+            with allocations() as found:
+                call()
+            out[name] = found.peak
     return out
 
 

@@ -149,18 +149,18 @@ def live_groups(work: GroupTensors) -> Int[Tensor, " live"]:
 
 def run_groups(
     host: Host, store: TranscoderStore, clean: Clean, work: GroupTensors, chosen: Int[Tensor, " live"], controls: int
-) -> Float[Tensor, "row d_model"]:
+) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, " control"]]:
     """Run some groups in one pass.
 
     Returns:
-        The stream after the last block at the last position, one row per group. Then `controls` unchanged rows, which
-        enter with the first of the groups, at first positions spread over those of the groups.
+        The stream after the last block at the last position, one row per group; then of unchanged rows, `controls` of
+        them or one per block at which groups enter. And the block at which each unchanged row enters. Their first
+        positions are spread over those of the groups that enter there.
     """
     end = work.end
-    starts = work.start[chosen].sort().values
-    spread = starts[torch.linspace(0, len(starts) - 1, controls).round().long()]
-    start = torch.cat([work.start[chosen], spread])
-    block = torch.cat([work.block[chosen], work.block[chosen].min().expand(controls)])
+    control_start, control_block = _controls(work.start[chosen], work.block[chosen], controls)
+    start = torch.cat([work.start[chosen], control_start])
+    block = torch.cat([work.block[chosen], control_block])
     place = torch.full((len(work.start),), -1)
     place[chosen] = torch.arange(len(chosen))
     rows = Variants(start, block, torch.zeros(0, host.d_model), end)
@@ -173,24 +173,32 @@ def run_groups(
         at = rows.offsets[outside[here.group]] + here.pos - start[outside[here.group]]
         delta.index_add_(0, at.to(delta.device), _vectors(store, work.tables[layer], layer, here).to(delta))
     running = StaggeredPass(host, clean, replace(rows, delta=delta))
-    return running.run([edit for layer in work.tables for edit in _edits_inside(store, running, work, layer, place)])
+    edits = [edit for layer in work.tables for edit in _edits_inside(store, running, work, layer, place)]
+    return running.run(edits), control_block
+
+
+def _controls(
+    start: Int[Tensor, " live"], block: Int[Tensor, " live"], count: int
+) -> tuple[Int[Tensor, " control"], Int[Tensor, " control"]]:
+    """First positions and blocks of unchanged rows: at every block where groups enter."""
+    blocks = block.unique()
+    each = max(1, count // len(blocks))
+    starts = []
+    for number in blocks.tolist():
+        here = start[block == number].sort().values
+        starts.append(here[torch.linspace(0, len(here) - 1, each + 2)[1:-1].round().long()])
+    return torch.cat(starts), blocks.repeat_interleave(each)
 
 
 def run_whole(
-    host: Host,
-    store: TranscoderStore,
-    batch: Batch,
-    groups: Sequence[Interventions],
-    pos: int,
-    controls: int,
-    edits: Sequence[Edit] = (),
+    host: Host, store: TranscoderStore, batch: Batch, groups: Sequence[Interventions], pos: int, controls: int
 ) -> Float[Tensor, "row d_model"]:
     """The same by whole passes, as in `HookedModel.run`: the prompt once per group, then `controls` times unchanged.
-    Returns the stream after the last block at one position. `edits` act in every row."""
+    Returns the stream after the last block at one position."""
     rows = batch.rows([0] * (len(groups) + controls))
     end, seen = Site("resid_post", host.n_layers - 1), dict[Site, Tensor]()
     plan = make_plan(store, [*groups, *[()] * controls], rows.lengths)
-    host.forward_hidden(rows, [*edits, *make_edits(store, plan), tap(end, seen)])
+    host.forward_hidden(rows, [*make_edits(store, plan), tap(end, seen)])
     return seen[end][:, pos]
 
 

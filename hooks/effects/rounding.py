@@ -1,8 +1,8 @@
 """The effect of rounding alone on a metric of a half-precision model.
 
 An edited run and the clean run round differently everywhere after the edit. So their difference has the rounding errors
-of both runs in it, however small the edit is. Unchanged rows do not show this error, because they all round alike. Nor
-does a change of the stream by one rounding: after it most numbers are rounded as before. To measure the error, the stream
+of both runs in it, however small the edit is. Unchanged rows do not show this error, because they all round alike.
+Nor does a change of the stream by one rounding: after it most numbers are rounded as before. To measure it, the stream
 that enters a block is changed at random by a few units in the last place, and in a second run by the opposite amount.
 The mean of the two runs keeps their rounding, and the change itself cancels to first order. With `d` the difference
 between this mean and the clean run,
@@ -12,9 +12,8 @@ between this mean and the clean run,
 The first term has the clean run's own error, which all effects share. The variance of d is half of the variance of one
 run's error, and mean(d²) has the other half.
 
-Rounding before the edit changes the stream on which the edit acts: the activation that is ablated, and how later blocks
-respond. This error grows with the effect. `rounding_edits` changes the stream before every block up to the edit's
-block, so that the same edits can be measured again with other roundings.
+The error hardly grows with the effect (docs/precision.md). Rounding before the edit changes the stream that the edit
+acts on, and so the effect itself, but only by a small part of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +26,9 @@ from hooks.host import Batch, Host, tap
 from hooks.sites import Site
 from hooks.types import Edit, Pass
 
-PAIRS = 8  # pairs of runs per block
-CHANGE = 3  # units in the last place by which the stream is changed in a pair
-REDRAWS, SAMPLE = 4, 8  # other draws of the roundings before a block; edits that are measured again in each draw
-SPREADS = 2.5  # an effect below so many root mean squares of the rounding error counts as noise
+PAIRS = 16  # pairs of runs per block
+CHANGE = 6  # units in the last place by which the stream is changed in a pair
+SPREADS = 2.75  # an effect below so many root mean squares of the rounding error counts as noise
 
 Metric = Callable[[Float[Tensor, "row d_model"]], Float[Tensor, " row"]]
 
@@ -39,12 +37,6 @@ def last_place(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The distance from every number to the next one of larger magnitude, in its own precision."""
     exponent = torch.frexp(x.float()).exponent - 1
     return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent) * torch.finfo(x.dtype).eps
-
-
-def rounding_steps(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "*shape"]:
-    """Units in the last place: one up or one down, with a probability of 1/24 each, else none."""
-    drawn = torch.rand(*shape, generator=generator)
-    return (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
 
 
 def rounding_behind(
@@ -77,15 +69,3 @@ def rounding_behind(
     host.forward_hidden(batch.rows([0] * (2 * PAIRS)), [Edit(site, change), tap(end, seen)])
     d = metric(seen[end][:, pos]).double().view(2, PAIRS).mean(0) - clean
     return float((d.square().mean() + d.var()).sqrt())
-
-
-def rounding_edits(last: int, seed: int) -> list[Edit]:
-    """Edits that change the stream before every block up to `last` by as much as one rounding can, the same in every
-    row of a batch."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def move(x: Tensor, at: Pass) -> Tensor:
-        step = rounding_steps(x.shape[1:], generator).to(x.device)
-        return (x.float() + step * last_place(x)).to(x.dtype)
-
-    return [Edit(Site("resid_pre", block), move) for block in range(last + 1)]

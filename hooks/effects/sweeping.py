@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hooks.checkpoints import TranscoderStore
 from hooks.choices import METRICS, TABLES
 from hooks.effects.groups import GroupTensors, lay_out, live_groups, run_groups, run_whole
-from hooks.effects.rounding import REDRAWS, SAMPLE, SPREADS, Metric, rounding_behind, rounding_edits
+from hooks.effects.rounding import SPREADS, rounding_behind
 from hooks.effects.staggered import Clean, misses, out_of_memory, record_clean
 from hooks.errors import OutputError, UserError
 from hooks.files import replacing
@@ -40,8 +40,8 @@ from hooks.whole import whole
 
 log = logging.getLogger("hooks")
 
-CONTROLS = 8  # unchanged rows in every batch
-MEDIAN_OF_SQUARE = 0.455  # the median of the square of a standard normal variable
+CONTROLS = 8  # unchanged rows in every batch, at least
+ANYWHERE = -1  # in place of the block at which an unchanged row enters: it is a pass over the whole prompt
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
 
 Way = Literal["suffix", "whole"]
@@ -164,7 +164,7 @@ def sweep(
         table[name] = column.tolist()
     table["floor"] = noise
     if is_half(host) and not host.exact:
-        floors = _rounding_floors(host, store, clean, work, groups, measured["delta"], logits, question)
+        floors = _rounding_floors(host, clean, work, logits, question)
         table["floor"] = floors.clamp(min=noise).tolist()
         noise = max(noise, float(floors.max()))
     table["resolved"] = (table["delta"].abs() > table["floor"]) | (table["delta"] == 0)
@@ -274,77 +274,21 @@ def _noise_floor(spreads: Sequence[float], logits: Float[Tensor, " vocab"], ques
 
 
 def _rounding_floors(
-    host: Host,
-    store: TranscoderStore,
-    clean: Clean,
-    work: GroupTensors,
-    groups: Sequence[Interventions],
-    delta: Float[Tensor, " group"],
-    logits: Float[Tensor, " vocab"],
-    question: Question,
+    host: Host, clean: Clean, work: GroupTensors, logits: Float[Tensor, " vocab"], question: Question
 ) -> Float[Tensor, " group"]:
-    """`SPREADS` times the root mean square of the rounding error of each group's `delta`; 0 for groups that change
-    nothing.
-
-    error² = behind² + (share · delta)²; both numbers are measured for the block before which a group's effect enters
-    (see `hooks.effects.rounding`).
-    """
+    """`SPREADS` times the root mean square of the rounding error of each group's `delta`, by the block at which the
+    group's effect enters (see `hooks.effects.rounding`); 0 for groups that change nothing."""
 
     def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
         return _measure(host, hidden, logits, question)["delta"]
 
     before = float(metric(clean.streams[-1][question.pos][None])[0])
-    live, floors = live_groups(work), torch.zeros(len(groups), dtype=torch.float64)
+    live, floors = live_groups(work), torch.zeros(len(work.block), dtype=torch.float64)
     for block in work.block[live].unique().tolist():
         here = live[work.block[live] == block]
         behind = rounding_behind(host, clean.batch, block, work.start[here].tolist(), question.pos, metric, before)
-        ordered = here[delta[here].abs().argsort(stable=True)]
-        upper = ordered[len(ordered) // 2 :]  # an error that grows with the effect shows where effects are large
-        chosen = upper[_spread_over(len(upper), SAMPLE)]
-        moves = (
-            torch.stack(
-                [
-                    _again(host, store, clean, [groups[i] for i in chosen.tolist()], block, seed, metric, question.pos)
-                    for seed in range(REDRAWS)
-                ]
-            )
-            - delta[chosen]
-        )
-        share = _median_share(moves.square() - behind**2, delta[chosen].square())
-        floors[here] = SPREADS * (behind**2 + share * delta[here].square()).sqrt()
+        floors[here] = SPREADS * behind
     return floors
-
-
-def _median_share(grown: Float[Tensor, "draw row"], squares: Float[Tensor, " row"]) -> float:
-    """The share of the squared effect that the squared error grows by, estimated by the median over edits and draws.
-
-    The mean would follow the few edits whose feature leaves TopK in another draw.
-    """
-    known = squares > 0
-    if not bool(known.any()):
-        return 0.0
-    return max(0.0, float((grown[:, known] / squares[known]).median())) / MEDIAN_OF_SQUARE
-
-
-def _spread_over(count: int, chosen: int) -> Int[Tensor, " row"]:
-    """At most `chosen` numbers below `count`, evenly spaced, the first and the last among them."""
-    return torch.linspace(0, count - 1, min(count, chosen)).round().long()
-
-
-def _again(
-    host: Host,
-    store: TranscoderStore,
-    clean: Clean,
-    groups: Sequence[Interventions],
-    block: int,
-    seed: int,
-    metric: Metric,
-    pos: int,
-) -> Float[Tensor, " group"]:
-    """Effects of some groups, measured again with another draw of the roundings before their block."""
-    edits = rounding_edits(min(block, host.n_layers - 1), seed)
-    values = metric(run_whole(host, store, clean.batch, groups, pos, 1, edits))
-    return values[:-1] - values[-1]
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -360,7 +304,7 @@ class _Runner:
     """
 
     way: Way
-    run: Callable[[Int[Tensor, " live"]], Float[Tensor, "row d_model"]]
+    run: Callable[[Int[Tensor, " live"]], tuple[Float[Tensor, "row d_model"], Int[Tensor, " control"]]]
     lengths: Int[Tensor, " group"]
 
 
@@ -375,8 +319,9 @@ def _runner(
     log.warning("every group is run as a whole pass over the prompt, which is slower: %s", reason)
     length = clean.batch.lengths[0]
 
-    def run_chosen(chosen: Int[Tensor, " live"]) -> Float[Tensor, "row d_model"]:
-        return run_whole(host, store, clean.batch, [groups[i] for i in chosen.tolist()], work.end - 1, CONTROLS)
+    def run_chosen(chosen: Int[Tensor, " live"]) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, " control"]]:
+        rows = [groups[i] for i in chosen.tolist()]
+        return run_whole(host, store, clean.batch, rows, work.end - 1, CONTROLS), torch.full((CONTROLS,), ANYWHERE)
 
     return _Runner("whole", run_chosen, torch.full_like(work.start, length))
 
@@ -419,12 +364,12 @@ def _run_all(
             count = _rows_that_fit(runner.lengths[waiting], budget)
             chosen = waiting[:count]
             with out_of_memory() as failed:
-                hidden = runner.run(chosen)
+                hidden, controls = runner.run(chosen)
                 found = _measure(host, hidden, logits, question)
             if failed:
                 budget = _halved(min(budget, int(runner.lengths[chosen].sum())))
                 continue
-            for name, values in _against_controls(found, len(chosen)).items():
+            for name, values in _against_controls(found, work.block[chosen], controls).items():
                 out[name][chosen] = values
             spreads.append(float(found["delta"][len(chosen) :].var(unbiased=True)))
             passes += 1
@@ -497,9 +442,20 @@ def _distributions(
     }
 
 
-def _against_controls(found: Mapping[str, Float[Tensor, " row"]], count: int) -> dict[str, Float[Tensor, " group"]]:
-    """Metrics minus their mean over the unchanged rows. KL divergence and rank are kept as they are."""
+def _against_controls(
+    found: Mapping[str, Float[Tensor, " row"]], block: Int[Tensor, " group"], controls: Int[Tensor, " control"]
+) -> dict[str, Float[Tensor, " group"]]:
+    """Metrics minus their mean over the unchanged rows that enter at the same block: both then follow the same blocks
+    of the clean run, and leave it at the same block. KL divergence and rank are kept as they are.
+
+    Args:
+        block: where each group enters.
+        controls: where each unchanged row enters, or `ANYWHERE`.
+    """
+    count = len(block)
+    alike = ((block[:, None] == controls) | (controls == ANYWHERE)).double()
+    alike = alike / alike.sum(1, keepdim=True)
     return {
-        name: values[:count] - (values[count:].mean() if name.startswith("delta") else 0.0)
+        name: values[:count] - (alike @ values[count:].double() if name.startswith("delta") else 0.0)
         for name, values in found.items()
     }
