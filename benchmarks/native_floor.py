@@ -2,11 +2,12 @@
 
 For each model and prompt: effects of features stratified by size, in the model's own rounding and in exact arithmetic
 over the same weights. The difference is the rounding error of the native effect. Reported are the share of errors below
-each row's floor, and the floor relative to the root mean square of the errors. `--plot` draws native against
-exact effects.
+each row's floor, the floor relative to the root mean square of the errors, and how far exact effects are from those of
+a copy of the weights in fp32 and fp64. `--plot` draws native against exact effects.
 """
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hooks import Ablate, HookedModel, Site, Transcoder
 
+WIDE = ("float32", "float64")
 CITIES = ("Dallas", "Miami")
 DEMO_PROMPT = "fact: the capital of the state containing {} is"
 
@@ -88,12 +90,14 @@ def measure(model: HookedModel, prompt: Any, count: int) -> tuple[dict[str, Any]
     exact = model.sweep(prompt, groups, **question).table
     model.precision = "native"
     native = model.sweep(prompt, groups, **question).table
+    copies = {f"exact_against_{kind}": against(model, prompt, groups, question, exact["delta"], kind) for kind in WIDE}
     table = pd.DataFrame({"layer": exact["layer"], "exact": exact["delta"], "native": native["delta"]})
     table["floor"], table["error"] = native["floor"], (native["delta"] - exact["delta"]).abs()
     by_layer = table.groupby("layer").agg(lambda column: math.sqrt((column**2).mean()))
     rms = {name: math.sqrt((table[name] ** 2).mean()) for name in ("exact", "error", "floor")}
     return {
         "groups": len(table),
+        **copies,
         "rms_effect": rms["exact"],
         "rms_error": rms["error"],
         "spearman": float(spearmanr(table["exact"], table["native"]).statistic),
@@ -102,6 +106,20 @@ def measure(model: HookedModel, prompt: Any, count: int) -> tuple[dict[str, Any]
         "floor_per_error": rms["floor"] / rms["error"],
         "floor_per_error_worst_layer": float((by_layer["floor"] / by_layer["error"]).max()),
     }, table
+
+
+def against(
+    model: HookedModel, prompt: Any, groups: list[Ablate], question: dict[str, int], exact: pd.Series, kind: str
+) -> dict[str, float]:
+    """Exact effects against those of a copy of the weights in a wide precision."""
+    wide = copy.deepcopy(model.host.model).to(getattr(torch, kind))  # type: ignore[arg-type]
+    sets = [model.store[layer] for layer in model.store.layers]
+    truth = HookedModel.from_model(wide, model.host.tokenizer, sets).sweep(prompt, groups, **question).table["delta"]
+    rms = math.sqrt((truth**2).mean())
+    return {
+        "pearson": float(np.corrcoef(truth, exact)[0, 1]),
+        "largest_error_per_rms_effect": float((truth - exact).abs().max()) / rms,
+    }
 
 
 def draw(found: dict[str, pd.DataFrame], path: str) -> None:
