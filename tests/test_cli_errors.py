@@ -454,7 +454,7 @@ def test_these_wrong_inputs_are_refused_too(refused, argv):
     ["no address", "unknown rule", "no nodes", "node threshold", "against without target", "unknown device"],
 )
 def test_what_needs_no_model_is_checked_before_loading_one(refused, name, monkeypatch):
-    monkeypatch.setattr("hooks.model.Host", None)
+    monkeypatch.setattr("hooks.model.loading.Host", None)
     refused(*WRONG[name][0])
 
 
