@@ -1,10 +1,9 @@
 """Small frozen types that all other files use: sparse activations, feature addresses, edits."""
 
-import operator
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hooks.errors import AddressError
 from hooks.sites import Site
+from hooks.whole import counted
 
 ErrorMode = Literal["live", "frozen", "zero"]
 """What happens to the reconstruction error at a replaced site.
@@ -37,10 +37,9 @@ def whole_number(value: object, what: str) -> int:
         return value
     if getattr(value, "shape", None) == ():
         value = value.item()  # type: ignore[attr-defined]
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+    number = int(value) if isinstance(value, float) and value.is_integer() else counted(value)
+    if number is not None:
+        return number
     raise AddressError(f"the {what} {shortened(repr(value))} is not a whole number", expected="such as 4, or 4.0")
 
 

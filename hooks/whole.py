@@ -1,6 +1,7 @@
 """Whole numbers that a caller gives: a count, a seed, a layer, a position. Anything else is refused, never rounded."""
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ def whole(
     Raises:
         UserError: it is a float (2.0 too), text, a bool or no number at all; or it is out of range.
     """
-    number = _index(value)
+    number = counted(value)
     if number is None:
         raise UserError(f"{name} = {_shown(value)} is not a whole number", expected=_range(least, most), where=name)
     if (least is not None and number < least) or (most is not None and number > most):
@@ -43,7 +44,7 @@ def wholes(
     Raises:
         UserError: as `whole`; or text in place of a list.
     """
-    if _index(values) is not None:
+    if counted(values) is not None:
         return (whole(values, name, least=least, most=most),)
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise UserError(
@@ -52,7 +53,20 @@ def wholes(
     return tuple(whole(value, f"an entry of {name}", least=least, most=most) for value in values)
 
 
-def _index(value: Any) -> int | None:
+def whole_text(text: str) -> int:
+    """A whole number in digits, as it is typed.
+
+    Raises:
+        UserError: the text is something else, or the number does not fit into 64 bits.
+    """
+    if not re.fullmatch(r"[-+]?[0-9]+", text):
+        raise UserError(f"{text!r} is not a whole number")
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:  # `int` refuses numbers of thousands of digits
+        raise UserError(f"{text[:20]}… has {len(text)} digits; 64 bits hold 19")
+    return int(text)
+
+
+def counted(value: Any) -> int | None:
     """The value as an int if Python would accept it as an index, else None. A bool gives None."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None

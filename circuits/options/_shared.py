@@ -8,6 +8,8 @@ from typing import Any
 
 from circuits.options._parser import NumberList, Parser
 from hooks.choices import ERROR_MODES, MASK_MODES, PRECISIONS, SKIPS
+from hooks.errors import UserError
+from hooks.whole import whole_text
 
 _MOST_NUMBERS = 10_000  # in a range of layers or positions
 _LISTED = "2,3, 2 3, 0-3 or all"
@@ -186,11 +188,10 @@ def count(text: str) -> int:
 
 def whole(text: str) -> int:
     """A whole number that fits into 64 bits."""
-    if not re.fullmatch(r"[-+]?[0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:  # `int` refuses numbers of thousands of digits
-        raise argparse.ArgumentTypeError(f"{text[:20]}… has {len(text)} digits; 64 bits hold 19")
-    return int(text)
+    try:
+        return whole_text(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def nodes(text: str) -> int | None:
