@@ -381,7 +381,7 @@ def test_gradients_go_through_a_half_precision_weight_without_a_copy_of_it(dtype
 @pytest.mark.parametrize("numbers", [1, 300 * 8, 1 << 30])
 @pytest.mark.parametrize("how", ["as it is", "transposed", "every other column"])
 def test_the_matrix_is_cast_in_tiles_however_it_lies(monkeypatch, how, numbers):
-    monkeypatch.setattr(kernels, "_CAST_TILE", numbers)
+    monkeypatch.setattr(kernels, "CAST_TILE", numbers)
     x, matrix = _operands()
     matrix = matrix.bfloat16()
     given = {"as it is": matrix, "transposed": matrix.T.contiguous().T, "every other column": matrix[:, ::2]}[how]

@@ -25,10 +25,8 @@ from circuits.edges.measured import ROWS
 from circuits.tracing import EDGE_BYTES
 from hooks import Clamp, HookedModel, Site, Transcoder
 from hooks.demo import TRANSCODERS, WEIGHTS
-from hooks.effects import sweeping as sweep
 from hooks.errors import ModelError, UserError
 from hooks.formats import native, recognise
-from hooks.kernels import products as kernels
 from hooks.memory import (
     QWEN25,
     Ask,
@@ -203,15 +201,13 @@ def test_how_edges_are_found_follows_from_the_sites():
     assert kind("mlp_in", "mlp_out") == "walk"
 
 
-def test_limits_are_those_of_the_modules_that_have_them():
+def test_limits_of_tracing_are_those_of_circuits():
     assert (_work.TARGETS_AT_ONCE, _work.ENTRIES_AT_ONCE) == (_factored.MOST_AT_ONCE, _factored.ENTRIES_AT_ONCE)
     assert _factored.STREAM_ENTRIES == _work.STREAM_ENTRIES
     assert (_work.POSITIONS_AT_ONCE, _work.GATHERED) == (_features.POSITIONS_AT_ONCE, _features.GATHERED)
     default = inspect.signature(trace).parameters["budget_bytes"].default
     assert default // EDGE_BYTES == _work.MOST_EDGES
-    assert (_work.COPIES, _work.HELD_ROWS, _work.SWEEP_TOKENS) == (autograd.COPIES, ROWS, sweep.TOKENS_AT_ONCE)
-    casts = (kernels._CAST_CHUNK, kernels._CAST_BLOCK, kernels._CAST_TILE)
-    assert casts == (_work.CAST, _work.CAST_ROWS, _work.CAST_TILE)
+    assert (_work.COPIES, _work.HELD_ROWS) == (autograd.COPIES, ROWS)
 
 
 # -- estimates against measured peaks ----------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from hooks.effects.changes import Change, active_features, changed, doses, pairs
 from hooks.effects.paths import Effects, PathEffect, Through, effects, path_effects
 from hooks.effects.staggered import out_of_memory
-from hooks.effects.sweeping import Sweep, sweep
+from hooks.effects.sweeping import TOKENS_AT_ONCE, Sweep, sweep
 
 __all__ = [
+    "TOKENS_AT_ONCE",
     "Change",
     "Effects",
     "PathEffect",

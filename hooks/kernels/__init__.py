@@ -1,6 +1,10 @@
 """Functions of tensors only: deterministic TopK, sparse decoding, products with rows of a table."""
 
 from hooks.kernels.products import (
+    CAST_BLOCK,
+    CAST_CHUNK,
+    CAST_TILE,
+    FEW,
     count_before,
     decode_sparse,
     gather_features,
@@ -16,6 +20,10 @@ from hooks.kernels.products import (
 from hooks.kernels.rows_in_place import INNER, add_products, compiled, cut_blocks, on_every_thread, usable
 
 __all__ = [
+    "CAST_BLOCK",
+    "CAST_CHUNK",
+    "CAST_TILE",
+    "FEW",
     "INNER",
     "add_products",
     "compiled",

@@ -20,10 +20,10 @@ from torch import Tensor
 from hooks.kernels.rows_in_place import products, usable
 from hooks.types import SparseActs
 
-_CAST_CHUNK = 1 << 24  # weight elements upcast at a time: 64 MB of fp32
-_CAST_BLOCK = 1 << 20  # of a decoder: 4 MB, which a cache holds
-_CAST_TILE = 1 << 22  # of any other matrix: one buffer of 16 MB, used again and again
-_FEW = 64  # tokens, up to which a weight's rows are widened in registers
+CAST_CHUNK = 1 << 24  # weight elements upcast at a time: 64 MB of fp32
+CAST_BLOCK = 1 << 20  # of a decoder: 4 MB, which a cache holds
+CAST_TILE = 1 << 22  # of any other matrix: one buffer of 16 MB, used again and again
+FEW = 64  # tokens, up to which a weight's rows are widened in registers
 _WORTH_IT = 1 << 18  # multiplications below which compiled threads cost more than they save
 
 
@@ -61,7 +61,7 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(weight)
         if weight.is_cuda:
             return _split_product(x, weight.T)
-        few = len(x) <= _FEW and usable(x.detach(), weight, len(x) * weight.numel(), _WORTH_IT)
+        few = len(x) <= FEW and usable(x.detach(), weight, len(x) * weight.numel(), _WORTH_IT)
         return products(x.detach(), weight) if few else _linear_cast(x, weight)
 
     @staticmethod
@@ -72,7 +72,7 @@ class _WideLinear(torch.autograd.Function):
 
 def _linear_cast(x: Float[Tensor, "row inner"], weight: Float[Tensor, "outer inner"]) -> Float[Tensor, "row outer"]:
     """The plain twin: some rows of the weight at a time, cast into one buffer."""
-    rows = max(1, _CAST_TILE // weight.shape[1])
+    rows = max(1, CAST_TILE // weight.shape[1])
     wide = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=x.dtype, device=weight.device)
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     for part, place in zip(weight.split(rows), out.split(rows, dim=1), strict=True):
@@ -125,7 +125,7 @@ def matmul_fp32(x: Float[Tensor, "*row inner"], matrix: Float[Tensor, "inner out
 
 
 def _summed_cast(x: Float[Tensor, "row inner"], matrix: Float[Tensor, "inner outer"]) -> Float[Tensor, "row outer"]:
-    rows = max(1, _CAST_TILE // matrix.shape[1])
+    rows = max(1, CAST_TILE // matrix.shape[1])
     wide = torch.empty(min(rows, len(matrix)), matrix.shape[1], dtype=x.dtype, device=x.device)
     out = torch.zeros(len(x), matrix.shape[1], dtype=x.dtype, device=x.device)
     for columns, part in zip(x.split(rows, dim=1), matrix.split(rows), strict=True):
@@ -220,7 +220,7 @@ def decode_sparse(
     elif w_dec.is_cuda and len(indices) == 1:
         out = _split_product(values, w_dec[indices[0]])
     elif w_dec.is_cuda:  # gather and cast the rows of a few tokens at a time
-        tokens = max(1, _CAST_CHUNK // (k * w_dec.shape[1]))
+        tokens = max(1, CAST_CHUNK // (k * w_dec.shape[1]))
         parts = zip(values.split(tokens), indices.split(tokens), strict=True)
         out = torch.cat([einsum(v, w_dec[i].to(dtype), "token k, token k d -> token d") for v, i in parts])
     else:
@@ -234,7 +234,7 @@ def _decode_cast(
     """Half-precision rows on the CPU, each cast once: all the rows that some token kept, a block at a time."""
     kept, column = indices.unique(return_inverse=True)
     dense = values.new_zeros(len(values), len(kept)).scatter_add(1, column, values)
-    rows = max(1, _CAST_BLOCK // w_dec.shape[1])
+    rows = max(1, CAST_BLOCK // w_dec.shape[1])
     out = values.new_zeros(len(values), w_dec.shape[1])
     for part, block in zip(kept.split(rows), dense.split(rows, dim=1), strict=True):
         out = out.addmm(block, w_dec[part].to(values.dtype))

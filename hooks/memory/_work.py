@@ -12,24 +12,19 @@ from itertools import accumulate
 from typing import Literal
 
 from hooks.choices import ITEM
+from hooks.effects import TOKENS_AT_ONCE
+from hooks.kernels import CAST_BLOCK, CAST_CHUNK, CAST_TILE, FEW
 from hooks.memory._shapes import ModelShape, SetShape
 
 On = Literal["cuda", "cpu"]
 Task = Literal["features", "generate", "sweep", "trace"]
 
-# limits of other modules; a test keeps these equal to the modules' own
+# what `circuits` holds at once; a test keeps these equal to its own (docs/architecture.md says why they are repeated)
 TARGETS_AT_ONCE, ENTRIES_AT_ONCE, STREAM_ENTRIES = 1024, 1 << 25, 1 << 26  # circuits/edges/factored.py
 MOST_EDGES = (4 << 30) // 24  # kept in a graph, circuits/tracing.py
 COPIES = 64  # of the prompt in a pass of the rule autograd, circuits/attribution/autograd.py
 HELD_ROWS = 64  # of the prompt in a pass that verifies, circuits/edges/measured.py
-SWEEP_TOKENS = 8192  # of a sweep's batch, hooks/effects/sweeping.py
 POSITIONS_AT_ONCE, GATHERED = 8, 60  # circuits/edges/features.py
-CAST, CAST_ROWS, CAST_TILE = (
-    1 << 24,
-    1 << 20,
-    1 << 22,
-)  # half-precision numbers cast up at a time, hooks/kernels/products.py
-FEW = 64  # with so many tokens or fewer none are cast, hooks/kernels/products.py
 ACTIVE = 36  # bytes per active feature that scores keep: position (a column of pairs), feature, 3 fp32 numbers
 
 
@@ -57,7 +52,7 @@ class Ask:
     nodes: int | None = 10_000
     max_in_edges: int = 256
     sample: int = 200
-    sweep_tokens: int = SWEEP_TOKENS
+    sweep_tokens: int = TOKENS_AT_ONCE
     on: On = "cuda"
 
     @property
@@ -178,7 +173,7 @@ def decoding(ask: Ask, tokens: int) -> int:
     if ask.on == "cpu":
         dense = tokens * (4 * min(s.d_features, tokens * s.k) + 3 * 8 * s.k)
         return dense + 3 * cast_rows(ask, s.d_features * s.d_model, s.item) // 2
-    return 6 * min(CAST, tokens * s.k * s.d_model)
+    return 6 * min(CAST_CHUNK, tokens * s.k * s.d_model)
 
 
 def logits(ask: Ask, tokens: int) -> tuple[int, int]:
@@ -189,7 +184,7 @@ def logits(ask: Ask, tokens: int) -> tuple[int, int]:
     return kept, parts + tokens * m.d_model * ask.wide
 
 
-def cast_rows(ask: Ask, numbers: int, item: int, most: int = CAST_ROWS) -> int:
+def cast_rows(ask: Ask, numbers: int, item: int, most: int = CAST_BLOCK) -> int:
     """The buffer into which a CPU casts rows of a half-precision matrix."""
     return 4 * min(most, numbers) if ask.on == "cpu" and item < 4 else 0
 
