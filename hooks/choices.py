@@ -8,6 +8,7 @@ ERROR_MODES = ("live", "frozen", "zero")
 MASK_MODES = ("frozen", "live")
 PRECISIONS = ("exact", "native")
 SKIPS = ("special", "sinks")
+ENGINES = ("static", "dynamic")
 CHANGES = ("zero", "mean", "resample", "scale", "set")
 METRICS = ("delta", "delta_logit", "delta_prob", "kl", "rank")
 

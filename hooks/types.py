@@ -24,6 +24,10 @@ MaskMode = Literal["frozen", "live"]
 """Whether TopK selects again when a feature is ablated. `frozen`: no. `live`: yes, so the next feature takes its
 place."""
 
+Engine = Literal["static", "dynamic"]
+"""How tokens are generated. `dynamic`: the cache grows, and edits are attached for each pass. `static`: cache and
+tables have a fixed size, and on CUDA a token is one CUDA graph (`hooks.generation.FastDecoder`)."""
+
 _DIGITS = 9  # a number with more digits is no layer, feature or position of any model
 
 

@@ -21,10 +21,10 @@ from hooks.errors import UserError
 from hooks.generation import (
     Comparison,
     DoseResponse,
+    GenerateOptions,
     Resolved,
     Sampling,
     Scored,
-    Setting,
     Steer,
     compare,
     dose_response,
@@ -43,14 +43,23 @@ def run(args: argparse.Namespace) -> Result:
     sampling = Sampling(
         args.temperature, args.top_p, args.seed, args.top_k, args.min_p, repetition_penalty=args.repetition_penalty
     )
-    changing = (args.swap, args.error, args.mask, args.positions, tuple(args.skip))
-    setting = Setting(args.max_new_tokens, sampling, tuple(args.stop), *changing)
+    options = GenerateOptions(
+        swap=args.swap,
+        error=args.error,
+        mask=args.mask,
+        positions=args.positions,
+        skip=tuple(args.skip),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=tuple(args.stop),
+        engine=args.engine,
+    )
     _check_sweep(args)
     texts = _texts(args.texts)
     model = load(args)
     ids = model.host.chat(args.prompt) if args.chat else None
     prompt: Prompt = args.prompt if ids is None else ids
-    prepare(model, prompt, [preliminary(plan)], setting)  # what is wrong is said before anything else
+    prepare(model, prompt, [preliminary(plan)], options)  # what is wrong is said before anything else
     said = {
         "inactive": say_inactive(model.inactive(prompt, preliminary(plan))),
         "sampling": asdict(sampling) | {"max_new_tokens": args.max_new_tokens, "stop": list(args.stop)},
@@ -61,12 +70,12 @@ def run(args: argparse.Namespace) -> Result:
         "mask": args.mask,
     }
     if args.strengths is not None:
-        return _sweep(args, model, prompt, plan, setting, texts) | said
-    (resolved,) = prepare(model, prompt, [plan], setting, texts)
+        return _sweep(args, model, prompt, plan, options, texts) | said
+    (resolved,) = prepare(model, prompt, [plan], options, texts)
     whole = args.prompt if ids is None else model.host.text(ids)  # special tokens shown
     show(args, "\n".join(map(_line, resolved)))
     show(args, f"steered:  {whole}", end="")
-    found = compare(model, prompt, resolved, setting, watch=lambda piece: show(args, piece, end=""))
+    found = compare(model, prompt, resolved, options, watch=lambda piece: show(args, piece, end=""))
     show(args, f"\nbaseline: {whole}{found.baseline.text}\n\n{_side_by_side(found)}\n\n{_fluency(found)}")
     return {
         "baseline": _json(found.baseline),
@@ -120,11 +129,11 @@ def _sweep(
     model: HookedModel,
     prompt: Prompt,
     plan: Sequence[object],
-    setting: Setting,
+    options: GenerateOptions,
     texts: Sequence[str],
 ) -> Result:
     found = dose_response(
-        model, prompt, plan, args.strengths, target=args.target, against=args.against, setting=setting, texts=texts
+        model, prompt, plan, args.strengths, target=args.target, against=args.against, options=options, texts=texts
     )
     show(args, _sweep_text(found))
     last = found.doses[-1]

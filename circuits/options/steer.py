@@ -14,6 +14,7 @@ from circuits.options._shared import (
     command,
     whole,
 )
+from hooks.choices import ENGINES
 from hooks.plugins import names
 
 INTERVENTIONS = names("hooks.interventions", "from_text")
@@ -57,6 +58,12 @@ def add(commands: Any) -> None:
         help="divide the logits of tokens that the text has (default: what the model's generation_config says)",
     )
     add_seed(group, "sampling")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="static: a cache and tables of fixed size, on CUDA one graph per token; dynamic does everything "
+        "(default: static on CUDA where it applies)",
+    )
     add_many(group, "--stop", "TEXT", "end as soon as the text contains this")
     sweep = steer.add_argument_group("sweep over strengths")
     sweep.add_argument(

@@ -17,10 +17,11 @@ from torch import Tensor
 from hooks.checkpoints.convention import Convention, describe, resolve_convention, spans
 from hooks.checkpoints.loading import bytes_needed, load_rows, load_weights, part_bytes
 from hooks.checkpoints.residency import HostTier, Load, LoadedLayer, Residency
-from hooks.errors import AddressError, CheckpointError
+from hooks.errors import AddressError, CheckpointError, UserError
 from hooks.formats import Checkpoint, LayerSource, Norm, Source
 from hooks.sites import Site, SiteSpec
 from hooks.transcoder import WEIGHTS, Transcoder
+from hooks.whole import wholes
 
 log = logging.getLogger("hooks")
 
@@ -251,6 +252,22 @@ class TranscoderStore:
                 where=self.name,
             )
 
+    def chosen(self, layers: str | Sequence[int]) -> tuple[int, ...]:
+        """`"all"`, or some layers in any order, as layers in ascending order.
+
+        Raises:
+            UserError: another text, or what is no layer.
+            CheckpointError: a layer has no transcoder.
+        """
+        if layers == "all":
+            return self.layers
+        if isinstance(layers, str):
+            raise UserError(f"unknown layers {layers!r}", expected='"all" or a list of layer numbers')
+        numbers = wholes(layers, "layers")
+        for layer in numbers:
+            self.require(layer)
+        return tuple(sorted(set(numbers)))
+
     def decoder_rows(self, layer: int, features: Sequence[int] | Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
         """Decoder rows of some features, without loading the layer; taken from the layer if it is in memory.
 
@@ -275,7 +292,7 @@ class TranscoderStore:
         for row in rows:
             if not 0 <= row < size:
                 raise AddressError(f"L{layer}: there is no feature {row}", expected=f"0 to {size - 1}")
-        source, device = self._sources[layer], self._device(layer)
+        source, device = self._sources[layer], self.device(layer)
         waiting = self._near.host.get(layer)
         held = self._resident.get(layer) or (waiting.transcoder if waiting else None)
         if held is None and isinstance(source, Transcoder):
@@ -300,7 +317,8 @@ class TranscoderStore:
                 self.bytes_of(layer) / 1e6,
             )
 
-    def _device(self, layer: int) -> torch.device:
+    def device(self, layer: int) -> torch.device:
+        """Where a layer's transcoder is, once it is loaded."""
         return self._devices.get(layer, torch.device("cpu"))
 
     # -- loading and freeing -----------------------------------------------------------------------------------
@@ -308,7 +326,7 @@ class TranscoderStore:
     def _loader(self, layer: int) -> Load:
         """The function that loads a layer. It has no reference to the store, which may be freed before a thread
         ends."""
-        source, device = self._sources[layer], self._device(layer)
+        source, device = self._sources[layer], self.device(layer)
         waiting = self._near.host.get(layer)
         if isinstance(source, Transcoder):
             dtypes = {name: part.dtype for name in WEIGHTS if (part := getattr(source, name)) is not None}

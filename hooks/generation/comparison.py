@@ -8,82 +8,28 @@ text under the plain model says how strange steering made it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.checkpoints import TranscoderStore
-from hooks.generation.sampling import Sampling, stop_strings
+from hooks.generation.engines import continued, open_session, streamed
+from hooks.generation.options import GenerateOptions
 from hooks.generation.strength import Resolved, preliminary, resolve
-from hooks.host import Host, Precision, Prompt
-from hooks.passes import Interventions, listed
-from hooks.types import Edit, ErrorMode, MaskMode
+from hooks.host import Batch, Host, Precision, Prompt, measured
+from hooks.passes import HostAndStore, Interventions, listed
+from hooks.types import Edit
 
-GREEDY = Sampling()
 ROWS_PER_PASS = 16
 
 
 @runtime_checkable
-class Steerable(Protocol):
-    """What is steered: `hooks.model.HookedModel`, as far as it is needed here."""
+class Steerable(HostAndStore, Protocol):
+    """A language model and its transcoders, and in which arithmetic differences are measured."""
 
-    host: Host
-    store: TranscoderStore
     precision: Precision
-
-    @property
-    def generate(self) -> Callable[..., Any]:
-        """Continue a prompt."""
-        ...
-
-    @property
-    def stream(self) -> Callable[..., Any]:
-        """The same, token by token."""
-        ...
-
-    @property
-    def session(self) -> Callable[..., Any]:
-        """A generation that has not begun."""
-        ...
-
-    @property
-    def edits(self) -> Callable[..., list[Edit]]:
-        """The edits of a batch."""
-        ...
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a prompt is continued; every field as in `HookedModel.generate`.
-
-    Raises:
-        UserError: an empty stop string.
-    """
-
-    max_new_tokens: int = 32
-    sampling: Sampling = GREEDY
-    stop: str | Sequence[str] = ()
-    swap: str | Sequence[int] | None = None
-    error: ErrorMode = "live"
-    mask: MaskMode = "frozen"
-    positions: Any = None
-    skip: str | Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        stop_strings(self.stop)
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """What an unsteered continuation needs."""
-        return {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling, "stop": self.stop}
-
-    @property
-    def changing(self) -> dict[str, Any]:
-        """What says how interventions are carried out."""
-        return {name: getattr(self, name) for name in ("swap", "error", "mask", "positions", "skip")}
 
 
 @dataclass(frozen=True)
@@ -164,7 +110,7 @@ def compare_steering(
     prompt: Prompt,
     interventions: Interventions,
     *,
-    setting: Setting = Setting(),
+    options: GenerateOptions = GenerateOptions(),  # noqa: B008 (frozen)
     texts: Sequence[Prompt] = (),
 ) -> Comparison:
     """Continue a prompt plain and steered, and have both texts read by both models.
@@ -176,12 +122,16 @@ def compare_steering(
     Raises:
         UserError: as `generate` and `resolve`.
     """
-    (resolved,) = prepare(model, prompt, [listed(interventions)], setting, texts)
-    return compare(model, prompt, resolved, setting)
+    (resolved,) = prepare(model, prompt, [listed(interventions)], options, texts)
+    return compare(model, prompt, resolved, options)
 
 
 def prepare(
-    model: Steerable, prompt: Prompt, plans: Sequence[Sequence[object]], setting: Setting, texts: Sequence[Prompt] = ()
+    model: Steerable,
+    prompt: Prompt,
+    plans: Sequence[Sequence[object]],
+    options: GenerateOptions,
+    texts: Sequence[Prompt] = (),
 ) -> list[tuple[Resolved, ...]]:
     """Check everything, then give relative strengths their numbers.
 
@@ -189,7 +139,7 @@ def prepare(
         UserError: as `generate` and `resolve`; nothing has run then, unless a feature turns out never to be active.
     """
     for plan in plans:  # a session that is never used: it checks whatever a generation checks
-        model.session(prompt, preliminary(plan), new_tokens=setting.max_new_tokens, **setting.changing)
+        open_session(model, prompt, preliminary(plan), options, options.max_new_tokens)
     return resolve(model, prompt, plans, texts)
 
 
@@ -197,7 +147,7 @@ def compare(
     model: Steerable,
     prompt: Prompt,
     resolved: Sequence[Resolved],
-    setting: Setting,
+    options: GenerateOptions,
     watch: Callable[[str], object] | None = None,
 ) -> Comparison:
     """`compare_steering` once strengths are numbers.
@@ -206,14 +156,14 @@ def compare(
         watch: is given the steered text piece by piece, as it comes.
     """
     tokens, plan = [], numbers(resolved)
-    for token in model.stream(prompt, plan, **setting.plain, **setting.changing):
+    for token in streamed(model, prompt, plan, options):
         tokens.append(token)
         if watch:
             watch(token.text)
-    baseline = model.generate(prompt, **setting.plain)
+    (baseline,) = continued(model, [prompt], (), options.plain)
     texts, ids = [baseline.text, "".join(token.text for token in tokens)], [baseline.ids, tuple(t.id for t in tokens)]
-    plain = log_probabilities(model, baseline.prompt, ids, None, setting)
-    under = log_probabilities(model, baseline.prompt, ids, [plan, plan], setting)
+    plain = log_probabilities(model, baseline.prompt, ids, None, options)
+    under = log_probabilities(model, baseline.prompt, ids, [plan, plan], options)
     read = [scored(model.host, *row) for row in zip(texts, ids, plain, under, strict=True)]
     return Comparison(model.host.strings(baseline.prompt), tuple(resolved), read[0], read[1])
 
@@ -223,7 +173,7 @@ def log_probabilities(
     prompt: Sequence[int],
     continuations: Sequence[Sequence[int]],
     plans: Sequence[Sequence[object]] | None,
-    setting: Setting,
+    options: GenerateOptions,
 ) -> list[Float[Tensor, " new"]]:
     """log p(token | everything before it) of every new token behind one prompt, in nats.
 
@@ -241,13 +191,19 @@ def log_probabilities(
         edits: list[Edit] = []
         if plans is not None:
             rows = plans[start : start + ROWS_PER_PASS]
-            edits = model.edits(prompts, rows, new_tokens=setting.max_new_tokens, **setting.changing)
+            edits = edits_of(model, prompts, rows, options)
         with model.host.attached(edits) as session, torch.no_grad():
             hidden = session.hidden(whole, prompts.lengths)
             for ids, states in zip(some, hidden, strict=True):
                 logits = model.host.unembed(states[len(prompt) - 1 : len(prompt) - 1 + len(ids)]).double().cpu()
                 out.append(logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)])
     return out
+
+
+@measured
+def edits_of(model: Steerable, batch: Batch, plans: Sequence[Sequence[object]], options: GenerateOptions) -> list[Edit]:
+    """The edits of a batch that is being continued, a list of interventions for each row."""
+    return options.edits(model.host, model.store, batch, plans, options.max_new_tokens)
 
 
 def perplexity(mean: float) -> float:

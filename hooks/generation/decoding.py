@@ -81,11 +81,6 @@ class Generated:
         return self.logits.double().log_softmax(-1).gather(-1, chosen)[:, 0]
 
 
-def left_pads(batch: Batch) -> tuple[int, ...]:
-    """Padding in front of each row where rows are padded on the left, so that they grow at the same end."""
-    return tuple(batch.ids.shape[1] - length for length in batch.lengths)
-
-
 class Decoding:
     """Rows of tokens that grow, and what the cache holds of them.
 
@@ -105,7 +100,7 @@ class Decoding:
         precision: Precision = "native",
     ):
         self._host, self._use_cache, self._precision = host, use_cache, precision
-        self.lengths, self.pads = batch.lengths, left_pads(batch)
+        self.lengths, self.pads = batch.lengths, batch.left_pads
         # any token will do as padding; the row's own first one is sure to be harmless
         real = [row[:length] for row, length in zip(batch.ids.tolist(), batch.lengths, strict=True)]
         self.rows = [row[:1] * pad + row for row, pad in zip(real, self.pads, strict=True)]
@@ -211,6 +206,11 @@ class Row:
         self.text.append(piece)
         return token
 
+    def newest(self, logits: Float[Tensor, " vocab"], pos: int) -> Token:
+        """The token that was taken last, from these logits, and is now at `pos`."""
+        logprob = float(logits.double().log_softmax(-1)[self.ids[-1]])
+        return Token(self.ids[-1], self.text[-1], logprob, pos, self.reason)
+
 
 def advance(decoding: Decoding, rows: Sequence[Row]) -> Iterator[Float[Tensor, "batch vocab"]]:
     """Pass by pass until every row is done; yields what the tokens just appended were chosen from.
@@ -254,7 +254,7 @@ def generate(
     use_cache: bool = True,
     precision: Precision = "native",
 ) -> list[Generated]:
-    """Continue every prompt of a batch, each as if it were alone. `edits` count columns, see `left_pads`.
+    """Continue every prompt of a batch, each as if it were alone. `edits` count columns, see `Batch.left_pads`.
 
     Raises:
         UserError: not one sampling per prompt.
@@ -288,9 +288,7 @@ def generate(
 def stream(decoding: Decoding, row: Row) -> Iterator[Token]:
     """The new tokens of a single row, as they come. Whoever stops reading leaves nothing attached."""
     for logits in advance(decoding, [row]):
-        token = row.ids[-1]
-        logprob = float(logits[0].double().log_softmax(-1)[token])
-        yield Token(token, row.text[-1], logprob, len(decoding.rows[0]) - 1, row.reason)
+        yield row.newest(logits[0], len(decoding.rows[0]) - 1)
 
 
 def seeded(sampling: Sampling) -> torch.Generator:

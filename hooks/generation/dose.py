@@ -12,14 +12,16 @@ from hooks.errors import InterventionError, TargetError, UserError
 from hooks.generation.comparison import (
     ROWS_PER_PASS,
     Scored,
-    Setting,
     Steerable,
+    edits_of,
     log_probabilities,
     numbers,
     prepare,
     scored,
 )
 from hooks.generation.decoding import Generated
+from hooks.generation.engines import continued
+from hooks.generation.options import GenerateOptions
 from hooks.generation.strength import UNITS, Resolved, Steer, Strength
 from hooks.host import Exclusive, Prompt, computing
 from hooks.passes import Interventions, listed
@@ -98,7 +100,7 @@ def dose_response(
     *,
     target: str | SupportsIndex | None = None,
     against: str | SupportsIndex | None = None,
-    setting: Setting = Setting(),  # noqa: B008 (frozen)
+    options: GenerateOptions = GenerateOptions(),  # noqa: B008 (frozen)
     texts: Sequence[Prompt] = (),
 ) -> DoseResponse:
     """The same experiment at every strength of a grid.
@@ -124,13 +126,13 @@ def dose_response(
     if token is not None and token == other:
         raise TargetError("target and against are the same token", found=repr(model.host.string(token)))
     plans = [[item.given(dose) if isinstance(item, Steer) else item for item in interventions] for dose in doses]
-    resolved = prepare(model, prompt, plans, setting, texts)
-    steered = _generate_rows(model, model.host.tokenize(prompt), [numbers(items) for items in resolved], setting)
-    baseline = model.generate(prompt, **setting.plain)
+    resolved = prepare(model, prompt, plans, options, texts)
+    steered = _generate_rows(model, model.host.tokenize(prompt), [numbers(items) for items in resolved], options)
+    (baseline,) = continued(model, [prompt], (), options.plain)
     answer = _answer(baseline, token, other)
-    effects = _effects(model, baseline.prompt, [numbers(items) for items in resolved], answer, other, setting)
+    effects = _effects(model, baseline.prompt, [numbers(items) for items in resolved], answer, other, options)
     said = [baseline, *steered]
-    plain = log_probabilities(model, baseline.prompt, [one.ids for one in said], None, setting)
+    plain = log_probabilities(model, baseline.prompt, [one.ids for one in said], None, options)
     read = [scored(model.host, one.text, one.ids, row, one.logprobs) for one, row in zip(said, plain, strict=True)]
     values = [_values(items, takes) for items in resolved]
     return DoseResponse(
@@ -149,7 +151,7 @@ def _effects(
     plans: Sequence[Sequence[object]],
     answer: int,
     other: int | None,
-    setting: Setting,
+    options: GenerateOptions,
 ) -> list[Effect]:
     """On the first new token, measured as every difference is: in the precision that the model says."""
     host, out = model.host, list[Effect]()
@@ -159,7 +161,7 @@ def _effects(
         for start in range(0, len(plans), ROWS_PER_PASS):
             some = plans[start : start + ROWS_PER_PASS]
             batch = host.batch([list(prompt)] * len(some))
-            edits = model.edits(batch, some, new_tokens=setting.max_new_tokens, **setting.changing)
+            edits = edits_of(model, batch, some, options)
             out += [
                 effect(before, row, answer, other, string=host.string)
                 for row in host.forward_at(batch, batch.last, edits)
@@ -168,12 +170,13 @@ def _effects(
 
 
 def _generate_rows(
-    model: Steerable, prompt: list[int], plans: Sequence[Sequence[object]], setting: Setting
+    model: Steerable, prompt: list[int], plans: Sequence[Sequence[object]], options: GenerateOptions
 ) -> list[Generated]:
     out: list[Generated] = []
-    for start in range(0, len(plans), ROWS_PER_PASS):
-        some = plans[start : start + ROWS_PER_PASS]
-        out += model.generate([prompt] * len(some), some, **setting.plain, **setting.changing)
+    rows = 1 if options.engine == "static" else ROWS_PER_PASS
+    for start in range(0, len(plans), rows):
+        some = plans[start : start + rows]
+        out += continued(model, [prompt] * len(some), some, options)
     return out
 
 

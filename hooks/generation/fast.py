@@ -7,8 +7,8 @@ attached, compiled or captured again. On CUDA the step is one CUDA graph, elsewh
 Which layers can be steered, are observed or replaced is fixed when the decoder is made: only those are encoded.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,24 +17,15 @@ from transformers import StaticCache
 
 from hooks.checkpoints import TranscoderStore
 from hooks.errors import InterventionError, ModelError, PromptError, UserError
-from hooks.generation.decoding import Generated, Row, seeded
+from hooks.generation.decoding import Generated, Row, Token, seeded
 from hooks.generation.fast_step import EntryBuffers, LayerStep, acts_buffer
 from hooks.generation.observe import Observed, observed_layers
 from hooks.generation.sampling import Sampling, stop_strings
 from hooks.host import CACHE, Batch, Host, Prompt, execution_device
 from hooks.kernels import select_static
-from hooks.passes import Interventions, Plan, Swap, listed, make_edits, make_plan
+from hooks.passes import HostAndStore, Interventions, Plan, Swap, listed, make_edits, make_plan
 from hooks.types import Edit, Pass, SparseActs
 from hooks.whole import whole
-
-
-@runtime_checkable
-class Loaded(Protocol):
-    """A language model and its transcoders: a `HookedModel`, as far as it is needed here."""
-
-    host: Host
-    store: TranscoderStore
-
 
 _WARM_UP = 3  # passes before a capture: libraries choose their kernels and make their workspaces
 
@@ -70,7 +61,7 @@ class FastDecoder:
 
     def __init__(
         self,
-        model: Loaded,
+        model: HostAndStore,
         *,
         layers: str | Sequence[int] = "all",
         capacity: int = 16,
@@ -82,7 +73,9 @@ class FastDecoder:
         capacity, max_length = whole(capacity, "capacity"), whole(max_length, "max_length")
         steered, observed, self._replaced = (observed_layers(store, chosen) for chosen in (layers, observe, replace))
         _check_room(host, capacity, max_length)
-        device = _only_device(host, store, {*steered, *observed, *self._replaced})
+        if refusal := unsuited(host, store, {*steered, *observed, *self._replaced}, max_length):
+            raise refusal
+        device = host.device
         self._host, self._store, self.max_length, self.capacity = host, store, max_length, capacity
         self._cache = StaticCache(config=host.model.config, max_cache_len=max_length)  # type: ignore[arg-type]
         self._ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -220,20 +213,42 @@ class FastDecoder:
         Raises:
             UserError: there is no prompt yet, n is below 1, n tokens do not fit, or as `step`.
         """
+        row, before = self._row(n, sampling, stop), tuple(self._text)
+        seen = torch.stack(list(self._advanced(row)))
+        return Generated(before, tuple(row.ids), "".join(row.text), seen, row.reason or "length")
+
+    def stream(
+        self,
+        n: int,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Token]:
+        """The same, token by token.
+
+        Raises:
+            UserError: as `generate`, at once.
+        """
+        row = self._row(n, sampling, stop)
+        return (row.newest(logits, len(self._text) - 1) for logits in self._advanced(row))
+
+    def _row(self, n: int, sampling: Sampling, stop: str | Sequence[str]) -> Row:
         self._require_prompt()
         n = whole(n, "n")
         if n < 1:
             raise UserError(f"cannot generate {n} tokens", expected="at least 1")
         self._require_room(len(self._text) + n)
         prompt, behind = self._text[: self._prompt_length], self._text[self._prompt_length :]
-        row = Row(self._host, sampling, seeded(sampling), stop_strings(stop), n, prompt, behind)
-        before, seen = tuple(self._text), list[Tensor]()
+        return Row(self._host, sampling, seeded(sampling), stop_strings(stop), n, prompt, behind)
+
+    def _advanced(self, row: Row) -> Iterator[Float[Tensor, " vocab"]]:
+        """Token by token until the row is done; yields what the newest token was chosen from."""
         while row.reason is None:
             if self._read < len(self._text):
                 self.step()
-            seen.append(self._logits.clone())
-            self._text.append(row.take(seen[-1]))
-        return Generated(before, tuple(row.ids), "".join(row.text), torch.stack(seen), row.reason)
+            logits = self._logits.clone()
+            self._text.append(row.take(logits))
+            yield logits
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -325,26 +340,30 @@ def _check_room(host: Host, capacity: int, max_length: int) -> None:
             f"a decoder cannot hold {max_length} tokens",
             expected=f"2 to {host.max_positions}, the model's context",
         )
+
+
+def unsuited(host: Host, store: TranscoderStore, layers: set[int], max_length: int) -> ModelError | None:
+    """Why no decoder can be made for this model, as an error; None if one can. Nothing is loaded.
+
+    Args:
+        layers: whose transcoders are needed.
+    """
     types = getattr(host.model.config, "layer_types", None) or []
     window = host.window()
     if (window is not None and window < max_length) or any(kind != "full_attention" for kind in types):
-        raise ModelError(
+        return ModelError(
             "the model does not attend to its whole context at every layer",
             expected="full attention throughout",
             found=", ".join(sorted(set(types))) or f"a sliding window of {window}",
-            repair="use model.generate",
+            repair='use model.generate, with engine="dynamic"',
         )
-
-
-def _only_device(host: Host, store: TranscoderStore, layers: set[int]) -> torch.device:
-    """Where everything is; CUDA graphs and buffers belong to one device."""
-    blocks = {execution_device(block) for block in host.layers}
-    found = {host.device, *blocks, *(store[layer].device for layer in layers)}
+    # CUDA graphs and buffers belong to one device
+    found = {host.device, *map(execution_device, host.layers), *map(store.device, layers)}
     if len(found) > 1:
-        raise ModelError(
+        return ModelError(
             "the model is spread over several devices",
             expected="everything on one",
             found=", ".join(sorted(map(str, found))),
-            repair="use model.generate",
+            repair='use model.generate, with engine="dynamic"',
         )
-    return host.device
+    return None

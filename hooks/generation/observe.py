@@ -24,10 +24,8 @@ def observed_layers(store: TranscoderStore, observe: Observed) -> tuple[int, ...
         UserError: a text other than "all", or a site that no transcoder reads.
         CheckpointError: a layer has no transcoder.
     """
-    if observe == "all":
-        return store.layers
     if isinstance(observe, str):
-        raise UserError(f"unknown layers {observe!r}", expected='"all" or a list of layer numbers')
+        return store.chosen(observe)
     by_site = {store.sites(layer)[0]: layer for layer in store.layers}
     chosen = []
     for item in observe:

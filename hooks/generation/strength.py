@@ -12,7 +12,7 @@ relative strength is measured on the plain model and becomes a number before any
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hooks.checkpoints import TranscoderStore
 from hooks.errors import InterventionError
-from hooks.host import Batch, Host, Prompt, tap
+from hooks.host import Batch, Prompt, tap
 from hooks.interventions import FeatureIntervention, WhenInactive, check_strength, check_when_inactive
 from hooks.interventions.add import Add
 from hooks.interventions.clamp import Clamp
-from hooks.passes import as_interventions, is_sink, make_plan
+from hooks.passes import HostAndStore, as_interventions, is_sink, make_plan
 from hooks.sites import Site
 from hooks.types import AddressLike, FeatureAddress
 
@@ -32,14 +32,6 @@ Kind = Literal["absolute", "typical", "residual"]
 How = Literal["clamp", "add"]
 UNITS: Mapping[Kind, str] = {"absolute": "activation", "typical": "× typical activation", "residual": "share of |x|"}
 TEXTS_PER_PASS = 32
-
-
-@runtime_checkable
-class Measurable(Protocol):
-    """A model and its transcoders, as far as strengths need them."""
-
-    host: Host
-    store: TranscoderStore
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ class _Unit:
 
 
 def resolve(
-    model: Measurable, prompt: Prompt, plans: Sequence[Sequence[object]], texts: Sequence[Prompt] = ()
+    model: HostAndStore, prompt: Prompt, plans: Sequence[Sequence[object]], texts: Sequence[Prompt] = ()
 ) -> list[tuple[Resolved, ...]]:
     """Lists of interventions with relative strengths → with numbers, in one pass for all of them.
 
@@ -224,7 +216,7 @@ def _resolved(item: object, units: Mapping[tuple[FeatureAddress, Kind], _Unit]) 
 
 
 def _typical(
-    model: Measurable, batch: Batch, addresses: Sequence[FeatureAddress], texts: Sequence[Prompt]
+    model: HostAndStore, batch: Batch, addresses: Sequence[FeatureAddress], texts: Sequence[Prompt]
 ) -> dict[FeatureAddress, _Unit]:
     """Mean of the positive activations, over all tokens of the prompt and of the texts."""
     batches = [batch]
@@ -256,7 +248,7 @@ def _mean_active(address: FeatureAddress, active: Float[Tensor, " item"], place:
     return _Unit(mean, f"typical activation {mean:.4g}, mean where active: {len(active)} of the {place}")
 
 
-def _residual(model: Measurable, batch: Batch, addresses: Sequence[FeatureAddress]) -> dict[FeatureAddress, _Unit]:
+def _residual(model: HostAndStore, batch: Batch, addresses: Sequence[FeatureAddress]) -> dict[FeatureAddress, _Unit]:
     """mean |x| / |d| over the prompt tokens that each address names."""
     seen = _streams(model, batch, {_stream_behind(model.store, address.layer) for address in addresses})
     out = {}
@@ -288,7 +280,7 @@ def _stream_behind(store: TranscoderStore, layer: int) -> Site:
     return write if write.whole_stream else Site("resid_post", write.layer)
 
 
-def _streams(model: Measurable, batch: Batch, sites: set[Site]) -> dict[Site, Tensor]:
+def _streams(model: HostAndStore, batch: Batch, sites: set[Site]) -> dict[Site, Tensor]:
     """What the plain model has at some sites; no logits are formed."""
     seen: dict[Site, Tensor] = {}
     model.host.forward_hidden(batch, [tap(site, seen) for site in sorted(sites, key=str)])

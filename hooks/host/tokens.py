@@ -46,6 +46,11 @@ class Batch:
         """Index of each row's last real token."""
         return torch.tensor(self.lengths) - 1
 
+    @property
+    def left_pads(self) -> tuple[int, ...]:
+        """Padding in front of each row where rows are padded on the left, so that they grow at the same end."""
+        return tuple(self.ids.shape[1] - length for length in self.lengths)
+
     def rows(self, index: Sequence[int]) -> "Batch":
         """Some rows, in the given order; rows may repeat."""
         return Batch(

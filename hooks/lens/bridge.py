@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from hooks.checkpoints import TranscoderStore
 from hooks.errors import ModelError, UserError
 from hooks.host import CACHE, Host
-from hooks.passes import EVERYWHERE, Interventions, Places, Plan, Swap, Where, listed, make_edits, make_plan
+from hooks.passes import Interventions, Places, Plan, RunOptions, Swap, Where, listed, make_edits, make_plan
 from hooks.sites import Site, branches_off
-from hooks.types import Edit, MaskMode, Pass
+from hooks.types import Edit, Pass
 
 
 @dataclass(frozen=True)
@@ -172,29 +172,30 @@ def fwd_hooks(
     passes: Passes,
     interventions: Interventions,
     *,
-    swap: Swap | None = None,
-    where: Where = EVERYWHERE,
-    mask: MaskMode = "frozen",
+    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
     max_new_tokens: int = 0,
 ) -> list[tuple[str, Callable[..., Tensor]]]:
     """See `hooks.model.HookedModel.fwd_hooks`."""
-    if swap and swap.error == "frozen":
+    if options.error == "frozen":
         raise UserError("bridge hooks know no clean run, so they have no frozen error", repair="use live or zero")
+    swap = None if options.swap is None else Swap(options.layers(store), options.error)
 
     def make(came: Incoming) -> tuple[list[Edit], Pass]:
         pads, lengths = came.padding(getattr(host.tokenizer, "pad_token_id", None))
         rows = [interventions] * came.rows
-        plan = make_plan(store, rows, lengths, new_tokens=max_new_tokens, mask=mask, pads=pads)
-        placed = swap and replace(swap, places=_places(host, where, came, pads, lengths, max_new_tokens))
+        plan = make_plan(store, rows, lengths, new_tokens=max_new_tokens, mask=options.mask, pads=pads)
+        placed = swap and replace(swap, places=_places(host, options.where, came, pads, lengths, max_new_tokens))
         return make_edits(store, plan, placed), Pass(0, lengths, pads=pads)
 
     # layers and features are checked now; positions can only be checked when there is a prompt
     room = [host.max_positions]
-    plans = [make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=mask) for item in listed(interventions)]
+    plans = [
+        make_plan(store, [[item]], room, new_tokens=max_new_tokens, mask=options.mask) for item in listed(interventions)
+    ]
     tables = {layer: table for plan in plans for layer, table in plan.tables.items()}
     running = _Running(passes, make, max_new_tokens)
     pairs: list[tuple[str, Callable[..., Tensor]]] = []
-    for number, edit in enumerate(make_edits(store, Plan(tables, mask), swap)):
+    for number, edit in enumerate(make_edits(store, Plan(tables, options.mask), swap)):
         pairs += _pairs(running, number, edit.site)
     return pairs
 

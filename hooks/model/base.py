@@ -13,10 +13,7 @@ from transformers import AutoConfig
 
 from hooks.checkpoints import TranscoderStore
 from hooks.demo import WEIGHTS
-from hooks.errors import CheckpointError, UserError
-from hooks.generation import (
-    left_pads,
-)
+from hooks.errors import CheckpointError
 from hooks.host import (
     Batch,
     Exclusive,
@@ -36,18 +33,13 @@ from hooks.model.loading import Transcoders, check_fit, load_host, open_store, p
 from hooks.names import dtype_of
 from hooks.passes import (
     Interventions,
-    Swap,
-    Where,
-    check_modes,
+    RunOptions,
     lists_per_row,
-    make_edits,
-    make_plan,
-    record,
 )
 from hooks.readout import Rounding, rounding
 from hooks.sites import SiteSpec
 from hooks.types import Edit, ErrorMode, MaskMode
-from hooks.whole import whole, wholes
+from hooks.whole import whole
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -211,42 +203,5 @@ class Base:
         """The edits of a batch, one list of interventions per row, for `host.forward`; `new_tokens` may follow it."""
         new_tokens = whole(new_tokens, "new_tokens", least=0)
         per_row = lists_per_row(interventions, len(batch.lengths))
-        return self._edits(batch, per_row, swap, error, mask, Where(positions, skip), new_tokens)
-
-    def _edits(
-        self,
-        batch: Batch,
-        per_row: Sequence[Interventions],
-        swap: str | Sequence[int] | None,
-        error: ErrorMode,
-        mask: MaskMode,
-        where: Where,
-        new_tokens: int = 0,
-    ) -> list[Edit]:
-        check_modes(error, mask, swapping=swap is not None)
-        where.check(swapping=swap is not None)
-        pads = left_pads(batch) if new_tokens else ()
-        plan = make_plan(self.store, per_row, batch.lengths, new_tokens=new_tokens, mask=mask, pads=pads)
-        return make_edits(self.store, plan, self._swap(batch, swap, error, where, new_tokens))
-
-    def _swap(
-        self, batch: Batch, swap: str | Sequence[int] | None, error: ErrorMode, where: Where, new_tokens: int
-    ) -> Swap | None:
-        if swap is None:
-            return None
-        layers, places = self._layers(swap), where.on(self.host, batch, new_tokens)
-        clean = {}
-        if error == "frozen":
-            recording = record(self.host, self.store, batch, layers)
-            clean = {layer: seen.error for layer, seen in recording.layers.items()}
-        return Swap(layers, error, clean, places)
-
-    def _layers(self, layers: str | Sequence[int]) -> tuple[int, ...]:
-        if layers == "all":
-            return self.store.layers
-        if isinstance(layers, str):
-            raise UserError(f"unknown layers {layers!r}", expected='"all" or a list of layer numbers')
-        chosen = wholes(layers, "layers")
-        for layer in chosen:
-            self.store.require(layer)
-        return tuple(sorted(set(chosen)))
+        options = RunOptions(swap=swap, error=error, mask=mask, positions=positions, skip=skip)
+        return options.edits(self.host, self.store, batch, per_row, new_tokens)

@@ -3,42 +3,27 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, SupportsIndex, overload
 
-from hooks.errors import UserError
 from hooks.generation import (
     Comparison,
     DoseResponse,
     Generated,
+    GenerateOptions,
     Observed,
-    Observer,
     Sampling,
     Session,
-    Setting,
     Strength,
     Token,
-    check_length,
     compare_steering,
+    continued,
     dose_response,
-    generate,
-    observed_layers,
-    stop_strings,
+    open_session,
+    streamed,
 )
-from hooks.host import (
-    Batch,
-    Prompt,
-    Prompts,
-    choose_precision,
-    exclusive,
-    is_one,
-    listed,
-)
+from hooks.host import Prompt, Prompts, exclusive, is_one, listed
 from hooks.lens import LensHook, lens_edits
 from hooks.model.base import Base, within_memory
-from hooks.passes import (
-    Interventions,
-    Where,
-    lists_per_row,
-)
-from hooks.types import Edit, ErrorMode, MaskMode
+from hooks.passes import Interventions
+from hooks.types import Engine, ErrorMode, MaskMode
 
 
 class Generating(Base):
@@ -71,6 +56,7 @@ class Generating(Base):
         use_cache: bool = True,
         lens_hooks: Sequence[LensHook] = (),
         precision: str = "native",
+        engine: Engine | None = None,
     ) -> Generated | list[Generated]:
         """Continue one prompt, or several in one batch, token by token. Each row is what it would be alone.
 
@@ -82,29 +68,29 @@ class Generating(Base):
             observe: layers, or `"all"`, whose features at every token come back in `Generated.features`.
             lens_hooks: as in `run`; while tokens are generated a function gets [batch, 1, d_model].
             precision: `native` gives the tokens that transformers gives; `exact` computes in fp32.
+            engine: `dynamic`, or `static`, a `FastDecoder`, which continues one prompt and makes each token one CUDA
+                graph. By default `static` on CUDA where it applies and 16 tokens or more are generated.
 
         Raises:
             UserError: as `run`; and `error="frozen"`, which is not defined for new tokens, an empty stop string, more
-                tokens than fit into the context; nothing has run then. While running: logits that are not numbers.
+                tokens than fit into the context, `engine="static"` for what it does not do; nothing has run then. While
+                running: logits that are not numbers.
         """
-        prompts = listed(prompt)
-        batch = self.host.batch(prompts)
-        max_new_tokens = check_length(self.host, max(batch.lengths), max_new_tokens)
-        per_row = lists_per_row(interventions, len(prompts))
-        edits = self._generation_edits(batch, per_row, swap, error, mask, Where(positions, skip), max_new_tokens)
-        edits += lens_edits(lens_hooks, self.host.n_layers)
-        layers = observed_layers(self.store, observe)
-        out = generate(
-            self.host,
-            batch,
-            edits,
+        options = GenerateOptions(
+            swap=swap,
+            error=error,
+            mask=mask,
+            positions=positions,
+            skip=skip,
+            precision=precision,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stops=stop_strings(stop),
-            observer=Observer(self.store, layers) if layers else None,
+            stop=stop,
+            observe=observe,
             use_cache=use_cache,
-            precision=choose_precision(self.host, precision),
+            engine=engine,
         )
+        out = continued(self, listed(prompt), interventions, options, lens_edits(lens_hooks, self.host.n_layers))
         return out[0] if is_one(prompt) else out
 
     def stream(
@@ -121,6 +107,7 @@ class Generating(Base):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
         precision: str = "native",
+        engine: Engine | None = None,
     ) -> Iterator[Token]:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
@@ -131,19 +118,19 @@ class Generating(Base):
         Raises:
             UserError: as `generate`, at once and not with the first token.
         """
-        session = self.session(
-            prompt,
-            interventions,
+        options = GenerateOptions(
             swap=swap,
             error=error,
             mask=mask,
             positions=positions,
             skip=skip,
-            sampling=sampling,
-            new_tokens=max_new_tokens,
             precision=precision,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            engine=engine,
         )
-        return session.stream(max_new_tokens, stop=stop)
+        return streamed(self, prompt, interventions, options)
 
     def session(
         self,
@@ -167,51 +154,60 @@ class Generating(Base):
         Raises:
             UserError: as `generate`.
         """
-        batch = self.host.batch([prompt])
-        if new_tokens is not None:
-            new_tokens = check_length(self.host, batch.lengths[0], new_tokens)
-        room = self.host.max_positions - batch.lengths[0] if new_tokens is None else new_tokens
-
-        def make(items: Interventions) -> list[Edit]:
-            return self._generation_edits(batch, [items], swap, error, mask, Where(positions, skip), room)
-
-        chosen = choose_precision(self.host, precision)
-        return Session(self.host, batch, make, interventions, sampling, chosen)
-
-    def _generation_edits(
-        self,
-        batch: Batch,
-        per_row: Sequence[Interventions],
-        swap: str | Sequence[int] | None,
-        error: ErrorMode,
-        mask: MaskMode,
-        where: Where,
-        new_tokens: int,
-    ) -> list[Edit]:
-        if swap is not None and error == "frozen":
-            raise UserError(
-                "a frozen error exists for the prompt only, not for generated tokens",
-                repair="use live or zero",
-            )
-        return self._edits(batch, per_row, swap, error, mask, where, new_tokens)
+        options = GenerateOptions(
+            swap=swap,
+            error=error,
+            mask=mask,
+            positions=positions,
+            skip=skip,
+            precision=precision,
+            sampling=sampling,
+        )
+        return open_session(self, prompt, interventions, options, new_tokens)
 
     @exclusive
+    @within_memory("generate")
     def steer(
-        self, prompt: Prompt, interventions: Interventions, *, texts: Sequence[Prompt] = (), **setting: Any
+        self,
+        prompt: Prompt,
+        interventions: Interventions,
+        *,
+        texts: Sequence[Prompt] = (),
+        max_new_tokens: int = 32,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: str | Sequence[str] = (),
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
+        engine: Engine | None = None,
     ) -> Comparison:
         """Continue a prompt plain and steered, side by side, with every token's probability under both models.
 
         Args:
-            interventions: `hooks.generation.strength.Steer`, whose strength may be relative, or anything `run` accepts.
+            interventions: `hooks.Steer`, whose strength may be relative, or anything `run` accepts.
             texts: where typical activations are measured beside the prompt.
-            setting: fields of `hooks.generation.comparison.Setting`: max_new_tokens, sampling, stop, swap, error, mask.
+            engine: as in `generate`, and all else.
 
         Raises:
             UserError: as `generate`; or a strength cannot be read or measured.
         """
-        return compare_steering(self, prompt, interventions, setting=Setting(**setting), texts=texts)
+        options = GenerateOptions(
+            swap=swap,
+            error=error,
+            mask=mask,
+            positions=positions,
+            skip=skip,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            engine=engine,
+        )
+        return compare_steering(self, prompt, interventions, options=options, texts=texts)
 
     @exclusive
+    @within_memory("generate")
     def dose(
         self,
         prompt: Prompt,
@@ -221,17 +217,29 @@ class Generating(Base):
         target: str | SupportsIndex | None = None,
         against: str | SupportsIndex | None = None,
         texts: Sequence[Prompt] = (),
-        **setting: Any,
+        max_new_tokens: int = 32,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: str | Sequence[str] = (),
+        swap: str | Sequence[int] | None = None,
+        error: ErrorMode = "live",
+        mask: MaskMode = "frozen",
+        positions: Any = None,
+        skip: str | Sequence[str] = (),
+        engine: Engine | None = None,
     ) -> DoseResponse:
         """The same at every strength of a grid, which each `Steer` without a strength takes; see `steer` and
-        `hooks.generation.dose.dose_response`."""
+        `hooks.generation.dose_response`. With `engine="static"` the strengths run one after the other."""
+        options = GenerateOptions(
+            swap=swap,
+            error=error,
+            mask=mask,
+            positions=positions,
+            skip=skip,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            engine=engine,
+        )
         return dose_response(
-            self,
-            prompt,
-            interventions,
-            strengths,
-            target=target,
-            against=against,
-            setting=Setting(**setting),
-            texts=texts,
+            self, prompt, interventions, strengths, target=target, against=against, options=options, texts=texts
         )

@@ -22,11 +22,9 @@ from hooks.effects import (
     sweep,
 )
 from hooks.host import (
-    Hold,
     HoldLike,
     Prompt,
     Prompts,
-    check_hold,
     holding,
     listed,
     measured,
@@ -38,10 +36,9 @@ from hooks.model.run import Run, SwapReport
 from hooks.passes import (
     Interventions,
     Recording,
-    Swap,
+    RunOptions,
     Where,
     as_interventions,
-    check_modes,
     inactive,
     lists_per_row,
     marked,
@@ -50,7 +47,7 @@ from hooks.passes import (
     swap_effect,
 )
 from hooks.renamed import keywords
-from hooks.sites import SiteSpec
+from hooks.sites import Site, SiteSpec
 from hooks.types import AddressLike, ErrorMode, FeatureAddress, MaskMode
 from hooks.whole import whole
 
@@ -73,7 +70,7 @@ class HookedModel(Generating):
     @within_memory("features")
     def record(self, prompts: Prompts, layers: Sequence[int] | None = None) -> Recording:
         """Features, errors, residuals and logits of one pass over one or more prompts."""
-        chosen = None if layers is None else self._layers(layers)
+        chosen = None if layers is None else self.store.chosen(layers)
         return record(self.host, self.store, self.host.batch(listed(prompts)), chosen)
 
     @measured
@@ -95,7 +92,7 @@ class HookedModel(Generating):
         Raises:
             UserError: there is no such site or layer.
         """
-        chosen = self.store.layers if layers is None else self._layers(layers)
+        chosen = self.store.layers if layers is None else self.store.chosen(layers)
         kept = [SiteSpec.parse(name).at(layer) for layer in range(self.host.n_layers) for name in sites]
         kept += [site for layer in chosen for site in self.store.sites(layer)]
         batch = self.host.batch(listed(prompts))
@@ -170,8 +167,9 @@ class HookedModel(Generating):
             UserError: anything does not exist or contradicts; nothing has run then. While running: what a lens hook
                 returns is no activation.
         """
-        chosen, batch = self._hold(hold, swap), self.host.batch([prompt])
-        edits = self._edits(batch, [interventions], swap, error, mask, Where(positions, skip))
+        options = RunOptions(swap=swap, error=error, mask=mask, positions=positions, skip=skip, hold=hold)
+        chosen, batch = options.held(self.host, self.store), self.host.batch([prompt])
+        edits = options.edits(self.host, self.store, batch, [interventions])
         edits += lens_edits(lens_hooks, self.host.n_layers)
         with holding(self.host, batch, chosen) as clean:
             before = self.host.forward_hidden(batch, clean)[0]
@@ -207,19 +205,16 @@ class HookedModel(Generating):
         Args:
             interventions: of every prompt, or a list of lists, one per prompt; the rest as in `run`.
         """
-        chosen, by_lens = self._hold(hold, swap), lens_edits(lens_hooks, self.host.n_layers)
+        options = RunOptions(swap=swap, error=error, mask=mask, positions=positions, skip=skip, hold=hold)
+        chosen, by_lens = options.held(self.host, self.store), lens_edits(lens_hooks, self.host.n_layers)
         plans = lists_per_row(interventions, len(prompts))
         out = []
         for start in range(0, len(prompts), ROWS_PER_PASS):
             batch = self.host.batch(prompts[start : start + ROWS_PER_PASS])
-            edits = self._edits(batch, plans[start : start + ROWS_PER_PASS], swap, error, mask, Where(positions, skip))
+            edits = options.edits(self.host, self.store, batch, plans[start : start + ROWS_PER_PASS])
             with holding(self.host, batch, chosen) as clean:
                 out.append(self.host.forward_at(batch, batch.last, [*clean, *edits, *by_lens]))
         return torch.cat(out)
-
-    def _hold(self, hold: HoldLike, swap: str | Sequence[int] | None) -> Hold:
-        replaced = [] if swap is None else [self.store.sites(layer)[1] for layer in self._layers(swap)]
-        return check_hold(hold, self.host.n_layers, replaced)
 
     @keywords(position="pos")
     @measured
@@ -229,16 +224,19 @@ class HookedModel(Generating):
         interventions: Interventions,
         target: str | SupportsIndex | None = None,
         against: str | SupportsIndex | None = None,
-        **options: Any,
+        *,
+        pos: int = -1,
+        hold: HoldLike = "nothing",
+        receivers: str | Sequence[str | Site] = (),
     ) -> Effects:
         """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
-        options and errors as in `hooks.effects.paths.effects`: pos, hold, receivers.
+        arguments and errors as in `hooks.effects.effects`.
 
         Example:
             model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
         """
-        batch = self.host.batch([prompt])
-        return effects(self.host, self.store, batch, interventions, target, against, **options)
+        about = (self.host, self.store, self.host.batch([prompt]))
+        return effects(*about, interventions, target, against, pos=pos, hold=hold, receivers=receivers)
 
     @keywords(position="pos")
     @measured
@@ -252,7 +250,10 @@ class HookedModel(Generating):
         change: Change = Change(),  # noqa: B008 (frozen)
         target: str | SupportsIndex | None = None,
         against: str | SupportsIndex | None = None,
-        **options: Any,
+        pos: int = -1,
+        metrics: Sequence[str] = ("delta", "delta_logit"),
+        tokens_at_once: int | None = None,
+        progress: bool = False,
     ) -> Sweep:
         """Measure the effect of many interventions on the next token, each exact; thousands cost little more than one.
 
@@ -260,18 +261,29 @@ class HookedModel(Generating):
             groups: sets of interventions, each run on its own; None: every active feature of the prompt, one by one, at
                 some `layers` and `positions`, with what `change` says.
             target, against: tokens of the metric logit(target) − logit(against); the clean run's two best by default.
-            options: see `hooks.effects.sweeping.sweep`.
+            pos, metrics, tokens_at_once, progress: see `hooks.effects.sweep`.
 
         Raises:
-            UserError: as `hooks.effects.sweeping.sweep`, and as `Change`.
+            UserError: as `hooks.effects.sweep`, and as `Change`.
         """
         batch = self.host.batch([prompt])
         if groups is None:
-            chosen = None if layers is None else self._layers(layers)
+            chosen = None if layers is None else self.store.chosen(layers)
             recording = record(self.host, self.store, batch, chosen)
             groups = changed(active_features(recording, chosen, positions), change, recording)
         own, other = (None if token is None else self.host.token_id(token) for token in (target, against))
-        return sweep(self.host, self.store, batch, groups, target=own, against=other, **options)
+        return sweep(
+            self.host,
+            self.store,
+            batch,
+            groups,
+            target=own,
+            against=other,
+            pos=pos,
+            metrics=metrics,
+            tokens_at_once=tokens_at_once,
+            progress=progress,
+        )
 
     @keywords(position="pos")
     @measured
@@ -281,16 +293,32 @@ class HookedModel(Generating):
         sender: object,
         receiver: AddressLike,
         through: Through = "all",
-        **options: Any,
+        *,
+        target: str | SupportsIndex | None = None,
+        against: str | SupportsIndex | None = None,
+        pos: int = -1,
+        hold: HoldLike = "nothing",
     ) -> PathEffect:
         """What an edit does to a feature along the skip connection and the named modules only, and what that feature
-        then does to the logits; exact meaning, options and errors in `hooks.effects.paths.path_effects`.
+        then does to the logits; exact meaning, arguments and errors in `hooks.effects.path_effects`.
 
         Example:
             model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")
         """
         batch = self.host.batch([prompt])
-        return path_effects(self.host, self.store, batch, [sender], [receiver], through, **options)[0]
+        (found,) = path_effects(
+            self.host,
+            self.store,
+            batch,
+            [sender],
+            [receiver],
+            through,
+            target=target,
+            against=against,
+            pos=pos,
+            hold=hold,
+        )
+        return found
 
     @measured
     def swap(
@@ -308,7 +336,7 @@ class HookedModel(Generating):
             positions, skip: where, as in `run`. FVU, loss and L0 are over these tokens; KL and top-1 agreement over all
                 from the first of them on, since what comes before is the clean run's.
         """
-        chosen = self._layers(layers)
+        chosen = self.store.chosen(layers)
         run = self.run(prompt, swap=chosen, error=error, positions=positions, skip=skip)
         recording = record(self.host, self.store, run.batch, chosen)
         length = run.batch.lengths[0]
@@ -345,12 +373,8 @@ class HookedModel(Generating):
                 no attention mask shows, more tokens than announced, or a pass of another bridge.
         """
         max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=0)
-        check_modes(error, mask, swapping=swap is not None)
-        where = Where(positions, skip)
-        where.check(swapping=swap is not None)
-        replaced = None if swap is None else Swap(self._layers(swap), error)
-        options: dict[str, Any] = {"swap": replaced, "where": where, "mask": mask, "max_new_tokens": max_new_tokens}
-        return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, **options)
+        options = RunOptions(swap=swap, error=error, mask=mask, positions=positions, skip=skip)
+        return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, options, max_new_tokens)
 
     @cached_property
     def _bridge_passes(self) -> Passes:

@@ -1,5 +1,6 @@
 """One forward pass: record it, replace sites by reconstructions, edit features."""
 
+from hooks.passes.options import HostAndStore, RunOptions
 from hooks.passes.plan import (
     NEVER,
     Interventions,
@@ -29,12 +30,14 @@ from hooks.passes.swap import (
 __all__ = [
     "EVERYWHERE",
     "NEVER",
+    "HostAndStore",
     "Interventions",
     "LayerRecord",
     "LayerTable",
     "Places",
     "Plan",
     "Recording",
+    "RunOptions",
     "SiteQuality",
     "Swap",
     "SwapEffect",
