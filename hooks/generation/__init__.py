@@ -6,7 +6,7 @@ from hooks.generation.dose import DoseResponse, dose_response, grid
 from hooks.generation.engines import continued, open_session, streamed
 from hooks.generation.fast import FastDecoder
 from hooks.generation.observe import Observed, Observer, observed_layers
-from hooks.generation.options import GenerateOptions
+from hooks.generation.options import GenerateKeywords, GenerateOptions
 from hooks.generation.sampling import Sampling, stop_strings
 from hooks.generation.session import Session
 from hooks.generation.strength import Resolved, Steer, Strength, preliminary
@@ -15,6 +15,7 @@ __all__ = [
     "Comparison",
     "DoseResponse",
     "FastDecoder",
+    "GenerateKeywords",
     "GenerateOptions",
     "Generated",
     "Observed",

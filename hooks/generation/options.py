@@ -2,15 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 from hooks.choices import ENGINES
 from hooks.errors import UserError
 from hooks.generation.observe import Observed
 from hooks.generation.sampling import Sampling, stop_strings
 from hooks.passes import RunOptions
-from hooks.types import Engine
+from hooks.types import Engine, ErrorMode, MaskMode
 
 GREEDY = Sampling()
+
+
+class GenerateKeywords(TypedDict, total=False):
+    """The keywords of `HookedModel.generate`, for a caller that hands them on."""
+
+    max_new_tokens: int
+    swap: str | Sequence[int] | None
+    error: ErrorMode
+    mask: MaskMode
+    positions: Any
+    skip: str | Sequence[str]
+    sampling: Sampling | Sequence[Sampling]
+    stop: str | Sequence[str]
+    observe: Observed
+    use_cache: bool
+    lens_hooks: Sequence[Any]
+    precision: str
+    engine: Engine | None
 
 
 @dataclass(frozen=True)

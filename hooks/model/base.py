@@ -119,8 +119,16 @@ class Base:
             transcoders = "demo"
         chosen = placement(device, device_map)  # looked at before minutes of loading
         wanted = dtype_of(dtype)
-        sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
-        store = open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
+        store = open_store(
+            transcoders,
+            read=read,
+            write=write,
+            k=k,
+            encoder=encoder,
+            decoder=decoder,
+            layers=layers,
+            budget_bytes=budget_bytes,
+        )
         where = chosen or torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
 
         def ask() -> Ask:
@@ -129,8 +137,8 @@ class Base:
             return ask_for(config.to_dict(), store, 32, held, where.type)
 
         with explained("loading the model", where, ask):
-            placed: dict[str, Any] = {"device": device, "device_map": device_map, "context": context}
-            return cls(load_host(name, dtype=wanted, **placed), store, str(name), precision=precision)
+            host = load_host(name, dtype=wanted, device=device, device_map=device_map, context=context)
+            return cls(host, store, str(name), precision=precision)
 
     @classmethod
     def from_model(
@@ -151,8 +159,16 @@ class Base:
         precision: str | None = None,
     ) -> Self:
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
-        sites: dict[str, Any] = {"read": read, "write": write, "k": k, "encoder": encoder, "decoder": decoder}
-        store = open_store(transcoders, **sites, layers=layers, budget_bytes=budget_bytes)
+        store = open_store(
+            transcoders,
+            read=read,
+            write=write,
+            k=k,
+            encoder=encoder,
+            decoder=decoder,
+            layers=layers,
+            budget_bytes=budget_bytes,
+        )
         return cls(Host(model, tokenizer, context), store, name, precision=precision)
 
     def request(self, prompts: Prompts) -> Ask:

@@ -1,12 +1,13 @@
 """The public face, token by token: generate, stream, session, steer, dose."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, Unpack, overload
 
 from hooks.generation import (
     Comparison,
     DoseResponse,
     Generated,
+    GenerateKeywords,
     GenerateOptions,
     Observed,
     Sampling,
@@ -30,11 +31,13 @@ class Generating(Base):
     """A model and its transcoders, token by token."""
 
     @overload
-    def generate(self, prompt: Prompt, interventions: Interventions = (), **options: Any) -> Generated: ...
+    def generate(
+        self, prompt: Prompt, interventions: Interventions = (), **options: Unpack[GenerateKeywords]
+    ) -> Generated: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Any
+        self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Unpack[GenerateKeywords]
     ) -> list[Generated]: ...
 
     @exclusive  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,25 @@ from hooks.errors import CheckpointError, ModelError, UserError, first_line
 from hooks.host import Batch, Host, tap
 from hooks.names import dtype_of, transcoder_folder
 from hooks.passes import Swap, make_edits, make_plan
-from hooks.sites import Site, module_at
+from hooks.sites import Site, SiteSpec, module_at
 from hooks.transcoder import Transcoder
 
 Transcoders = str | Path | TranscoderStore | Sequence[Transcoder]
 
 
-def open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
+class StoreKeywords(TypedDict):
+    """What `TranscoderStore.open` is told about a set beside its name."""
+
+    read: str | SiteSpec | None
+    write: str | SiteSpec | None
+    k: int | None
+    encoder: str | None
+    decoder: int | None
+    layers: Sequence[int] | None
+    budget_bytes: int | None
+
+
+def open_store(transcoders: Transcoders, **options: Unpack[StoreKeywords]) -> TranscoderStore:
     """The store of a folder, of a hub id, or of transcoders in memory; options as in `TranscoderStore.open`.
 
     Raises:
@@ -28,7 +40,7 @@ def open_store(transcoders: Transcoders, **options: Any) -> TranscoderStore:
         UserError: an option is given for transcoders that are already in memory.
     """
     if isinstance(transcoders, str | Path):
-        folder = transcoder_folder(str(transcoders), options.get("layers")).root
+        folder = transcoder_folder(str(transcoders), options["layers"]).root
         return TranscoderStore.open(folder, name=str(transcoders), **options)
     given = [name for name, value in options.items() if value is not None]
     if given:
