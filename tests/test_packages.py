@@ -7,6 +7,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 
@@ -17,7 +18,9 @@ from circuits.building import choose_nodes as select
 from circuits.export import EXPORTERS
 from circuits.options import convert, export, steer, trace
 from hooks.checkpoints.conversion import WRITERS
+from hooks.choices import ENGINES
 from hooks.interventions import INTERVENTIONS
+from hooks.types import Engine
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [hooks, circuits]
@@ -74,6 +77,7 @@ def test_the_words_of_options_are_those_of_the_code():
     assert tuple(EXPORTERS) == export.EXPORTERS
     assert tuple(WRITERS) == convert.WRITERS
     assert tuple(INTERVENTIONS) == steer.INTERVENTIONS
+    assert get_args(Engine) == ENGINES
 
 
 @pytest.mark.parametrize("package", PACKAGES)

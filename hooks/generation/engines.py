@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from hooks.errors import UserError
 from hooks.generation.decoding import Generated, Token, check_length, generate
-from hooks.generation.fast import FastDecoder, unsuited
+from hooks.generation.fast import FastDecoder, check_suited
 from hooks.generation.observe import Observer, observed_layers
 from hooks.generation.options import GenerateOptions
 from hooks.generation.sampling import stop_strings
@@ -128,17 +128,15 @@ def engine_for(
     host, store = model.host, model.store
     if options.engine == "dynamic" or (options.engine is None and not _pays(host, options)):
         return "dynamic"
-    refusal = _too_much(host, len(batch.lengths), options, behind)
-    if refusal is None:
-        layers = {*_plan(model, batch, per_row[0], options).tables, *options.layers(store)}
-        refusal = unsuited(host, store, layers, batch.lengths[0] + options.max_new_tokens)
-        if options.engine is None and (not _capturable(host) or not _fits(model, layers)):
-            return "dynamic"
-    if options.engine is None:
-        return "dynamic" if refusal else "static"
-    if refusal:
-        raise refusal
-    return "static"
+    layers = {*_plan(model, batch, per_row[0], options).tables, *options.layers(store)}
+    try:
+        _check_asked(host, len(batch.lengths), options, behind)
+        check_suited(host, store, layers, batch.lengths[0] + options.max_new_tokens)
+    except UserError:
+        if options.engine == "static":
+            raise
+        return "dynamic"
+    return "static" if options.engine == "static" or (_capturable(host) and _fits(model, layers)) else "dynamic"
 
 
 def prefilled(model: HostAndStore, batch: Batch, interventions: Interventions, options: GenerateOptions) -> FastDecoder:
@@ -161,8 +159,12 @@ def _plan(model: HostAndStore, batch: Batch, interventions: Interventions, optio
     return make_plan(model.store, [interventions], batch.lengths[:1], new_tokens=options.max_new_tokens)
 
 
-def _too_much(host: Host, rows: int, options: GenerateOptions, behind: Sequence[Edit]) -> UserError | None:
-    """What the static engine does not do, as an error; None if it does all that is asked for."""
+def _check_asked(host: Host, rows: int, options: GenerateOptions, behind: Sequence[Edit]) -> None:
+    """Refuse what the static engine does not do.
+
+    Raises:
+        UserError: naming everything of this kind that is asked for.
+    """
     asked = {
         f"{rows} prompts": rows > 1,
         f"mask={options.mask!r}": options.mask != "frozen",
@@ -173,14 +175,13 @@ def _too_much(host: Host, rows: int, options: GenerateOptions, behind: Sequence[
         "precision='exact'": options.precision == "exact" and is_half(host),
     }
     found = [name for name, is_asked in asked.items() if is_asked]
-    if not found:
-        return None
-    return UserError(
-        "the static engine does not do what is asked for",
-        expected="one prompt, in native precision and with a cache; interventions, and sites replaced at every token",
-        found=", ".join(found),
-        repair='engine="dynamic" (--engine dynamic) does',
-    )
+    if found:
+        raise UserError(
+            "the static engine does not do what is asked for",
+            expected="one prompt, in native precision and with a cache; interventions; sites replaced at every token",
+            found=", ".join(found),
+            repair='engine="dynamic" (--engine dynamic)',
+        )
 
 
 def _pays(host: Host, options: GenerateOptions) -> bool:

@@ -73,8 +73,7 @@ class FastDecoder:
         capacity, max_length = whole(capacity, "capacity"), whole(max_length, "max_length")
         steered, observed, self._replaced = (observed_layers(store, chosen) for chosen in (layers, observe, replace))
         _check_room(host, capacity, max_length)
-        if refusal := unsuited(host, store, {*steered, *observed, *self._replaced}, max_length):
-            raise refusal
+        check_suited(host, store, {*steered, *observed, *self._replaced}, max_length)
         device = host.device
         self._host, self._store, self.max_length, self.capacity = host, store, max_length, capacity
         self._cache = StaticCache(config=host.model.config, max_cache_len=max_length)  # type: ignore[arg-type]
@@ -342,16 +341,19 @@ def _check_room(host: Host, capacity: int, max_length: int) -> None:
         )
 
 
-def unsuited(host: Host, store: TranscoderStore, layers: set[int], max_length: int) -> ModelError | None:
-    """Why no decoder can be made for this model, as an error; None if one can. Nothing is loaded.
+def check_suited(host: Host, store: TranscoderStore, layers: set[int], max_length: int) -> None:
+    """Refuse a model that no decoder can be made for. Nothing is loaded.
 
     Args:
         layers: whose transcoders are needed.
+
+    Raises:
+        ModelError: the model attends through a sliding window, or is spread over several devices.
     """
     types = getattr(host.model.config, "layer_types", None) or []
     window = host.window()
     if (window is not None and window < max_length) or any(kind != "full_attention" for kind in types):
-        return ModelError(
+        raise ModelError(
             "the model does not attend to its whole context at every layer",
             expected="full attention throughout",
             found=", ".join(sorted(set(types))) or f"a sliding window of {window}",
@@ -360,10 +362,9 @@ def unsuited(host: Host, store: TranscoderStore, layers: set[int], max_length: i
     # CUDA graphs and buffers belong to one device
     found = {host.device, *map(execution_device, host.layers), *map(store.device, layers)}
     if len(found) > 1:
-        return ModelError(
+        raise ModelError(
             "the model is spread over several devices",
             expected="everything on one",
             found=", ".join(sorted(map(str, found))),
             repair='use model.generate, with engine="dynamic"',
         )
-    return None
