@@ -191,5 +191,5 @@ def test_on_the_command_line(capsys, request):
     found = json.loads(capsys.readouterr().out)
     assert found["steered"]["ids"] == expected["steered"]["ids"]
     assert found["baseline"]["ids"] == expected["baseline"]["ids"]
-    assert main([*line, "--engine", "static", "--mask", "live"]) != 0
-    assert "does not do what is asked for" in capsys.readouterr().out
+    assert main([*line, "--engine", "static", "--mask", "live"]) == 2
+    assert "does not do what is asked for" in capsys.readouterr().err

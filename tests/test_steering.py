@@ -17,7 +17,7 @@ from circuits.plots import dose_plot
 from hooks import Ablate, Add, Clamp, HookedModel, Sampling, Scale, Site, UserError
 from hooks.demo import PROMPT
 from hooks.errors import AddressError, InterventionError, OutputError, PromptError, TargetError
-from hooks.generation import Comparison, Scored, Steer, Strength, grid
+from hooks.generation import Comparison, Scored, Steer, Strength, comparison, grid
 from hooks.generation.comparison import perplexity
 from hooks.generation.strength import check_how, resolve
 from hooks.host import Host
@@ -481,14 +481,14 @@ def test_people_see_both_texts_with_their_probabilities(capsys):
 def test_the_steered_text_is_shown_while_it_comes(capsys, monkeypatch):
     """Pieces are printed, and flushed, before the next token is computed."""
     seen = []
-    step = HookedModel.stream
+    step = comparison.streamed
 
-    def stream(self, *args, **options):
-        for token in step(self, *args, **options):
+    def stream(*args):
+        for token in step(*args):
             yield token
             seen.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(HookedModel, "stream", stream)
+    monkeypatch.setattr(comparison, "streamed", stream)
     assert main([*STEER, "--set", f"{STATE}=8"]) == 0
     assert seen[0].endswith("Dallas is Sacramento")
     assert seen[1] == "<|endoftext|>"

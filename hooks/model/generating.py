@@ -31,7 +31,7 @@ class Generating(Base):
     """A model and its transcoders, token by token."""
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to a type checker
         self, prompt: Prompt, interventions: Interventions = (), **options: Unpack[GenerateKeywords]
     ) -> Generated: ...
 
@@ -40,7 +40,7 @@ class Generating(Base):
         self, prompt: Sequence[Prompt], interventions: Interventions = (), **options: Unpack[GenerateKeywords]
     ) -> list[Generated]: ...
 
-    @exclusive  # type: ignore[misc]
+    @exclusive
     @within_memory("generate")
     def generate(  # the overloads leave the options to this signature
         self,

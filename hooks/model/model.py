@@ -374,7 +374,8 @@ class HookedModel(Generating):
         """
         max_new_tokens = whole(max_new_tokens, "max_new_tokens", least=0)
         options = RunOptions(swap=swap, error=error, mask=mask, positions=positions, skip=skip)
-        return fwd_hooks(self.host, self.store, self._bridge_passes, interventions, options, max_new_tokens)
+        where = (self.host, self.store, self._bridge_passes)
+        return fwd_hooks(*where, interventions, options=options, max_new_tokens=max_new_tokens)
 
     @cached_property
     def _bridge_passes(self) -> Passes:
