@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from circuits.attribution import RULES
 from circuits.building.feature_scores import FeatureScores, embedding_of, score_features
+from circuits.building.shares import site_shares
 from circuits.edges import LocalRun, Rows, Stack, feature_values, make_cuts, stack_of, stream_sites
 from circuits.graph import (
     BIAS,
@@ -146,7 +147,7 @@ def assemble(setting: Setting, run: LocalRun, max_in_edges: int, *, progress: bo
     source, target, weight = (torch.cat(column).cpu().numpy() for column in zip(*kept, strict=True))
     order = np.argsort(target * len(run.index) + source)  # by target, then source; a pair has one edge
     source, target, weight = source[order], target[order], weight[order].astype(np.float64)
-    meta = _facts(setting, run)
+    meta = _facts(setting, run) | {"sites": site_shares(run, nodes.score, setting.counterfactual)}
     start = start_weights(run.index, meta["targets"])
     influence, _ = node_influence(run.index, source, target, weight, mass, start)
     if leftover:

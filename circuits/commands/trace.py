@@ -11,7 +11,7 @@ from circuits.commands._output import Result, figure, finish, peak_bytes, say_in
 from circuits.commands._places import check_places
 from circuits.drawing import check_suffix
 from circuits.export import export
-from circuits.graph import Graph
+from circuits.graph import Graph, carried, warning
 from circuits.targets import Answer, Feature, Logit, Mass
 from circuits.tracing import check_options, trace
 from hooks.errors import UserError
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> Result:
         "target": " + ".join(target["name"] for target in graph.meta["targets"]),
         **{
             key: graph.meta[key]
-            for key in ("conservation", "remainder_share", "scores", "verification")
+            for key in ("sites", "conservation", "remainder_share", "scores", "verification")
             if key in graph.meta
         },
         **computes_in(args, model),
@@ -99,6 +99,7 @@ def _trace_text(graph: Graph, result: Result) -> str:
     strongest = graph.nodes_frame().query("kind == 'feature'").head(10)
     lines.append(table(strongest[["name", "token", "activation", "score", "influence"]]))
     shares = {name: figure(value) for name, value in graph.meta["scores"].items()}
+    lines += [text for text in (carried(graph.meta), warning(graph.meta)) if text is not None]
     lines.append(f"replacement {shares['replacement']}, completeness {shares['completeness']} (before pruning)")
     lines += [_agreement(graph.meta["verification"])] if "verification" in graph.meta else []
     rule = graph.meta["rule"]

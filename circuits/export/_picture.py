@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from circuits.drawing import INK, MUTED, OPPOSES, ROLES, SUPPORTS, picture
-from circuits.graph import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, Graph
+from circuits.graph import BIAS, ERROR, FEATURE, NONE, REST, TARGET, TOKEN, Graph, carried
 from circuits.shown import drawn
 from circuits.shown import token as shown_token
 from hooks.errors import OutputError
@@ -231,6 +231,8 @@ def _draw_captions(axes: Any, graph: Graph, nodes: int, edges: int, size: tuple[
             f"scores against {check['n']} real ablations: Spearman {check['node_spearman']:.2f}"
             + (f"; edges against {check['n_edges']}: {check['edge_spearman']:.2f}" if check["edge_spearman"] else "")
         )
+    if (share := carried(graph.meta)) is not None:
+        figures.append(share)
     title = drawn(graph.meta.get("prompt", "").strip())
     legend = f"{ROLES}; width: effect in logits; numbers: score in logits, above 0 where a node supports"
     if "counterfactual" in graph.meta:

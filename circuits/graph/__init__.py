@@ -6,6 +6,7 @@ from circuits.graph.influence import node_influence, start_weights
 from circuits.graph.nodes import BIAS, ERROR, FEATURE, NONE, REMAINDER, REST, TARGET, TOKEN, NodeIndex
 from circuits.graph.pruning import check_thresholds, prune
 from circuits.graph.scores import GraphScores, fold, graph_scores, signed_totals, subgraph_scores
+from circuits.graph.share_texts import carried, least_site, warning
 from circuits.graph.sound import plain
 from circuits.graph.supernodes import merge_chains, supernode_graph
 
@@ -21,11 +22,13 @@ __all__ = [
     "Graph",
     "GraphScores",
     "NodeIndex",
+    "carried",
     "check_graph",
     "check_same",
     "check_thresholds",
     "fold",
     "graph_scores",
+    "least_site",
     "merge_chains",
     "node_influence",
     "plain",
@@ -34,4 +37,5 @@ __all__ = [
     "start_weights",
     "subgraph_scores",
     "supernode_graph",
+    "warning",
 ]

@@ -228,6 +228,7 @@ FACTS: dict[str, Fact] = {
     **dict.fromkeys(("remainder_share", "kept_weight"), FIGURE),
     **dict.fromkeys(("counterfactual", "conservation", "selection", "verification", "verification_sample"), DICT),
     "scores": _dict_of(FIGURE),
+    "sites": _list_of(DICT),
     "pruning": _dict_of(NUMBER),
     "labels": _dict_of(TEXT),
     "supernodes": _dict_of(_list_of(TEXT)),
@@ -240,6 +241,13 @@ TARGETS: dict[str, dict[str, Fact]] = {
     "direction": {"vector": _list_of(NUMBER), "site": DICT, "pos": COUNT},
 }
 SITE: dict[str, Fact] = {"name": TEXT, "layer": LAYER}
+SHARES: dict[str, Fact] = {
+    "layer": LAYER,
+    **dict.fromkeys(("features", "errors", "biases"), NUMBER),
+    "share": _dict_of(FIGURE),
+    "difference_explained": FIGURE,
+}
+SHARED = ("features", "errors", "biases")
 AGREEMENT: dict[str, Fact] = {
     **dict.fromkeys(("n", "n_left_out", "n_above_noise"), COUNT),
     **dict.fromkeys(("pearson", "spearman", "sign", "slope", "top_tenth", "top_20"), FIGURE),
@@ -272,6 +280,9 @@ def check_meta(meta: Any) -> None:
         _check_facts(f"verification, {part}", meta["verification"][part], AGREEMENT)
     for number, target in enumerate(meta.get("targets", ())):
         _check_target(f"target {number}", target)
+    for number, site in enumerate(meta.get("sites", ())):
+        _check_facts(f"site {number}", site, SHARES, needed=[name for name in SHARES if name != "difference_explained"])
+        _check_facts(f"site {number}: share", site["share"], dict.fromkeys(SHARED, FIGURE))
     if "verification_sample" in meta:
         _check_sample(meta["verification_sample"])
 
