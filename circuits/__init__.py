@@ -6,23 +6,22 @@ graph = trace(HookedModel.load("demo"), "fact: the capital of the state containi
 graph.to_networkx()
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hooks
-from hooks.lazy import lazily
+from qwen_circuits import refuse_another
 
-if not hooks.__file__ or Path(hooks.__file__).parent.parent != Path(__file__).parent.parent:
-    raise ImportError(  # the import names are generic; another distribution may own one of them
-        f"`hooks` comes from {hooks.__file__ or 'a folder without __init__.py'}, which is not the one of qwen-circuits "
-        f"beside {Path(__file__).parent}: another package of that name is in the way"
-    )
+refuse_another("hooks")  # other distributions have packages of this name
+
+from hooks.lazy import lazily  # noqa: E402
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_packages.py compares the three lists
     from circuits.attribution import RULES
     from circuits.building import FeatureScores, score_features
-    from circuits.faithfulness import Pair, completeness, faithfulness, make_cases
+    from circuits.export import export
+    from circuits.faithfulness import RANKINGS, Pair, completeness, faithfulness, make_cases, measure, plot_curves, rank
     from circuits.graph import (
+        FEATURE,
+        TARGET,
         Graph,
         GraphScores,
         check_graph,
@@ -34,13 +33,17 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pa
         subgraph_scores,
         supernode_graph,
     )
+    from circuits.plots import dose_plot, sweep_plot
     from circuits.targets import Answer, Direction, Feature, Logit, Mass, Target
     from circuits.tracing import prepare, trace
     from circuits.verification import Verification, decompose, verify
     from hooks.version import __version__ as __version__
 
 __all__ = [
+    "FEATURE",
+    "RANKINGS",
     "RULES",
+    "TARGET",
     "Answer",
     "Direction",
     "Feature",
@@ -55,17 +58,23 @@ __all__ = [
     "check_graph",
     "completeness",
     "decompose",
+    "dose_plot",
+    "export",
     "faithfulness",
     "fold",
     "graph_scores",
     "make_cases",
+    "measure",
     "merge_chains",
+    "plot_curves",
     "prepare",
     "prune",
+    "rank",
     "score_features",
     "signed_totals",
     "subgraph_scores",
     "supernode_graph",
+    "sweep_plot",
     "trace",
     "verify",
 ]
@@ -74,17 +83,21 @@ lazily(
     __name__,
     {
         "circuits.attribution": ("RULES",),
-        "circuits.building": (
-            "FeatureScores",
-            "score_features",
-        ),
+        "circuits.building": ("FeatureScores", "score_features"),
+        "circuits.export": ("export",),
         "circuits.faithfulness": (
+            "RANKINGS",
             "Pair",
             "completeness",
             "faithfulness",
             "make_cases",
+            "measure",
+            "plot_curves",
+            "rank",
         ),
         "circuits.graph": (
+            "FEATURE",
+            "TARGET",
             "Graph",
             "GraphScores",
             "check_graph",
@@ -96,23 +109,10 @@ lazily(
             "subgraph_scores",
             "supernode_graph",
         ),
-        "circuits.targets": (
-            "Answer",
-            "Direction",
-            "Feature",
-            "Logit",
-            "Mass",
-            "Target",
-        ),
-        "circuits.tracing": (
-            "prepare",
-            "trace",
-        ),
-        "circuits.verification": (
-            "Verification",
-            "decompose",
-            "verify",
-        ),
+        "circuits.plots": ("dose_plot", "sweep_plot"),
+        "circuits.targets": ("Answer", "Direction", "Feature", "Logit", "Mass", "Target"),
+        "circuits.tracing": ("prepare", "trace"),
+        "circuits.verification": ("Verification", "decompose", "verify"),
         "hooks.version": ("__version__",),
     },
 )

@@ -2,6 +2,6 @@
 
 import sys
 
-from circuits.cli import main
+from qwen_circuits import main
 
 sys.exit(main())

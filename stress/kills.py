@@ -27,7 +27,7 @@ from circuits.export import EXPORTERS, export
 from circuits.plots import sweep_plot
 from hooks import Ablate, HookedModel
 from hooks.check import Texts, calibrate
-from hooks.checkpoints import convert, save
+from hooks.checkpoints import convert, save_findings
 from hooks.checkpoints.conversion import WRITERS
 from hooks.demo import TRANSCODERS
 from hooks.files import output, write_text
@@ -59,7 +59,7 @@ def writers(source: Path) -> dict[str, Write]:
     made: dict[str, Write] = {
         "graph": lambda folder, version: graphs[version].save(folder / "g.graph"),
         "demo folder": demo,
-        "findings": lambda folder, version: save(folder, found[version]),
+        "findings": lambda folder, version: save_findings(folder, found[version]),
         "picture of a sweep": lambda folder, version: sweep_plot(sweeps[version], folder / "s.png"),
     }
     for suffix in (".csv", ".json", ".parquet"):

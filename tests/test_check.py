@@ -11,8 +11,7 @@ from worlds import random_transcoder
 
 from circuits.cli import main
 from circuits.commands import check as command
-from hooks.checkpoints import FILE, Candidate, Findings, Selection, TranscoderStore, save
-from hooks.checkpoints.findings import of
+from hooks.checkpoints import FILE, Candidate, Findings, Selection, TranscoderStore, read_findings, save_findings
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError
 from hooks.formats import native, recognise
@@ -130,10 +129,10 @@ def test_a_plan_loads_no_model(here: Path, capsys: pytest.CaptureFixture[str], m
 
 def test_findings_of_a_published_set_stand_beside_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = published(here)
-    assert of(root) is None
+    assert read_findings(root) is None
     before = (root / "transcoder_L1.pt").read_bytes()
     found = json.loads(run(capsys, "check", "--transcoders", str(root), "--tokens", "600", "--save", "--json"))
-    kept = of(root)
+    kept = read_findings(root)
     assert kept is not None
     assert kept.model_dump(mode="json") == {name: found[name] for name in Findings.model_fields}
     assert sorted(path.name for path in root.iterdir()) == [FILE, "transcoder_L1.pt"]
@@ -151,7 +150,7 @@ def test_a_manifest_gets_the_measured_sites_where_it_had_none(
     manifest = native.read_manifest(root)
     assert (manifest.read, manifest.write) == ("resid_pre", "resid_pre")
     assert manifest.sites_source == ("stored" if source == "stored" else "calibrated")
-    assert of(root).best.fvu == found["best"]["fvu"]
+    assert read_findings(root).best.fvu == found["best"]["fvu"]
     assert recognise(root).facts()["read"] == ("resid_pre", manifest.sites_source)
     assert native.read_manifest(TRANSCODERS["demo-dense"]).layers == manifest.layers
 
@@ -160,10 +159,10 @@ def test_a_manifest_gets_the_measured_sites_where_it_had_none(
 def test_an_open_question_changes_no_sites(change: dict, here: Path) -> None:
     root = copied(here, read=None, write=None, sites_source="unknown")
     findings = some_findings().model_copy(update=change)
-    assert save(root, findings) == root / native.MANIFEST
+    assert save_findings(root, findings) == root / native.MANIFEST
     manifest = native.read_manifest(root)
     assert (manifest.read, manifest.write, manifest.sites_source) == (None, None, "unknown")
-    assert of(root) == findings
+    assert read_findings(root) == findings
 
 
 def some_findings() -> Findings:
@@ -188,8 +187,8 @@ def some_findings() -> Findings:
 
 
 def test_findings_know_their_sites(tmp_path: Path) -> None:
-    save(tmp_path, some_findings())
-    found = of(tmp_path)
+    save_findings(tmp_path, some_findings())
+    found = read_findings(tmp_path)
     assert (found.read, found.write) == (SiteSpec("resid_mid"), SiteSpec("mlp_out", 1))
 
 
@@ -200,7 +199,7 @@ def test_findings_know_their_sites(tmp_path: Path) -> None:
 def test_damaged_findings_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(CheckpointError, match=FILE):
-        of(tmp_path)
+        read_findings(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("read", "nowhere"), ("fvu", "much"), ("extra", 1)])
@@ -209,7 +208,7 @@ def test_findings_with_a_wrong_entry_are_refused(key: str, value: object, tmp_pa
     content["best"][key] = value
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="findings"):
-        of(tmp_path)
+        read_findings(tmp_path)
 
 
 # -- what it refuses -------------------------------------------------------------------------------------------------

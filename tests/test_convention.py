@@ -59,7 +59,7 @@ def root(tmp_path) -> Path:
 
 
 def test_measured_sites_are_used_and_called_measured(root, caplog):
-    findings.save(root, found())
+    findings.save_findings(root, found())
     store = TranscoderStore.open(root)
     assert store.convention.source == "calibrated"
     assert store.sites(1) == (Site("mlp_in", 1), Site("mlp_out", 2))
@@ -67,7 +67,7 @@ def test_measured_sites_are_used_and_called_measured(root, caplog):
 
 
 def test_what_the_caller_says_goes_before_the_measurement(root):
-    findings.save(root, found(CARD))
+    findings.save_findings(root, found(CARD))
     store = TranscoderStore.open(root, read="mlp_in", write="mlp_out", encoder="trained", decoder=1)
     assert store.convention.source == "given"
     assert store.sites(0) == (Site("mlp_in", 0), Site("mlp_out", 0))
@@ -76,7 +76,7 @@ def test_what_the_caller_says_goes_before_the_measurement(root):
 
 
 def test_the_measured_encoder_and_decoder_are_used(root):
-    findings.save(root, found(CARD.model_copy(update={"decoder": 1})))
+    findings.save_findings(root, found(CARD.model_copy(update={"decoder": 1})))
     coder = TranscoderStore.open(root)[0]
     assert coder.norm_weight is None
     assert (coder.shift == -state_dict(0, targets=2)["_orig_mod.enc.0.bias"]).all()
@@ -85,7 +85,7 @@ def test_the_measured_encoder_and_decoder_are_used(root):
 
 def test_another_decoder_has_its_own_sites(root):
     other = DecoderFinding(best=BEST.model_copy(update={"write": "mlp_out+2", "decoder": 1}), verdict="clear", margin=1)
-    findings.save(root, found(decoders=(DecoderFinding(best=BEST, verdict="clear", margin=1), other)))
+    findings.save_findings(root, found(decoders=(DecoderFinding(best=BEST, verdict="clear", margin=1), other)))
     assert TranscoderStore.open(root).convention.write == SiteSpec("mlp_out", 1)
     assert TranscoderStore.open(root, decoder=1).convention.write == SiteSpec("mlp_out", 2)
 
@@ -94,7 +94,7 @@ def test_another_decoder_has_its_own_sites(root):
 def test_an_open_verdict_stays_an_assumption_and_no_graph_is_built_on_it(tmp_path, verdict, caplog):
     for layer in (0, 1):
         write_layer(tmp_path / "set", layer, wrapped(layer, state_dict(layer, d=40, f=96)))
-    findings.save(tmp_path / "set", found(CARD, verdict))
+    findings.save_findings(tmp_path / "set", found(CARD, verdict))
     model = random_qwen2()
     with caplog.at_level(logging.WARNING):
         hooked = HookedModel.from_model(model, word_tokenizer(), tmp_path / "set")
@@ -108,19 +108,19 @@ def test_an_open_verdict_stays_an_assumption_and_no_graph_is_built_on_it(tmp_pat
 
 
 def test_a_conversion_takes_the_measurement_along(root, tmp_path):
-    findings.save(root, found(CARD))
+    findings.save_findings(root, found(CARD))
     convert(root, tmp_path / "dst")
     manifest = native.read_manifest(tmp_path / "dst")
     assert (manifest.read, manifest.write, manifest.sites_source) == ("resid_pre", "resid_pre", "calibrated")
     assert (manifest.input_norm.kind, manifest.encoder_source) == ("none", "calibrated")
-    assert findings.of(tmp_path / "dst") == findings.of(root)
+    assert findings.read_findings(tmp_path / "dst") == findings.read_findings(root)
     assert TranscoderStore.open(tmp_path / "dst").convention.source == "calibrated"
 
 
 def test_stored_sites_are_not_overruled(tmp_path):
     sites = {"read": SiteSpec("resid_pre"), "write": SiteSpec("resid_pre")}
     native.save(tmp_path, [random_transcoder(0, 8)], **sites)
-    findings.save(tmp_path, found())
+    findings.save_findings(tmp_path, found())
     assert TranscoderStore.open(tmp_path).convention.source == "stored"
     assert TranscoderStore.open(tmp_path).convention.read == SiteSpec("resid_pre")
 
@@ -128,20 +128,20 @@ def test_stored_sites_are_not_overruled(tmp_path):
 def test_stored_sites_that_a_check_doubts_are_used_and_the_doubt_is_said(tmp_path, caplog):
     sites = {"read": SiteSpec("resid_pre"), "write": SiteSpec("resid_pre")}
     native.save(tmp_path, [random_transcoder(0, 8)], **sites)
-    findings.save(tmp_path, found(CARD, "none is good"))
+    findings.save_findings(tmp_path, found(CARD, "none is good"))
     assert TranscoderStore.open(tmp_path).convention.source == "stored"
     assert "an earlier check did not find" in caplog.text
 
 
 def test_findings_that_cannot_be_read_are_said(root):
-    findings.save(root, found())
+    findings.save_findings(root, found())
     (root / findings.FILE).write_text('{"verdict": "clear"}')
     with pytest.raises(CheckpointError, match="findings of an earlier check"):
         TranscoderStore.open(root)
 
 
 def test_another_models_findings_are_not_built_on(root):
-    findings.save(root, found(CARD).model_copy(update={"other_model": True}))
+    findings.save_findings(root, found(CARD).model_copy(update={"other_model": True}))
     for decoder in (None, 0):
         store = TranscoderStore.open(root, decoder=decoder)
         assert store.convention.source == "undecided"
@@ -149,15 +149,15 @@ def test_another_models_findings_are_not_built_on(root):
 
 
 def test_what_was_not_measured_is_not_taken_from_another_decoder(root, tmp_path):
-    findings.save(root, found())
+    findings.save_findings(root, found())
     assert TranscoderStore.open(root, decoder=1).convention.source == "assumed"
     convert(root, tmp_path / "dst", decoder=1)
-    assert findings.of(tmp_path / "dst") is None
+    assert findings.read_findings(tmp_path / "dst") is None
 
 
 def test_a_conversion_keeps_the_findings_of_its_decoder_alone(root, tmp_path):
     other = DecoderFinding(best=BEST.model_copy(update={"write": "mlp_out", "decoder": 1}), verdict="clear", margin=1)
-    findings.save(root, found(decoders=(DecoderFinding(best=BEST, verdict="clear", margin=1), other)))
+    findings.save_findings(root, found(decoders=(DecoderFinding(best=BEST, verdict="clear", margin=1), other)))
     for decoder, write in ((0, "mlp_out+1"), (1, "mlp_out")):
         convert(root, tmp_path / str(decoder), decoder=decoder)
         store = TranscoderStore.open(tmp_path / str(decoder))
@@ -165,7 +165,7 @@ def test_a_conversion_keeps_the_findings_of_its_decoder_alone(root, tmp_path):
 
 
 def test_an_encoder_that_was_given_stays(root, tmp_path):
-    findings.save(root, found(CARD))
+    findings.save_findings(root, found(CARD))
     convert(root, tmp_path / "dst", encoder="trained")
     assert TranscoderStore.open(tmp_path / "dst")[0].norm_weight is not None
 
@@ -174,7 +174,7 @@ def test_sites_given_after_an_open_verdict_are_given(tmp_path):
     """Also where they are what the format's own program assumes."""
     sites = {"read": SiteSpec("resid_pre"), "write": SiteSpec("resid_pre")}
     native.save(tmp_path, [random_transcoder(0, 8)], **sites, sites_source="assumed")
-    findings.save(tmp_path, found(CARD, "too close"))
+    findings.save_findings(tmp_path, found(CARD, "too close"))
     assert TranscoderStore.open(tmp_path).convention.source == "undecided"
     assert TranscoderStore.open(tmp_path, **sites).convention.source == "given"
     assert TranscoderStore.open(tmp_path, read="resid_pre").convention.source == "undecided"

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -211,6 +212,33 @@ def check_make(command: str, place: str) -> None:
     words = shlex.split(command, comments=True)[1:]
     wanted = [word for word in words if re.fullmatch(r"[a-zA-Z][\w-]*", word)]
     assert set(wanted) <= known, f"{place}: `{command}`: the Makefile has {', '.join(sorted(known))}"
+
+
+def taught() -> Iterator[tuple[str, str]]:
+    """(place, code) of all Python that readers are shown; a page on plug-ins shows files of rooms."""
+    for page in PAGES:
+        if page.name != "extending.md":
+            yield from ((block.place, block.code) for block in BLOCKS[page] if block.language == "python")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        yield from ((path.name, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_imports_that_are_taught_are_exported():
+    """`from hooks import …`, `from circuits import …`: a public name, or a whole room."""
+    given = {package.__name__: {*package.__all__} for package in (hooks, circuits)}
+    for package, known in given.items():
+        known |= {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    seen = 0
+    for place, code in taught():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.partition(".")[0] in given], place
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in given:
+                assert node.module in given, f"{place}: from {node.module} import …"
+                assert {alias.name for alias in node.names} <= given[node.module], place
+                seen += 1
+    assert seen > 40
 
 
 def test_pages_have_blocks_of_known_languages():

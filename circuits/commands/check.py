@@ -14,7 +14,7 @@ from circuits.commands._places import check_places
 from circuits.drawing import check_drawing
 from circuits.plots import check_plot
 from hooks.check import Calibration, Texts, calibrate
-from hooks.checkpoints import FILE, Findings, save
+from hooks.checkpoints import FILE, Findings
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.files import check_writable
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> Result:
         progress=not args.json,
         **sites,
     )
-    where = save(root, found.findings) if args.save else None
+    where = save_findings(root, found.findings) if args.save else None
     show(args, _text(found, checkpoint) + (f"\nwritten to {where}" if where else ""))
     return finish(_result(found, checkpoint, where), args.plot, lambda path: check_plot(found, path))
 

@@ -1,11 +1,12 @@
 """Faithfulness and completeness: is a circuit enough for the metric, and is it needed?"""
 
 from circuits.faithfulness.cases import Ablation, Case, Pair, Ranking, make_cases
-from circuits.faithfulness.curves import Curve
-from circuits.faithfulness.evaluate import SHARES, CutError, completeness, faithfulness
-from circuits.faithfulness.rankings import rank
+from circuits.faithfulness.curves import Curve, plot_curves
+from circuits.faithfulness.evaluate import SHARES, CutError, completeness, faithfulness, measure
+from circuits.faithfulness.rankings import RANKINGS, rank
 
 __all__ = [
+    "RANKINGS",
     "SHARES",
     "Ablation",
     "Case",
@@ -16,5 +17,7 @@ __all__ = [
     "completeness",
     "faithfulness",
     "make_cases",
+    "measure",
+    "plot_curves",
     "rank",
 ]

@@ -11,7 +11,8 @@ from hooks.checkpoints.findings import (
     LayerFinding,
     Selection,
     Verdict,
-    save,
+    read_findings,
+    save_findings,
 )
 from hooks.checkpoints.store import TranscoderStore
 
@@ -29,5 +30,6 @@ __all__ = [
     "choose",
     "convert",
     "named_layers",
-    "save",
+    "read_findings",
+    "save_findings",
 ]

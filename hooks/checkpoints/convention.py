@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hooks.checkpoints import findings
-from hooks.checkpoints.findings import Candidate, Findings
+from hooks.checkpoints.findings import Candidate, Findings, read_findings
 from hooks.errors import CheckpointError
 from hooks.formats import OPEN, Checkpoint, LayerSource, Source, encoders, for_decoder, recognise
 from hooks.sites import SiteSpec
@@ -102,10 +101,10 @@ def describe(root: Path, **choice: Any) -> Checkpoint:
     """A folder, with what an earlier check found about it, and the part of it that was asked for; see `choose`.
 
     Raises:
-        CheckpointError: see `hooks.formats.recognise`, `hooks.checkpoints.findings.of` and `choose`.
+        CheckpointError: see `hooks.formats.recognise`, `read_findings` and `choose`.
     """
     checkpoint = recognise(root)
-    return choose(checkpoint, found=findings.of(root), **choice)
+    return choose(checkpoint, found=read_findings(root), **choice)
 
 
 def narrowed(found: Findings | None, decoder: int) -> Findings | None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hooks.checkpoints import findings
 from hooks.checkpoints.convention import DEFAULT_SITE, Convention, describe, given_sites, narrowed, sites_source
+from hooks.checkpoints.findings import read_findings
 from hooks.checkpoints.store import TranscoderStore
 from hooks.errors import CheckpointError
 from hooks.files import new_folder, sha256
@@ -90,7 +90,7 @@ def convert(
         base_model=base_model or checkpoint.base_model,
     )
     facts = known.facts()
-    found = narrowed(findings.of(root), checkpoint.decoder)
+    found = narrowed(read_findings(root), checkpoint.decoder)
     convention = Convention(given_read or DEFAULT_SITE, given_write or DEFAULT_SITE, "unknown")
     store = TranscoderStore.described(checkpoint, convention, dtype=dtype)
     with new_folder(out, sum(_bytes(source, dtype) for source in checkpoint.layers)) as folder:

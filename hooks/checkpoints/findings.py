@@ -159,7 +159,7 @@ class Findings(_Strict):
         return SiteSpec.parse(self.best.write)
 
 
-def of(root: str | Path) -> Findings | None:
+def read_findings(root: str | Path) -> Findings | None:
     """The findings that an earlier check wrote about a set; None where there are none.
 
     Raises:
@@ -187,8 +187,8 @@ def _parsed(stored: Any, path: Path) -> Findings:
         ) from None
 
 
-def save(root: str | Path, findings: Findings) -> Path:
-    """Write findings to the file from which `of` reads them, and return that file.
+def save_findings(root: str | Path, findings: Findings) -> Path:
+    """Write findings to the file from which `read_findings` reads them, and return that file.
 
     In a native set whose sites were unknown or assumed, the measured sites are written too, if the verdict is clear and
     there are no signs of another model.

@@ -2,7 +2,7 @@
 
 from hooks.host.arithmetic import Precision, choose_precision, computes_in, computing, is_half, measured
 from hooks.host.exclusive_use import Exclusive, exclusive
-from hooks.host.frozen_parts import own_attention, plain_attention, unknown_attention
+from hooks.host.frozen_parts import held, own_attention, plain_attention, record_held, unknown_attention
 from hooks.host.hold import ENTRY, Hold, HoldLike, check_hold, check_layer, holding, module, modules, parts_held
 from hooks.host.host import CACHE, Host, execution_device, fingerprint, tap
 from hooks.host.tokens import Batch, Prompt, Prompts, is_one, listed
@@ -26,6 +26,7 @@ __all__ = [
     "exclusive",
     "execution_device",
     "fingerprint",
+    "held",
     "holding",
     "is_half",
     "is_one",
@@ -36,6 +37,7 @@ __all__ = [
     "own_attention",
     "parts_held",
     "plain_attention",
+    "record_held",
     "tap",
     "unknown_attention",
 ]
