@@ -12,7 +12,7 @@ CHECKED := --jaxtyping-packages=hooks,circuits,beartype.beartype
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types notebooks bench bench-test stress demo-weights upgrade test-newest clean
+.PHONY: demo test check lint types notebooks docs bench bench-test stress demo-weights upgrade test-newest clean
 
 demo: .stamp-demo
 	$(BIN)/circuits demo --out demo-out
@@ -22,7 +22,7 @@ test: .stamp-install
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --one-each $(CHECKED)
 
-check: lint types test notebooks
+check: lint types docs test notebooks
 
 lint: .stamp-install
 	$(BIN)/ruff format --check .
@@ -34,6 +34,10 @@ types: .stamp-install
 
 notebooks: .stamp-install
 	$(BIN)/python notebooks/execute.py
+
+# The pages with a reference of all public names: site/index.html. A broken link or a missing docstring stops it.
+docs: .stamp-install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Large counts of what the suite tries a few times: thousands of interrupts, damaged files, random models. Over an hour.
 stress: .stamp-install
@@ -88,4 +92,4 @@ test-newest:
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-upgrade .venv-newest .stamp-* demo-out build *.egg-info
+	rm -rf $(VENV) .venv-upgrade .venv-newest .stamp-* demo-out site build *.egg-info

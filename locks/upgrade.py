@@ -8,7 +8,7 @@
 | `torch.txt` | torch alone, without hashes: its builds differ by machine | `make demo`, `make test` |
 | `build.txt` | what builds a package from source | both |
 | `demo.txt` | the package and the extra `plot` | `make demo` |
-| `all.txt` | every extra and the group `dev` | `make test` |
+| `all.txt` | every extra and the groups `dev` and `docs` | `make test` |
 
 pip's own resolver chooses, by way of pip-tools, and sees the pin of torch as a bound. What a build of torch brings
 along for its device (`nvidia-*`, `triton`) is left to torch, which names exact versions of it.

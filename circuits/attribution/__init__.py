@@ -13,5 +13,6 @@ from circuits.attribution.ose import one_step_scores
 from hooks.plugins import discover
 
 RULES = discover(__name__, ("CONSERVES", "edge_rows", "gradients"))
+"""Name of a rule → its file, a module with `CONSERVES`, `edge_rows` and `gradients`."""
 
 __all__ = ["RULES", "integrated_scores", "one_step_scores"]

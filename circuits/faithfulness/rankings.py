@@ -73,6 +73,7 @@ RANKINGS: Mapping[str, RankingRule] = MappingProxyType(
         "random": chance(),
     }
 )
+"""Name of a ranking → the function that ranks the features of a case."""
 
 
 def rank(

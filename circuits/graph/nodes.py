@@ -14,7 +14,11 @@ import numpy as np
 from jaxtyping import Int
 
 KINDS = ("token", "feature", "rest", "error", "bias", "target", "remainder")
-TOKEN, FEATURE, REST, ERROR, BIAS, TARGET, REMAINDER = range(len(KINDS))
+TOKEN, REST, ERROR, BIAS, REMAINDER = (KINDS.index(kind) for kind in ("token", "rest", "error", "bias", "remainder"))
+FEATURE = KINDS.index("feature")
+"""The kind of features: `graph.index.rows(FEATURE)` are their rows."""
+TARGET = KINDS.index("target")
+"""The kind of targets: `graph.index.rows(TARGET)` are their rows."""
 NONE = -1  # no layer, no position, or no feature
 
 

@@ -1,0 +1,128 @@
+"""What `make docs` adds to the pages of this folder: references of both packages and the command, the notebooks.
+
+A public name without a docstring, and a public method without one, stop the build.
+"""
+
+import base64
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PACKAGES = {
+    "hooks": "What does the model do, and what if I change this?",
+    "circuits": "Why does the model do it?",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    for name, heading in PACKAGES.items():
+        _add(files, config, f"reference/{name}.md", reference(name, heading))
+    _add(files, config, "reference/command-line.md", command_line())
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text, pictures = notebook(path)
+        _add(files, config, f"notebooks/{path.stem}.md", text)
+        for name, data in pictures.items():
+            _add(files, config, f"notebooks/{name}", data)
+    return files
+
+
+def _add(files: Files, config: MkDocsConfig, path: str, content: str | bytes) -> None:
+    files.append(File.generated(config, path, content=content))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to notebooks lead to their pages; words behind a fence's language are for tests, except the file's name."""
+    markdown = re.sub(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+    markdown = re.sub(r"(?m)^```(\w+) .*?file=(\S+).*$", r'```\1 title="\2"', markdown)
+    return re.sub(r"(?m)^```(\w+) no-run$", r"```\1", markdown)
+
+
+# -- references ----------------------------------------------------------------------------------------------------
+
+
+def reference(package: str, heading: str) -> str:
+    """One entry for every public name, by the folder that defines it."""
+    names = importlib.import_module(package).names_
+    loader = griffe.GriffeLoader(search_paths=[ROOT])
+    for each in PACKAGES:
+        loader.load(each)
+    paths = {name: f"{names[name]}.{name}" for name in sorted(names, key=str.lower) if not name.startswith("_")}
+    if missing := [path for each in paths.values() for path in undocumented(loader.modules_collection[each])]:
+        raise PluginError(f"public, and without a docstring: {', '.join(missing)}")
+    parts = [f"# {package}", f"{heading} `from {package} import …` gives all of these."]
+    rooms = {".".join(path.split(".")[:2]) for path in paths.values()}
+    for room in sorted(rooms):
+        parts += [f"## {room}", *(f"::: {path}" for path in paths.values() if path.startswith(f"{room}."))]
+    return "\n\n".join(parts) + "\n"
+
+
+def undocumented(found: griffe.Object | griffe.Alias) -> Iterator[str]:
+    """The paths of public functions, classes, properties and constants that have no docstring."""
+    if found.docstring is None:
+        yield found.path
+    if found.is_class:
+        for member in found.members.values():
+            if not member.name.startswith("_") and not member.is_alias and (member.is_function or "property" in member.labels):
+                yield from undocumented(member)
+
+
+def command_line() -> str:
+    """Every `--help`, as the command prints it at a width of 100."""
+    code = """
+import json, os
+os.environ["COLUMNS"] = "100"
+from circuits.options import build_parser
+parser = build_parser()
+chosen = next(action for action in parser._actions if action.choices).choices
+print(json.dumps({"circuits": parser.format_help()} | {f"circuits {n}": p.format_help() for n, p in chosen.items()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    parts = ["# Command line"]
+    for name, text in json.loads(done.stdout).items():
+        parts += [f"## {name}", f"```text\n{text.rstrip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+# -- notebooks -----------------------------------------------------------------------------------------------------
+
+
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A stored notebook as a page, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source.replace("](../docs/", "](../"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}_{len(pictures)}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![]({name})")
+            elif "text/html" in data:
+                parts.append(f'<div class="table-frame">{_plain("".join(data["text/html"]))}</div>')
+            else:
+                text = "".join(output.get("text") or data["text/plain"]).rstrip()
+                parts.append(f'<div class="output" markdown>\n\n```text\n{text}\n```\n\n</div>')
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def _plain(html: str) -> str:
+    """A table of pandas without its own style; an empty line would end the block of HTML."""
+    return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)).replace(' border="1"', "")
