@@ -74,8 +74,9 @@ def undocumented(found: griffe.Object | griffe.Alias) -> Iterator[str]:
     if found.docstring is None:
         yield found.path
     if found.is_class:
-        for member in found.members.values():
-            if not member.name.startswith("_") and not member.is_alias and (member.is_function or "property" in member.labels):
+        for name, member in found.members.items():
+            shown = member.is_function or "property" in member.labels
+            if shown and not name.startswith("_") and not member.is_alias:
                 yield from undocumented(member)
 
 
