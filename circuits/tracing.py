@@ -71,7 +71,7 @@ def trace(
         UserError: the rule is unknown, a number is out of range, the two prompts differ in length, or no write site is
             below the target.
 
-    Example:
+    Examples:
         >>> from hooks import HookedModel
         >>> graph = trace(HookedModel.load("demo"), "fact: the capital of the state containing Dallas is")
         >>> graph.meta["targets"][0]["name"].startswith("' Austin'")

@@ -6,10 +6,12 @@ A public name without a docstring, and a public method without one, stop the bui
 import base64
 import importlib
 import json
+import posixpath
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +27,8 @@ PACKAGES = {
     "hooks": "What does the model do, and what if I change this?",
     "circuits": "Why does the model do it?",
 }
+
+FIRST = ("hooks.model", "circuits.tracing")  # what a reader looks for most
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -43,11 +48,21 @@ def _add(files: Files, config: MkDocsConfig, path: str, content: str | bytes) ->
     files.append(File.generated(config, path, content=content))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to notebooks lead to their pages; words behind a fence's language are for tests, except the file's name."""
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
+    """Adapt pages that are read in a repository, too: links to notebooks, links by a file's name, options of fences."""
     markdown = re.sub(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+    markdown = re.sub(
+        r"\[[\w/]+\.(?:md|ipynb)\]\(([^)#]+\.md)(#[^)]*)?\)", partial(_titled, page=page, files=files), markdown
+    )
     markdown = re.sub(r"(?m)^```(\w+) .*?file=(\S+).*$", r'```\1 title="\2"', markdown)
     return re.sub(r"(?m)^```(\w+) no-run$", r"```\1", markdown)
+
+
+def _titled(link: re.Match[str], page: Page, files: Files) -> str:
+    """The link with the title of the page it leads to, instead of its file's name."""
+    to = files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), link[1])))
+    title = re.match(r"# (.+)", to.content_string) if to else None
+    return f"[{title[1]}]({link[1]}{link[2] or ''})" if title else link[0]
 
 
 # -- references ----------------------------------------------------------------------------------------------------
@@ -64,7 +79,7 @@ def reference(package: str, heading: str) -> str:
         raise PluginError(f"public, and without a docstring: {', '.join(missing)}")
     parts = [f"# {package}", f"{heading} `from {package} import …` gives all of these."]
     rooms = {".".join(path.split(".")[:2]) for path in paths.values()}
-    for room in sorted(rooms):
+    for room in sorted(rooms, key=lambda room: (room not in FIRST, room)):
         parts += [f"## {room}", *(f"::: {path}" for path in paths.values() if path.startswith(f"{room}."))]
     return "\n\n".join(parts) + "\n"
 
@@ -107,7 +122,7 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace("](../docs/", "](../"))
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source.replace("](../docs/", "](../")))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -115,7 +130,7 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
             if "image/png" in data:
                 name = f"{path.stem}_{len(pictures)}.png"
                 pictures[name] = base64.b64decode("".join(data["image/png"]))
-                parts.append(f"![]({name})")
+                parts.append(f"![output]({name})")
             elif "text/html" in data:
                 parts.append(f'<div class="table-frame">{_plain("".join(data["text/html"]))}</div>')
             else:

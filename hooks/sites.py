@@ -90,7 +90,7 @@ class SiteSpec:
 class Site:
     """One site in one block of a model.
 
-    Example:
+    Examples:
         >>> Site("resid_pre", 3).lens_name
         'blocks.3.hook_resid_pre'
     """

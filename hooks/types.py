@@ -252,7 +252,7 @@ _ADDRESS = "L{layer}/{feature} or L{layer}/{feature}@{position}, for example L3/
 class FeatureAddress:
     """`L{layer}/{feature}` with optional `@{position}`; no position means every token.
 
-    Example:
+    Examples:
         >>> str(FeatureAddress.parse("L3/383@-1"))
         'L3/383@-1'
     """

@@ -37,7 +37,7 @@ def decompose(model: HookedModel, graph: Graph, edges: Sequence[int] | None = No
     Raises:
         UserError: the graph belongs to another model, its rule has no block algebra, or an edge cannot be split.
 
-    Example:
+    Examples:
         >>> from hooks import HookedModel
         >>> from circuits import trace
         >>> model = HookedModel.load("demo")

@@ -29,7 +29,7 @@ log = logging.getLogger("hooks")
 class TranscoderStore:
     """The transcoders of one model, by layer.
 
-    Example:
+    Examples:
         >>> from hooks.demo import TRANSCODERS
         >>> store = TranscoderStore.open(TRANSCODERS["demo"])
         >>> store[1].read.lens_name

@@ -38,7 +38,7 @@ TEXTS_PER_PASS = 32
 class Strength:
     """A number and what it counts.
 
-    Example:
+    Examples:
         >>> Strength.parse("x2")
         Strength(amount=2.0, kind='typical')
     """

@@ -130,7 +130,7 @@ def _filled(pieces: list[int], room: int) -> int:
 def plan(ask: Ask) -> Plan:
     """The modes there are for a request, fastest first.
 
-    Example:
+    Examples:
         >>> ask = Ask(QWEN25["32B"], SetShape.of_numbers(63, 5120, 12288, 1474), tokens=32)
         >>> plan(ask).first("features", 80 * 10**9).name
         'transcoders under a budget'

@@ -114,7 +114,7 @@ class Generating(Base):
     ) -> Iterator[Token]:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
-        Example:
+        Examples:
             for token in model.stream(prompt, [Clamp("L3/383", 8.0)]):
                 print(token.text, end="", flush=True)
 

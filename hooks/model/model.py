@@ -57,7 +57,7 @@ ROWS_PER_PASS = 256
 class HookedModel(Generating):
     """A language model and its transcoders.
 
-    Example:
+    Examples:
         >>> from hooks import Ablate, HookedModel
         >>> model = HookedModel.load("demo")
         >>> model.run("fact: the capital of the state containing Dallas is").top_before(1)[0].token
@@ -232,7 +232,7 @@ class HookedModel(Generating):
         """Total, direct and indirect effect of an edit on logit(target) − logit(against), and what single modules add;
         arguments and errors as in `hooks.effects.effects`.
 
-        Example:
+        Examples:
             model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
         """
         about = (self.host, self.store, self.host.batch([prompt]))
@@ -302,7 +302,7 @@ class HookedModel(Generating):
         """What an edit does to a feature along the skip connection and the named modules only, and what that feature
         then does to the logits; exact meaning, arguments and errors in `hooks.effects.path_effects`.
 
-        Example:
+        Examples:
             model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")
         """
         batch = self.host.batch([prompt])
