@@ -14,7 +14,7 @@ from circuits.commands._places import check_places
 from circuits.drawing import check_drawing
 from circuits.plots import check_plot
 from hooks.check import Calibration, Texts, calibrate
-from hooks.checkpoints import FILE, Findings
+from hooks.checkpoints import FILE, Findings, save_findings
 from hooks.demo import TRANSCODERS
 from hooks.errors import CheckpointError, OutputError, UserError
 from hooks.files import check_writable
