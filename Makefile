@@ -66,7 +66,7 @@ test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet "pip>=25.1"
 	.venv-newest/bin/python -m pip install --quiet $(TORCH)
-	.venv-newest/bin/python -m pip install --quiet --editable ".[all]" --group dev
+	.venv-newest/bin/python -m pip install --quiet --editable ".[all]" --group dev --group docs
 	$(if $(BEYOND),.venv-newest/bin/python -m pip install --quiet --upgrade $(BEYOND))
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -c "from hooks.kernels.rows_in_place import compiled; compiled()"

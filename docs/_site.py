@@ -28,6 +28,23 @@ PACKAGES = {
     "circuits": "Why does the model do it?",
 }
 
+RETURNED = {  # what public functions return, and nobody imports
+    "hooks": (
+        "hooks.model.Run",
+        "hooks.passes.Recording",
+        "hooks.effects.Sweep",
+        "hooks.effects.Effects",
+        "hooks.effects.PathEffect",
+        "hooks.readout.Effect",
+        "hooks.generation.Generated",
+        "hooks.generation.Comparison",
+        "hooks.generation.DoseResponse",
+        "hooks.check.QualityReport",
+        "hooks.check.Calibration",
+        "hooks.checkpoints.Findings",
+    ),
+    "circuits": ("circuits.graph.NodeIndex", "circuits.faithfulness.Case", "circuits.faithfulness.Curve"),
+}
 FIRST = ("hooks.model", "circuits.tracing")  # what a reader looks for most
 
 
@@ -74,14 +91,21 @@ def reference(package: str, heading: str) -> str:
     loader = griffe.GriffeLoader(search_paths=[ROOT])
     for each in PACKAGES:
         loader.load(each)
-    paths = {name: f"{names[name]}.{name}" for name in sorted(names, key=str.lower) if not name.startswith("_")}
-    if missing := [path for each in paths.values() for path in undocumented(loader.modules_collection[each])]:
+    paths = [f"{names[name]}.{name}" for name in sorted(names, key=str.lower) if not name.startswith("_")]
+    entries = [loader.modules_collection[path] for path in (*paths, *RETURNED[package])]
+    if missing := [path for each in entries for path in undocumented(each)]:
         raise PluginError(f"public, and without a docstring: {', '.join(missing)}")
     parts = [f"# {package}", f"{heading} `from {package} import …` gives all of these."]
-    rooms = {".".join(path.split(".")[:2]) for path in paths.values()}
+    rooms = {".".join(path.split(".")[:2]) for path in paths}
     for room in sorted(rooms, key=lambda room: (room not in FIRST, room)):
-        parts += [f"## {room}", *(f"::: {path}" for path in paths.values() if path.startswith(f"{room}."))]
+        parts += [f"## {room}", *(entry(path) for path in paths if path.startswith(f"{room}."))]
+    parts += ["## What they return", *map(entry, RETURNED[package])]
     return "\n\n".join(parts) + "\n"
+
+
+def entry(path: str) -> str:
+    """What mkdocstrings replaces by an object's signature and docstring; the model's class has methods of its bases."""
+    return f"::: {path}\n    options:\n      inherited_members: {str(path.endswith('.HookedModel')).lower()}"
 
 
 def undocumented(found: griffe.Object | griffe.Alias) -> Iterator[str]:
@@ -89,9 +113,9 @@ def undocumented(found: griffe.Object | griffe.Alias) -> Iterator[str]:
     if found.docstring is None:
         yield found.path
     if found.is_class:
-        for name, member in found.members.items():
+        for name, member in found.all_members.items():
             shown = member.is_function or "property" in member.labels
-            if shown and not name.startswith("_") and not member.is_alias:
+            if shown and not name.startswith("_") and member.path.split(".")[0] in PACKAGES:
                 yield from undocumented(member)
 
 

@@ -115,8 +115,8 @@ class Generating(Base):
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
         Examples:
-            for token in model.stream(prompt, [Clamp("L3/383", 8.0)]):
-                print(token.text, end="", flush=True)
+            >>> for token in model.stream(prompt, [Clamp("L3/383", 8.0)]):
+            ...     print(token.text, end="", flush=True)
 
         Raises:
             UserError: as `generate`, at once and not with the first token.

@@ -233,7 +233,7 @@ class HookedModel(Generating):
         arguments and errors as in `hooks.effects.effects`.
 
         Examples:
-            model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
+            >>> model.effects(prompt, [Ablate("L1/5@3")], "Austin", receivers="all").through
         """
         about = (self.host, self.store, self.host.batch([prompt]))
         return effects(*about, interventions, target, against, pos=pos, hold=hold, receivers=receivers)
@@ -303,7 +303,7 @@ class HookedModel(Generating):
         then does to the logits; exact meaning, arguments and errors in `hooks.effects.path_effects`.
 
         Examples:
-            model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")
+            >>> model.path_effect(prompt, Ablate("L1/5@3"), "L3/7@-1", through=["attn_out 2"], target="Austin")
         """
         batch = self.host.batch([prompt])
         (found,) = path_effects(
