@@ -41,7 +41,7 @@ NAMED = 2
 def test_public_things_without_a_docstring_are_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(site.PACKAGES, "code", "")
     with griffe.temporary_visited_package("code", {"__init__.py": CODE}) as module:
-        assert list(site.undocumented(module["Shown"])) == ["code.Shown.method", "code.Base.inherited"]
+        assert set(site.undocumented(module["Shown"])) == {"code.Shown.method", "code.Shown.inherited"}
         assert list(site.undocumented(module["NUMBER"])) == ["code.NUMBER"]
         assert list(site.undocumented(module["NAMED"])) == []
 
