@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import AutoConfig
@@ -42,6 +42,7 @@ from hooks.types import Edit, ErrorMode, MaskMode
 from hooks.whole import whole
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Face = TypeVar("Face", bound="Base")  # typing.Self is refused by beartype in a class that jaxtyping decorates
 
 
 def within_memory(task: Task) -> Callable[[Method], Method]:
@@ -76,7 +77,7 @@ class Base:
 
     @classmethod
     def load(
-        cls,
+        cls: type[Face],
         name: str | Path = "demo",
         transcoders: Transcoders | None = None,
         *,
@@ -92,7 +93,7 @@ class Base:
         budget_bytes: int | None = None,
         context: int | None = None,
         precision: str | None = None,
-    ) -> Self:
+    ) -> Face:
         """Load a model and its transcoders.
 
         Args:
@@ -142,7 +143,7 @@ class Base:
 
     @classmethod
     def from_model(
-        cls,
+        cls: type[Face],
         model: torch.nn.Module,
         tokenizer: Any,
         transcoders: Transcoders,
@@ -157,7 +158,7 @@ class Base:
         context: int | None = None,
         name: str = "in memory",
         precision: str | None = None,
-    ) -> Self:
+    ) -> Face:
         """A transformers model that is already in memory. Its parameters' `requires_grad` is turned off."""
         store = open_store(
             transcoders,
