@@ -8,9 +8,10 @@ import torch
 from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.cli import main
-from hooks import Add, Clamp, HookedModel, Sampling, Scale, Steer, UserError
+from hooks import Add, Clamp, HookedModel, Sampling, Scale, Site, Steer, UserError
 from hooks.errors import AddressError, ModelError, PromptError
 from hooks.generation import GenerateOptions, engines
+from hooks.types import Edit
 
 HOT = Sampling(temperature=1.0, seed=3)  # the demo would end at once if greedy
 PLAN = [Clamp("L1/7@-1:", 3.0), Scale("L0/5", 2.0), Add("L3/9@new", 1.0, when_inactive="skip")]
@@ -107,7 +108,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "positions= or skip=": {"swap": "all", "error": "zero", "skip": "sinks"},
     "observe=": {"observe": [1]},
     "use_cache=False": {"use_cache": False},
-    "lens_hooks=": {"behind": ["an edit"]},
+    "lens_hooks=": {"behind": [Edit(Site("resid_pre", 1), lambda x, at: x)]},
 }
 
 
