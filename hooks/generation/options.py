@@ -9,7 +9,7 @@ from hooks.errors import UserError
 from hooks.generation.observe import Observed
 from hooks.generation.sampling import Sampling, stop_strings
 from hooks.passes import RunOptions
-from hooks.types import Engine, ErrorMode, MaskMode
+from hooks.types import ErrorMode, MaskMode
 
 GREEDY = Sampling()
 
@@ -29,7 +29,7 @@ class GenerateKeywords(TypedDict, total=False):
     use_cache: bool
     lens_hooks: Sequence[Any]
     precision: str
-    engine: Engine | None
+    engine: str | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GenerateOptions(RunOptions):
     stop: str | Sequence[str] = ()
     observe: Observed = ()
     use_cache: bool = True
-    engine: Engine | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ from hooks.host import Prompt, Prompts, exclusive, is_one, listed
 from hooks.lens import LensHook, lens_edits
 from hooks.model.base import Base, within_memory
 from hooks.passes import Interventions
-from hooks.types import Engine, ErrorMode, MaskMode
+from hooks.types import ErrorMode, MaskMode
 
 
 class Generating(Base):
@@ -59,7 +59,7 @@ class Generating(Base):
         use_cache: bool = True,
         lens_hooks: Sequence[LensHook] = (),
         precision: str = "native",
-        engine: Engine | None = None,
+        engine: str | None = None,
     ) -> Generated | list[Generated]:
         """Continue one prompt, or several in one batch, token by token. Each row is what it would be alone.
 
@@ -110,7 +110,7 @@ class Generating(Base):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: str | Sequence[str] = (),
         precision: str = "native",
-        engine: Engine | None = None,
+        engine: str | None = None,
     ) -> Iterator[Token]:
         """`generate`, token by token as they come. Hooks are attached only while the next token is computed.
 
@@ -184,7 +184,7 @@ class Generating(Base):
         mask: MaskMode = "frozen",
         positions: Any = None,
         skip: str | Sequence[str] = (),
-        engine: Engine | None = None,
+        engine: str | None = None,
     ) -> Comparison:
         """Continue a prompt plain and steered, side by side, with every token's probability under both models.
 
@@ -228,7 +228,7 @@ class Generating(Base):
         mask: MaskMode = "frozen",
         positions: Any = None,
         skip: str | Sequence[str] = (),
-        engine: Engine | None = None,
+        engine: str | None = None,
     ) -> DoseResponse:
         """The same at every strength of a grid, which each `Steer` without a strength takes; see `steer` and
         `hooks.generation.dose_response`. With `engine="static"` the strengths run one after the other."""
