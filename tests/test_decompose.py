@@ -79,5 +79,5 @@ def test_what_has_no_heads_is_refused(odd):
         decompose(odd, graph)
     graph = trace(odd, TEXT, **WHOLE)
     rest = next(n for n, row in enumerate(graph.source) if graph.names[row].startswith("token"))
-    with pytest.raises(UserError, match="cannot be taken apart"):
+    with pytest.raises(UserError, match="cannot be split by heads"):
         decompose(odd, graph, [rest])

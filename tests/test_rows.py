@@ -217,7 +217,7 @@ def edges_by(way: type, run: LocalRun, rule: str, monkeypatch: pytest.MonkeyPatc
 
 
 def assert_same_both_ways(run: LocalRun, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lying, gathered = (edges_by(way, run, rule, monkeypatch) for way in (_features.Lying, _features.Gathered))
+    lying, gathered = (edges_by(way, run, rule, monkeypatch) for way in (_features.EdgesInPlace, _features.Gathered))
     for ours, plain_way in zip(lying, gathered, strict=True):
         torch.testing.assert_close(ours, plain_way, atol=1e-5 * float(plain_way.abs().max()), rtol=1e-4)
 
@@ -238,13 +238,13 @@ def test_every_edge_is_the_same_both_ways(kind, dtype, rule, monkeypatch):
 def test_many_small_blocks_give_the_same(kind, monkeypatch):
     """Targets, nodes, numbers of a row and features in several parts each, on more threads than there are cores."""
     run = run_of(setting(kind, torch.float32))
-    whole = edges_by(_features.Lying, run, "exact", monkeypatch)
+    whole = edges_by(_features.EdgesInPlace, run, "exact", monkeypatch)
     monkeypatch.setattr(rows, "MOST", 5)
     before = torch.get_num_threads()
     try:
         for threads in (1, 5):
             torch.set_num_threads(threads)
-            for one, other in zip(whole, edges_by(_features.Lying, run, "exact", monkeypatch), strict=True):
+            for one, other in zip(whole, edges_by(_features.EdgesInPlace, run, "exact", monkeypatch), strict=True):
                 assert torch.equal(one, other)  # however blocks are cut
     finally:
         torch.set_num_threads(before)
@@ -266,7 +266,7 @@ def test_positions_without_features_still_have_rest_and_error(monkeypatch):
 def test_large_graphs_take_the_faster_way_by_themselves(demo_dense, monkeypatch):
     monkeypatch.setattr(rows, "WORTH_IT", 1)
     built = []
-    monkeypatch.setattr(_features.Lying, "__init__", lambda self, sources: built.append(sources) or 1 / 0)
+    monkeypatch.setattr(_features.EdgesInPlace, "__init__", lambda self, sources: built.append(sources) or 1 / 0)
     run = run_of(settle(demo_dense, TEXT), 50)
     with pytest.raises(ZeroDivisionError):
         list(RULES["exact"].edge_rows(run))

@@ -22,7 +22,7 @@ from hooks.train.recipe import Recipe
 
 FOLDER, FILE = "training", "state.json"
 
-Curves = dict[str, list[dict[str, float]]]  # by layer: tokens, fvu, l0, dead on held-out text
+Curves = dict[str, list[dict[str, float | int]]]  # by layer: tokens, fvu, l0, dead on held-out text
 
 
 @dataclass
