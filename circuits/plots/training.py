@@ -1,5 +1,6 @@
 """How a set got better while it was trained: FVU on held-out text by tokens, and the last figures by layer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def _curves(axes: Any, done: Training) -> None:
     _frame(axes, "tokens", "FVU on held-out text, while trained")
 
 
-def _bars(axes: Any, layers: list[int], values: list[float], colour: str, title: str) -> None:
+def _bars(axes: Any, layers: list[int], values: Sequence[float | int], colour: str, title: str) -> None:
     axes.bar(layers, values, color=colour, width=0.8)
     _frame(axes, "layer", title)
 
