@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import random_hooked, random_qwen2, random_transcoder, word_tokenizer
+from worlds import left_behind, random_hooked, random_qwen2, random_transcoder, word_tokenizer
 
 from circuits.cli import main
 from hooks import Add, Clamp, HookedModel, Sampling, Scale, Site, Steer, UserError
@@ -91,7 +91,7 @@ def test_steering_experiments_say_the_same(odd):
 def test_a_stream_that_is_left_leaves_nothing_attached(odd):
     stream = odd.stream("w1 w2 w3", PLAN, max_new_tokens=6, engine="static")
     assert next(stream).reason is None
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in odd.host.model.modules())
+    assert not left_behind(odd.host.model)
 
 
 # -- which engine ------------------------------------------------------------------------------------------------------
