@@ -17,47 +17,19 @@ import numpy as np
 import pandas as pd
 import torch
 from _measure import emit, machine, say
+from _worlds import Shape, random_model, random_prompt
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hooks import Ablate, HookedModel, Site, Transcoder
+from hooks import Ablate, HookedModel
 
+SHAPES = (
+    Shape(layers=6, d_model=64, d_ff=192, heads=1, kv_heads=1, features=256, k=30, head_dim=64, vocab=512),
+    Shape(layers=12, d_model=512, d_ff=1536, heads=8, kv_heads=2, features=2048, k=245, head_dim=64, vocab=32_000),
+)
 WIDE = ("float32", "float64")
 CITIES = ("Dallas", "Miami")
 DEMO_PROMPT = "fact: the capital of the state containing {} is"
-
-
-def random_model(dtype: str, layers: int, d_model: int, vocab: int, features: int) -> HookedModel:
-    """A random Qwen2 with a transcoder of the published form for each block, 12 % active."""
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=d_model,
-        intermediate_size=3 * d_model,
-        num_hidden_layers=layers,
-        num_attention_heads=d_model // 64,
-        num_key_value_heads=max(1, d_model // 256),
-        max_position_embeddings=256,
-        initializer_range=d_model**-0.5,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    hf = Qwen2ForCausalLM(config).eval().to(getattr(torch, dtype))
-    sets = [random_transcoder(layer, d_model, features) for layer in range(layers)]
-    return HookedModel.from_model(hf, None, sets)
-
-
-def random_transcoder(layer: int, d_model: int, features: int) -> Transcoder:
-    """A random transcoder that reads and writes the stream before its block."""
-    generator = torch.Generator().manual_seed(layer)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / d_model**0.5
-
-    site = Site("resid_pre", layer)
-    weights = draw(features, d_model), draw(features), draw(features, d_model), draw(d_model)
-    return Transcoder(layer, site, site, *weights, None, None, 1e-5, max(1, int(0.12 * features)))
 
 
 def cases(dtypes: list[str], model: str | None, transcoders: str | None, prompts: list[str]) -> Iterator[Any]:
@@ -69,9 +41,9 @@ def cases(dtypes: list[str], model: str | None, transcoders: str | None, prompts
             continue
         demo = HookedModel.load("demo", dtype=dtype)
         yield from ((f"demo, {city}", dtype, demo, DEMO_PROMPT.format(city)) for city in CITIES)
-        for layers, d_model, vocab in ((6, 64, 512), (12, 512, 32_000)):
-            built = random_model(dtype, layers, d_model, vocab, 4 * d_model)
-            yield f"random, {layers} blocks of {d_model}", dtype, built, [(37 * n) % vocab for n in range(1, 11)]
+        for shape in SHAPES:
+            built = random_model(shape, dtype=getattr(torch, dtype))
+            yield f"random, {shape.layers} blocks of {shape.d_model}", dtype, built, random_prompt(shape, 10)
 
 
 def stratified(table: pd.DataFrame, count: int) -> list[Ablate]:

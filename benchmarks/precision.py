@@ -11,49 +11,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from _allocations import allocations
 from _measure import emit, machine, say
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from _worlds import Shape, random_model
 
-from hooks import Ablate, HookedModel, Site, Transcoder
+from hooks import Ablate, HookedModel
 from hooks.host import computing
 
-D_MODEL, FEATURES, K = 1536, 3686, 442
-
-
-def transcoder(layer: int) -> Transcoder:
-    """The published form at this width: LayerNorm, Linear, TopK, ReLU, Linear, in bf16."""
-    generator = torch.Generator().manual_seed(layer)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) / D_MODEL**0.5).bfloat16()
-
-    site = Site("resid_pre", layer)
-    weights = draw(FEATURES, D_MODEL), draw(FEATURES), draw(FEATURES, D_MODEL), draw(D_MODEL)
-    gain, bias = torch.ones(D_MODEL).bfloat16(), torch.zeros(D_MODEL).bfloat16()
-    return Transcoder(layer, site, site, *weights, gain, bias, 1e-5, K)
-
-
-def build(layers: int, vocab: int) -> HookedModel:
-    """Random weights in bf16, and a transcoder for each block."""
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=8960,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    hf = Qwen2ForCausalLM(config).bfloat16().eval()
-    return HookedModel.from_model(hf, None, [transcoder(layer) for layer in range(layers)])
+BLOCKS = Shape(layers=2, d_model=1536, d_ff=8960, heads=12, kv_heads=2, features=3686, k=442, vocab=151_936)
 
 
 def ways(model: HookedModel, ids: list[int]) -> dict[str, Callable[[], object]]:
@@ -137,10 +106,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[10, 32])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--layers", type=int, default=BLOCKS.layers)
+    parser.add_argument("--vocab", type=int, default=BLOCKS.vocab)
     args = parser.parse_args()
-    model = build(args.layers, args.vocab)
+    shape = replace(BLOCKS, layers=args.layers, vocab=args.vocab)
+    model = random_model(shape, dtype=torch.bfloat16)
     cases = []
     for length in args.tokens:
         say(f"{length} tokens")

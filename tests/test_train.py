@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from circuits.cli import main
 from hooks import HookedModel
 from hooks.check import Texts
-from hooks.errors import OutputError, PromptError, TrainingError, UserError
+from hooks.errors import ModelError, OutputError, PromptError, TrainingError, UserError
+from hooks.host import Host
 from hooks.sites import Site
 from hooks.train import Recipe, train, training, written_by
+from hooks.train import windows as windows_file
 from hooks.train.activations import capture
 from hooks.train.layer import TrainedLayer
 from hooks.train.state import FILE, FOLDER
@@ -333,3 +335,20 @@ def test_files_that_hold_no_texts_are_refused(tmp_path, name, content, words):
     for missing in ("b.jsonl", "b.parquet", "b.txt"):
         with pytest.raises(PromptError, match="cannot read the text"):
             Texts.of_file(tmp_path / missing)
+
+
+def test_what_is_held_out_of_a_long_text_is_bounded(odd, monkeypatch):
+    monkeypatch.setattr(windows_file, "HELD_OUT_TOKENS", 64)
+    long = [" ".join(f"w{n % 60}" for n in range(1000))] * 20
+    windows = cut(odd.host, long, 16)
+    assert len(windows.held_out) == 4
+    assert len(windows.trained) == 19 * 63
+    assert len(cut(odd.host, long[:1] * 2, 16).held_out) == 4
+
+
+def test_text_without_a_tokenizer_is_refused(odd, tmp_path):
+    host = Host(odd.host.model, None)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        train(host, TEXTS, tmp_path / "set", recipe=SMALL, half=False)
+    ids = [odd.host.tokenize(text) for text in TEXTS]
+    assert cut(host, ids, 16) == cut(odd.host, TEXTS, 16)

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> Result:
     prompts = list(texts.texts)
     if args.written:
         say(f"the model writes {args.written:,} tokens")
-        prompts += written_by(host, args.written, recipe.context, recipe.seed, progress=not args.json)
+        prompts += written_by(host, args.written, recipe.context, recipe.seed, progress=True)
     done = train(
         host,
         prompts,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hooks.errors import ModelError
@@ -26,6 +26,13 @@ log = logging.getLogger("hooks")
 def is_gguf(name: str | Path) -> bool:
     """Whether a model's name is that of a GGUF file."""
     return str(name).lower().endswith(SUFFIX)
+
+
+def config_of(name: str | Path) -> Any:
+    """The configuration of a model that is not loaded: of a folder, a hub id or a GGUF file."""
+    if is_gguf(name):
+        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:

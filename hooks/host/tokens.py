@@ -81,7 +81,7 @@ class Tokens:
                 the context.
             ModelError: it is text, and there is no tokenizer.
         """
-        ids = self._of_text(prompt) if isinstance(prompt, str) else _whole_numbers(prompt)
+        ids = self.text_ids(prompt) if isinstance(prompt, str) else _whole_numbers(prompt)
         if not ids:
             raise PromptError("the prompt is empty", expected="at least one token", found=repr(prompt))
         outside = [i for i in ids if not 0 <= i < self.d_vocab]
@@ -97,7 +97,13 @@ class Tokens:
         self._note_second_bos(prompt, ids)
         return ids
 
-    def _of_text(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text of any length, special tokens as the tokenizer adds them; none of an empty one.
+
+        Raises:
+            PromptError: it is not valid text.
+            ModelError: there is no tokenizer.
+        """
         if _is_broken(text):
             raise PromptError("the prompt is not valid text", found=ascii(text)[:80], repair="give it as UTF-8")
         if not text.strip():

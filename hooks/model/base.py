@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from transformers import AutoConfig
 
 from hooks.checkpoints import TranscoderStore
 from hooks.demo import WEIGHTS
@@ -23,6 +22,7 @@ from hooks.host import (
     Prompts,
     choose_precision,
     computing,
+    config_of,
     fingerprint,
     is_half,
     listed,
@@ -133,7 +133,7 @@ class Base:
         where = chosen or torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
 
         def ask() -> Ask:
-            config = AutoConfig.from_pretrained(WEIGHTS if demo else name, trust_remote_code=False)
+            config = config_of(WEIGHTS if demo else name)
             held = wanted or config.dtype or torch.bfloat16
             return ask_for(config.to_dict(), store, 32, held, where.type)
 

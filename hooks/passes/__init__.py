@@ -13,9 +13,8 @@ from hooks.passes.plan import (
     make_edits,
     make_plan,
 )
-from hooks.passes.recording import LayerRecord, Recording, check_same_length, is_sink, record, sink_norm
+from hooks.passes.recording import LayerRecord, Recording, check_same_length, is_sink, record, sink_norm, sink_watch
 from hooks.passes.swap import (
-    EVERYWHERE,
     Places,
     SiteQuality,
     Swap,
@@ -28,7 +27,6 @@ from hooks.passes.swap import (
 )
 
 __all__ = [
-    "EVERYWHERE",
     "NEVER",
     "HostAndStore",
     "Interventions",
@@ -54,6 +52,7 @@ __all__ = [
     "marked",
     "record",
     "sink_norm",
+    "sink_watch",
     "site_quality",
     "swap_effect",
 ]

@@ -35,15 +35,21 @@ def is_sink(norms: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
 def sink_tokens(host: Host, batch: Batch) -> Bool[Tensor, "batch pos"]:
     """Which real tokens are attention sinks at any block of the plain model. One pass, no logits."""
     found = torch.zeros_like(batch.mask)
+    streams = [*(Site("resid_pre", layer) for layer in range(host.n_layers)), Site("resid_post", host.n_layers - 1)]
+    host.forward_hidden(batch, [sink_watch(site, batch.lengths, found) for site in streams])
+    return found
+
+
+def sink_watch(site: Site, lengths: Sequence[int], found: Bool[Tensor, "batch pos"]) -> Edit:
+    """An edit that changes nothing and marks in `found` which real tokens are attention sinks at a site."""
 
     def look(x: Float[Tensor, "batch pos d_model"], at: Pass) -> Float[Tensor, "batch pos d_model"]:
-        for row, length in enumerate(batch.lengths):
-            found[row, :length] |= is_sink(x[row, :length].float().norm(dim=-1)).cpu()
+        norms = x.float().norm(dim=-1).cpu()
+        for row, length in enumerate(lengths):
+            found[row, :length] |= is_sink(norms[row, :length])
         return x
 
-    streams = [*(Site("resid_pre", layer) for layer in range(host.n_layers)), Site("resid_post", host.n_layers - 1)]
-    host.forward_hidden(batch, [Edit(site, look) for site in streams])
-    return found
+    return Edit(site, look)
 
 
 @dataclass(frozen=True)

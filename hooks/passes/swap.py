@@ -142,9 +142,6 @@ class Where:
         return places
 
 
-EVERYWHERE = Where()
-
-
 @dataclass(frozen=True)
 class Swap:
     """Which layers' write sites are replaced, at which tokens, and what happens to the reconstruction error.

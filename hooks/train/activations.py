@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks.host import Host, tap
-from hooks.passes import is_sink
+from hooks.passes import sink_watch
 from hooks.sites import Site
-from hooks.types import Edit, Pass
 
 TOKENS_AT_ONCE = 2048  # of one pass
 
@@ -27,9 +27,11 @@ def capture(
     filled = 0
     for group in _passes([len(windows[number]) for number in order]):
         batch = host.batch([list(windows[order[place]]) for place in group])
-        calm = batch.mask.clone()
+        sinks = torch.zeros_like(batch.mask)
         seen: dict[Site, Tensor] = {}
-        host.forward_hidden(batch, [edit for site in sites for edit in (tap(site, seen), _watch(site, calm))])
+        watched = ((tap(site, seen), sink_watch(site, batch.lengths, sinks)) for site in sites)
+        host.forward_hidden(batch, [edit for pair in watched for edit in pair])
+        calm = batch.mask & ~sinks
         count = int(calm.sum())
         for site in sites:
             kept = seen[site][calm.to(seen[site].device)]
@@ -38,20 +40,6 @@ def capture(
             out[site][filled : filled + count] = kept
         filled += count
     return {site: rows[:filled] for site, rows in out.items()}
-
-
-def _watch(site: Site, calm: Bool[Tensor, "batch pos"]) -> Edit:
-    """Takes attention sinks out of `calm`; one row is one text."""
-
-    def look(x: Float[Tensor, "batch pos d_model"], at: Pass) -> Float[Tensor, "batch pos d_model"]:
-        norms = x.float().norm(dim=-1).cpu()
-        for row in range(len(calm)):
-            length = int(lengths[row])
-            calm[row, :length] &= ~is_sink(norms[row, :length])
-        return x
-
-    lengths = calm.sum(1)
-    return Edit(site, look)
 
 
 def _passes(lengths: Sequence[int]) -> list[range]:

@@ -29,7 +29,7 @@ from hooks.train.activations import capture
 from hooks.train.layer import Figures, TrainedLayer
 from hooks.train.recipe import Recipe
 from hooks.train.state import Curves, State
-from hooks.train.windows import Windows, chunks, cut
+from hooks.train.windows import HELD_OUT_TOKENS, Windows, chunks, cut
 
 log = logging.getLogger("hooks")
 
@@ -193,7 +193,9 @@ def _layers(host: Host, recipe: Recipe, layers: Sequence[int] | None) -> list[in
 def _per_layer(host: Host, recipe: Recipe) -> int:
     """Bytes: a layer in training, and what is held of a chunk and of the held-out text at its sites."""
     sites = 1 if recipe.read == recipe.write else 2
-    tokens = 2 * recipe.chunk + 2 * 8192  # a chunk is held twice while it is shuffled
+    tokens = 2 * (
+        recipe.chunk + HELD_OUT_TOKENS
+    )  # both are held twice: a chunk while it is shuffled, texts as measured
     return TrainedLayer.nbytes(host.d_model, recipe.d_features) + sites * tokens * host.d_model * host.dtype.itemsize
 
 

@@ -52,17 +52,18 @@ def cut(host: Host, texts: Sequence[Prompt], context: int) -> Windows:
         PromptError: no text is long enough for a window, or all of them are held out.
     """
     context = min(context, host.max_positions)
-    parts: list[list[tuple[int, ...]]] = [[], []]
-    skipped = held = 0
+    trained: list[tuple[int, ...]] = []
+    held_out: list[tuple[int, ...]] = []
+    skipped, most = 0, max(1, HELD_OUT_TOKENS // context)
     for number, text in enumerate(texts):
         windows = list(_windows(_ids(host, text), context))
         skipped += not windows
-        out = len(texts) > 1 and number % HELD_OUT == HELD_OUT - 1 and held < HELD_OUT_TOKENS
-        held += out * sum(map(len, windows))
-        parts[out] += windows
-    trained, held_out = parts
+        if number % HELD_OUT == HELD_OUT - 1 and len(held_out) < most:
+            held_out += windows[: most - len(held_out)]  # the rest of such a text is not trained on either
+        else:
+            trained += windows
     if not held_out and len(trained) > 1:  # few texts: the last windows
-        count = max(1, len(trained) // HELD_OUT)
+        count = min(most, max(1, len(trained) // HELD_OUT))
         trained, held_out = trained[:-count], trained[-count:]
     if not trained or not held_out:
         raise PromptError(
@@ -75,10 +76,8 @@ def cut(host: Host, texts: Sequence[Prompt], context: int) -> Windows:
 
 
 def _ids(host: Host, text: Prompt) -> list[int]:
-    """Token ids of a whole text, which may be longer than the context; none of an empty one."""
-    if not isinstance(text, str):
-        return host.tokenize(text)
-    return list(host.tokenizer(text).input_ids) if text.strip() else []
+    """Token ids of a whole text, which may be longer than the context."""
+    return host.text_ids(text) if isinstance(text, str) else host.tokenize(text)
 
 
 def _windows(ids: Sequence[int], context: int) -> Iterator[tuple[int, ...]]:
