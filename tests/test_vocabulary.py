@@ -17,7 +17,7 @@ from circuits.plots.sweep import _cells, _ranking
 from hooks import Ablate, Add, Clamp, Scale, Steer
 from hooks.demo import PROMPT
 from hooks.effects import Sweep
-from hooks.effects.sweeping import Question
+from hooks.effects.metrics import Question
 from hooks.errors import UserError
 from hooks.renamed import Table, keywords
 

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from hooks.checkpoints import TranscoderStore
 from hooks.choices import METRICS, TABLES
 from hooks.effects.groups import GroupTensors, lay_out, live_groups, run_groups, run_whole
+from hooks.effects.metrics import ANYWHERE, Question, against_controls, baseline_of, measure_rows
 from hooks.effects.rounding import SPREADS, rounding_behind
 from hooks.effects.staggered import Clean, misses, out_of_memory, record_clean
 from hooks.errors import OutputError, UserError
 from hooks.files import replacing
-from hooks.host import Batch, Host, computes_in, execution_device, is_half
+from hooks.host import Batch, Host, computes_in, is_half
 from hooks.interventions import FeatureIntervention, change
 from hooks.passes import Interventions, LayerTable, as_interventions, listed, make_plan
 from hooks.readout import best_other
@@ -41,20 +42,9 @@ from hooks.whole import whole
 log = logging.getLogger("hooks")
 
 CONTROLS = 8  # unchanged rows in every batch, at least
-ANYWHERE = -1  # in place of the block at which an unchanged row enters: it is a pass over the whole prompt
 TOKENS_AT_ONCE, TOKENS_AT_LEAST = 8192, 64
 
 Way = Literal["suffix", "whole"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is measured: logit(target) − logit(against) at a position, and the columns that `metrics` names."""
-
-    target: int
-    against: int
-    pos: int
-    metrics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +160,7 @@ def sweep(
     table["resolved"] = (table["delta"].abs() > table["floor"]) | (table["delta"] == 0)
     moved = [_moved(as_interventions(group), dense, length) for group in groups]
     table["role"] = [_role(*row) for row in zip(moved, table["delta"], table["resolved"], strict=True)]
-    baseline = _baseline(logits, question)
+    baseline = baseline_of(logits, question)
     return Sweep(table, noise, baseline, question, batch.strings[0], passes, computes_in(host), runner.way)
 
 
@@ -198,13 +188,6 @@ def _question(
     if token == other:
         raise UserError("target and against are the same token", found=str(token))
     return Question(token, other, pos, tuple(dict.fromkeys(("delta", *metrics))))
-
-
-def _baseline(logits: Float[Tensor, " vocab"], question: Question) -> dict[str, float]:
-    wide = logits.double()
-    own, other = float(wide[question.target]), float(wide[question.against])
-    rank = int((wide > own).sum()) + 1
-    return {"metric": own - other, "logit": own, "prob": float(wide.softmax(-1)[question.target]), "rank": rank}
 
 
 def _clean_activations(
@@ -280,7 +263,7 @@ def _rounding_floors(
     group's effect enters (see `hooks.effects.rounding`); 0 for groups that change nothing."""
 
     def metric(hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
-        return _measure(host, hidden, logits, question)["delta"]
+        return measure_rows(host, hidden, logits, question)["delta"]
 
     before = float(metric(clean.streams[-1][question.pos][None])[0])
     live, floors = live_groups(work), torch.zeros(len(work.block), dtype=torch.float64)
@@ -354,7 +337,7 @@ def _run_all(
     """Metrics of every group, the variance of `delta` in each batch's unchanged rows, and the number of batches."""
     out = {name: torch.zeros(len(work.start), dtype=torch.float64) for name in question.metrics}
     if "rank" in out:
-        out["rank"] += _baseline(logits, question)["rank"]
+        out["rank"] += baseline_of(logits, question)["rank"]
     waiting = live_groups(work)
     budget = tokens_at_once or _tokens_that_fit(host)
     spreads: list[float] = []
@@ -365,11 +348,11 @@ def _run_all(
             chosen = waiting[:count]
             with out_of_memory() as failed:
                 hidden, controls = runner.run(chosen)
-                found = _measure(host, hidden, logits, question)
+                found = measure_rows(host, hidden, logits, question)
             if failed:
                 budget = _halved(min(budget, int(runner.lengths[chosen].sum())))
                 continue
-            for name, values in _against_controls(found, work.block[chosen], controls).items():
+            for name, values in against_controls(found, work.block[chosen], controls).items():
                 out[name][chosen] = values
             spreads.append(float(found["delta"][len(chosen) :].var(unbiased=True)))
             passes += 1
@@ -403,59 +386,3 @@ def _tokens_that_fit(host: Host) -> int:
     width += 4 * int(config.num_attention_heads) * min(256, host.max_positions)
     free = torch.cuda.mem_get_info(host.device)[0] if host.device.type == "cuda" else psutil.virtual_memory().available
     return max(TOKENS_AT_LEAST, min(TOKENS_AT_ONCE, free // 4 // (4 * width)))
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
-
-ROWS_AT_ONCE = 256  # distributions over the whole vocabulary that are computed at once
-
-
-def _measure(
-    host: Host, hidden: Float[Tensor, "row d_model"], clean: Float[Tensor, " vocab"], question: Question
-) -> dict[str, Float[Tensor, " row"]]:
-    """The metrics of each row itself; `_against_controls` subtracts those of the unchanged rows later. The final norm
-    and the logits are computed in fp32 at least."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.no_grad():
-        normed = host.decoder.norm(hidden.to(execution_device(host.decoder.norm), wide))
-        if set(question.metrics) <= {"delta", "delta_logit"}:
-            pair = host.unembed_rows(normed, [question.target, question.against]).double().cpu()
-            found = {"delta": pair[:, 0] - pair[:, 1], "delta_logit": pair[:, 0]}
-        else:
-            parts = [_distributions(host.unembed(part), clean, question) for part in normed.split(ROWS_AT_ONCE)]
-            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: found[name] for name in question.metrics}
-
-
-def _distributions(
-    logits: Float[Tensor, "row vocab"], clean: Float[Tensor, " vocab"], question: Question
-) -> dict[str, Float[Tensor, " row"]]:
-    logits = logits.double()
-    log_probs, before = logits.log_softmax(-1), clean.to(logits).log_softmax(-1)
-    own = logits[:, question.target]
-    return {
-        "delta": (own - logits[:, question.against]).cpu(),
-        "delta_logit": own.cpu(),
-        "delta_prob": log_probs[:, question.target].exp().cpu(),
-        "kl": (before.exp() * (before - log_probs)).sum(-1).cpu(),
-        "rank": ((logits > own[:, None]).sum(-1) + 1).double().cpu(),
-    }
-
-
-def _against_controls(
-    found: Mapping[str, Float[Tensor, " row"]], block: Int[Tensor, " group"], controls: Int[Tensor, " control"]
-) -> dict[str, Float[Tensor, " group"]]:
-    """Metrics minus their mean over the unchanged rows that enter at the same block: both then follow the same blocks
-    of the clean run, and leave it at the same block. KL divergence and rank are kept as they are.
-
-    Args:
-        block: where each group enters.
-        controls: where each unchanged row enters, or `ANYWHERE`.
-    """
-    count = len(block)
-    alike = ((block[:, None] == controls) | (controls == ANYWHERE)).double()
-    alike = alike / alike.sum(1, keepdim=True)
-    return {
-        name: values[:count] - (alike @ values[count:].double() if name.startswith("delta") else 0.0)
-        for name, values in found.items()
-    }

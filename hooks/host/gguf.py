@@ -35,41 +35,34 @@ def config_of(name: str | Path) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """The model and its tokenizer.
+def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any], Any]:
+    """The model, what transformers says of its loading, and the tokenizer.
 
     Raises:
-        ModelError: there is no such file, or the package gguf is not installed. What transformers cannot read raises
-            what transformers raises.
+        ModelError: the package gguf is not installed. What transformers cannot read raises what transformers raises.
     """
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}", expected="a GGUF file of a causal language model")
     if find_spec("gguf") is None:
         raise ModelError("GGUF files need the package gguf", repair="pip install 'qwen-circuits[gguf]'")
     wanted = dtype or DTYPE
     with _quiet():
-        read: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=wanted)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=wanted, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    read, info = loaded
     weights = {name: _plain(tensor, wanted) for name, tensor in read.state_dict().items()}
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     generation = read.generation_config
-    del read
+    del read, loaded
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(weights, strict=False, assign=True)  # not strict: a tied head is there once
     model.tie_weights()
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if left or unexpected:
-        raise ModelError(
-            f"the weights of {path} are incomplete",
-            expected="every tensor that its configuration asks for, and no other",
-            found=", ".join([*left, *unexpected][:3]),
-        )
     _fill_buffers(model, config)
     model.generation_config = generation
-    return model.eval(), tokenizer
+    return model.eval(), info, tokenizer
 
 
 def _plain(tensor: Any, dtype: torch.dtype) -> torch.Tensor:

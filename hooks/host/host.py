@@ -79,14 +79,22 @@ class Host(Tokens):
         """
         name = Path(name).expanduser() if str(name).startswith("~") else name
         _check_name(str(name))
+        if is_gguf(name) and device_map:
+            raise ModelError(
+                "a GGUF file is loaded onto one device",
+                found=f"device_map={device_map!r}",
+                repair="device= (--device); or load it once and save_pretrained it as a folder",
+            )
         options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, "trust_remote_code": False}
         if device_map:
             options["device_map"] = device_map
         try:
             if is_gguf(name):
-                return cls(*load_gguf(Path(name), dtype), context)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-            tokenizer = load_tokenizer(name)
+                model, info, tokenizer = load_gguf(Path(name), dtype)
+            else:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+                model, info = loaded
+                tokenizer = load_tokenizer(name)
         except ModelError:
             raise
         except Exception as error:  # transformers, safetensors and the hub client raise many kinds
@@ -104,7 +112,6 @@ class Host(Tokens):
                 found=first_line(error, 240),
                 repair="check the spelling; without a network only folders and models already in the cache load",
             ) from None
-        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:  # transformers fills them with random numbers and raises no error
             raise ModelError(
@@ -528,6 +535,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 def _check_name(name: str) -> None:
     path = Path(name)
+    if is_gguf(name):
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}", expected="a GGUF file of a causal language model")
+        return
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(
